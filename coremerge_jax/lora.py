@@ -1,0 +1,194 @@
+"""LoRA and Adapter: the two pytrees that every part of the library speaks.
+
+A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` and ``b`` of shape
+``(m, r)``; any scaling (alpha / r and its variants) is already part of ``b``.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.errors import FormatError
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What sort of module an update belongs to, as far as writing it back needs to know.
+
+    Attributes:
+        name: ``"linear"``, ``"embedding"``, ``"conv2d"`` or ``"expert"`` (one expert of a fused
+            mixture-of-experts parameter, whose path ends in ``[index]``).
+        kernel: for ``"conv2d"``, the trailing shape ``(in_channels, height, width)`` of the A
+            factor, which is kept flat as ``n = in_channels * height * width``.
+        transposed: whether the base weight is stored as ``(n, m)`` (``fan_in_fan_out``).
+    """
+
+    name: str = "linear"
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+
+LINEAR = Kind()
+
+
+@flax.struct.dataclass
+class LoRA:
+    """A low-rank update ``ΔW = b @ a`` of one module, scaling included.
+
+    Leading axes, equal in both factors, are batch axes.
+
+    Attributes:
+        a: ``(..., r, n)``, acts on the module's input.
+        b: ``(..., m, r)``, gives the module's output.
+        kind: static description of the module.
+
+    Raises:
+        FormatError: the shapes are not those of two factors of one product.
+    """
+
+    a: Array
+    b: Array
+    kind: Kind = flax.struct.field(pytree_node=False, default=LINEAR)
+
+    def __post_init__(self) -> None:
+        # Pytree transformations put other things than arrays (axes, None, specs) in the leaves.
+        shapes = getattr(self.a, "shape", None), getattr(self.b, "shape", None)
+        if shapes[0] is None or shapes[1] is None:
+            return
+        a, b = shapes
+        if len(a) < 2 or len(b) < 2 or a[:-2] != b[:-2] or a[-2] != b[-1]:
+            raise FormatError(
+                f"LoRA factors do not fit: a has shape {a}, b has shape {b}; "
+                "expected a: (r, n) and b: (m, r) with the same rank r"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r (an upper bound of the rank of the update)."""
+        return self.a.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``: rows (output) and columns (input) of the update."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The common dtype of both factors."""
+        return jnp.promote_types(self.a.dtype, self.b.dtype)
+
+    def dense(self) -> jax.Array:
+        """The update ``b @ a`` as a matrix ``(..., m, n)``."""
+        dtype = self.dtype
+        return jnp.matmul(
+            jnp.asarray(self.b, dtype), jnp.asarray(self.a, dtype), precision="highest"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Where an adapter comes from and what writing one needs.
+
+    Attributes:
+        name: a short name for messages and tables (the folder's name).
+        base_model: name of the base model, None if unknown.
+        task_type: PEFT's task type, None if unknown.
+        rank: the source's nominal rank.
+        alpha: the source's nominal alpha, before it was folded into ``b``.
+        dtype: dtype of the factors in the source's file.
+        config: further fields of the source's configuration that its extras need.
+    """
+
+    name: str | None = None
+    base_model: str | None = None
+    task_type: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dtype: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapter(Mapping[str, LoRA]):
+    """An ordered mapping from module path to `LoRA`; a pytree.
+
+    Args:
+        modules: the update of each module.
+        metadata: origin and what writing the adapter needs.
+        extras: tensors of the adapter that are not low-rank updates (full weights of
+            ``modules_to_save``, biases, trained token rows), by name.
+
+    Raises:
+        FormatError: a module's value is not a `LoRA` of two matrices, or there is no module.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, LoRA],
+        *,
+        metadata: Metadata | None = None,
+        extras: Mapping[str, Array] | None = None,
+    ) -> None:
+        self._modules = dict(modules)
+        self.metadata = metadata or Metadata()
+        self.extras = dict(extras or {})
+        if not self._modules:
+            raise FormatError(f"{self._label()} has no modules; an adapter needs at least one")
+        for path, lora in self._modules.items():
+            if not isinstance(lora, LoRA):
+                raise FormatError(
+                    f"{self._label()}, module {path!r}: expected a LoRA, got {type(lora).__name__}"
+                )
+            if len(lora.a.shape) != 2:
+                raise FormatError(
+                    f"{self._label()}, module {path!r}: factors must be matrices, "
+                    f"got a: {lora.a.shape}, b: {lora.b.shape}"
+                )
+
+    def _label(self) -> str:
+        return f"adapter {self.metadata.name!r}" if self.metadata.name else "adapter"
+
+    def __getitem__(self, path: str) -> LoRA:
+        return self._modules[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __repr__(self) -> str:
+        name = f"{self.metadata.name!r}, " if self.metadata.name else ""
+        ranks = sorted({lora.rank for lora in self.values()})
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
+        return f"Adapter({name}{len(self)} modules, rank {rank})"
+
+    def replace(self, **changes: Any) -> "Adapter":
+        """A copy with other ``modules``, ``metadata`` or ``extras``."""
+        fields = {"modules": self._modules, "metadata": self.metadata, "extras": self.extras}
+        fields.update(changes)
+        return Adapter(fields.pop("modules"), **fields)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
+        """Children in the order of the mapping (a plain dict would be sorted)."""
+        key = jax.tree_util.DictKey
+        modules = tuple((key(path), lora) for path, lora in self._modules.items())
+        extras = tuple((key(name), value) for name, value in self.extras.items())
+        return modules + extras, (tuple(self._modules), tuple(self.extras), self.metadata)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple, children: tuple) -> "Adapter":
+        """Rebuilds without validation: the leaves may be anything."""
+        paths, extras, metadata = aux
+        self = object.__new__(cls)
+        self._modules = dict(zip(paths, children, strict=False))
+        self.extras = dict(zip(extras, children[len(paths) :], strict=True))
+        self.metadata = metadata
+        return self
