@@ -1,0 +1,241 @@
+"""What a merge rule is, and how rules are chained."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+class Equivariance(enum.IntEnum):
+    """Which changes of basis of the cores a rule commutes with; the larger, the fewer.
+
+    `LINEAR` rules are weighted sums, the same in every basis. `ORTHOGONAL` rules see only singular
+    values and relative angles: any orthonormal basis gives the same update. `ELEMENTWISE` rules
+    look at single entries: they commute with permutations and sign flips of the basis alone.
+    """
+
+    LINEAR = 0
+    ORTHOGONAL = 1
+    ELEMENTWISE = 2
+
+
+@flax.struct.dataclass
+class Context:
+    """What a rule may need to know about the cores that it is given.
+
+    Attributes:
+        shape: int32 ``(2,)``, the numerical shape of the cores: rows and columns beyond it are
+            zero and stand for nothing.
+        tasks: int32 ``(T,)``, which adapters the cores belong to.
+    """
+
+    shape: jax.Array
+    tasks: jax.Array
+
+    @classmethod
+    def of(cls, cores: jax.Array) -> "Context":
+        """The context of cores ``(T, p, q)`` that are all there is."""
+        return cls(
+            shape=jnp.asarray(cores.shape[1:], jnp.int32),
+            tasks=jnp.arange(cores.shape[0], dtype=jnp.int32),
+        )
+
+
+class Rule:
+    """A merge rule: a pure function from cores ``(T, p, q)`` to one merged core ``(p, q)``.
+
+    Rules are frozen dataclasses and pytrees whose numeric parameters are leaves: they may be
+    traced, so that a sweep over them is one compiled program.
+    """
+
+    equivariance: ClassVar[Equivariance]
+    needs_key: ClassVar[bool] = False
+
+    def __call__(
+        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+    ) -> jax.Array:
+        """Merges.
+
+        Args:
+            cores: ``(T, p, q)``, one matrix per adapter.
+            key: PRNG key, for rules that draw random numbers.
+            context: what is known of the cores; by default, that all of them counts.
+
+        Returns:
+            ``(p, q)``.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
+        return f"{type(self).__name__.lower()}({parameters})"
+
+
+class Step(Rule):
+    """A rule that changes one matrix: each core before the merge, or the merged core after it.
+
+    Where a chain names no rule that merges, `task_arithmetic` does, after the steps whose natural
+    place is ``"before"`` and before those whose place is ``"after"``.
+    """
+
+    place: ClassVar[str]
+
+    def apply(self, matrix: jax.Array, *, key: jax.Array | None, shape: jax.Array) -> jax.Array:
+        """Maps ``(p, q)`` to ``(p, q)``; ``shape`` is the numerical shape of `Context`."""
+        raise NotImplementedError
+
+    def __call__(
+        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+    ) -> jax.Array:
+        """Merges, as the chain of this step and a sum does."""
+        return chain(self)(cores, key=key, context=context)
+
+
+@flax.struct.dataclass(kw_only=True, repr=False)
+class Chain(Rule):
+    """Steps on every core, a rule that merges, and steps on the merged core. See `chain`."""
+
+    before: tuple[Step, ...]
+    reducer: Rule
+    after: tuple[Step, ...]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The parts in order."""
+        return (*self.before, self.reducer, *self.after)
+
+    @property
+    def equivariance(self) -> Equivariance:  # type: ignore[override]
+        """That of the least equivariant part."""
+        return max(rule.equivariance for rule in self.rules)
+
+    @property
+    def needs_key(self) -> bool:  # type: ignore[override]
+        """Whether any part draws random numbers."""
+        return any(rule.needs_key for rule in self.rules)
+
+    def __call__(
+        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+    ) -> jax.Array:
+        """Merges: all parts in order."""
+        context = context or Context.of(cores)
+        return self.finish(self.reduce(cores, key=key, context=context), key, context)
+
+    def prepare(self, cores: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """The steps before the merge: ``(T, p, q)`` to ``(T, p, q)``."""
+        for i, step in enumerate(self.before):
+            keys = None
+            if step.needs_key:
+                # By adapter, so that a mask does not depend on which others share the module.
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(_fold(key, i, step), context.tasks)
+            apply = _apply(step, context.shape)
+            cores = jax.vmap(apply, (0, None if keys is None else 0))(cores, keys)
+        return cores
+
+    def reduce(self, cores: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """The steps before the merge, and the merge: ``(T, p, q)`` to ``(p, q)``."""
+        cores = self.prepare(cores, key=key, context=context)
+        reducer_key = _fold(key, len(self.before), self.reducer) if self.reducer.needs_key else None
+        return self.reducer(cores, key=reducer_key, context=context)
+
+    def finish(self, merged: jax.Array, key: jax.Array | None, context: Context) -> jax.Array:
+        """The steps after the merge: ``(p, q)`` to ``(p, q)``."""
+        for i, step in enumerate(self.after, start=len(self.before) + 1):
+            step_key = _fold(key, i, step) if step.needs_key else None
+            merged = step.apply(merged, key=step_key, shape=context.shape)
+        return merged
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+
+def _apply(step: Step, shape: jax.Array) -> Callable:
+    return lambda matrix, key: step.apply(matrix, key=key, shape=shape)
+
+
+def _fold(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
+    if key is None:
+        raise ValueError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
+    return jax.random.fold_in(key, i)
+
+
+def chain(*rules: "Rule | Callable") -> Chain:
+    """Composes rules, applied from left to right.
+
+    A `Step` (`dare`, `isotropize`) before the rule that merges acts on every adapter's core,
+    behind it on the merged core. At most one part merges; where none does, the cores are summed.
+
+    Args:
+        *rules: rules, or plain functions ``(T, p, q) -> (p, q)``.
+
+    Raises:
+        ValueError: more than one part merges.
+    """
+    from coremerge_jax.rules.linear import task_arithmetic
+
+    parts: list[Rule] = []
+    for rule in map(as_rule, rules):
+        parts.extend(rule.rules if isinstance(rule, Chain) else (rule,))
+    reducers = [i for i, rule in enumerate(parts) if not isinstance(rule, Step)]
+    if len(reducers) > 1:
+        names = " and ".join(repr(parts[i]) for i in reducers)
+        raise ValueError(f"a chain merges once, but {names} all merge; keep one of them")
+    if not reducers:
+        after = [isinstance(rule, Step) and rule.place == "after" for rule in parts]
+        reducers = [after.index(True) if any(after) else len(parts)]
+        parts.insert(reducers[0], task_arithmetic())
+    i = reducers[0]
+    return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]
+
+
+@flax.struct.dataclass(repr=False)
+class Function(Rule):
+    """A user's function as a rule. See `from_function`."""
+
+    fn: Callable[[jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+    equivariance: Equivariance = flax.struct.field(  # type: ignore[misc]
+        pytree_node=False, default=Equivariance.ELEMENTWISE
+    )
+
+    def __call__(
+        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+    ) -> jax.Array:
+        """Calls the function."""
+        del key, context
+        return self.fn(cores)
+
+
+def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "elementwise") -> Rule:
+    """Makes a rule of a function ``(T, p, q) -> (p, q)``.
+
+    Args:
+        fn: pure and traceable by JAX.
+        equivariance: ``"linear"``, ``"orthogonal"`` or ``"elementwise"``, see `Equivariance`. The
+            default is right for every function; a stronger claim lets `merge` choose a cheaper
+            basis and must be true.
+    """
+    return Function(fn, Equivariance[equivariance.upper()])
+
+
+def as_rule(rule: Any) -> Rule:
+    """A rule as it is; a plain function as a rule."""
+    if isinstance(rule, Rule):
+        return rule
+    if callable(rule):
+        return from_function(rule)
+    raise TypeError(f"expected a merge rule or a function (T, p, q) -> (p, q), got {rule!r}")
+
+
+def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> None:
+    """Validates a parameter where it is a concrete number (it may be traced).
+
+    Raises:
+        ValueError: naming the parameter, its value and what is expected.
+    """
+    if isinstance(value, int | float) and not ok(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
