@@ -15,3 +15,7 @@ class UnsupportedError(CoreMergeError):
 
 class MismatchError(CoreMergeError):
     """Inputs that are fine one by one but do not fit together."""
+
+
+class RecipeError(CoreMergeError):
+    """A rule, space, parameter or option that does not exist, or a value that it cannot have."""

@@ -1,0 +1,88 @@
+"""The command line ``coremerge``: one small module a command.
+
+Commands import the heavy parts of the library when they run, so that help, completion and usage
+errors come at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from coremerge_jax.cli.demo import demo
+from coremerge_jax.cli.inspect import inspect
+from coremerge_jax.cli.merge import EPILOG, merge
+from coremerge_jax.cli.rules import rules
+from coremerge_jax.errors import CoreMergeError, RecipeError
+
+app = typer.Typer(
+    name="coremerge",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(no_args_is_help=True, epilog=EPILOG)(merge)
+app.command(no_args_is_help=True)(inspect)
+app.command()(rules)
+app.command()(demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"coremerge {version('coremerge-jax')}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted. "
+    "COREMERGE_DEBUG=1 shows the traceback of an error."
+)
+def _coremerge(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Merge many LoRA adapters into one, in core space."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's starve each other
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
+    try:
+        code = app(args, standalone_mode=False)
+    except Exception as error:
+        if os.environ.get("COREMERGE_DEBUG"):
+            raise
+        code = _report(error)
+    if code == 130:
+        typer.echo("interrupted", err=True)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Prints an error that is the user's to mend, and gives the exit code; raises others."""
+    message: Any = getattr(error, "format_message", None)  # only typer's own usage errors
+    if message is not None:
+        text, code, context = message(), 2, getattr(error, "ctx", None)
+        if context is not None:
+            text = f"{text.rstrip('.')} (see '{context.command_path} --help')"
+    elif isinstance(error, CoreMergeError):
+        text, code = str(error), 2 if isinstance(error, RecipeError) else 1
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"{where}{error.strerror or error}", 1
+    elif isinstance(error, MemoryError):
+        text, code = "out of memory", 1
+    else:
+        raise error
+    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    return code

@@ -1,0 +1,100 @@
+"""What the commands share to talk to the user: tables on stdout, progress on stderr."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+_UNLIMITED = 1000  # columns where there is no terminal to fit into
+
+
+def print_table(table: Table) -> None:
+    """Prints to stdout: in color and fitted on a terminal, plain and unwrapped in a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_UNLIMITED)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document to stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def new_table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """An empty table; the columns named in ``right`` hold numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+class Stages:
+    """Shows the stages of long work on stderr, where that is a terminal, and times them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._console = Console(stderr=True)
+
+    @contextmanager
+    def __call__(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Times the block; calling the given function advances its bar by one of ``total``."""
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn() if total else TextColumn(""),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        start = time.perf_counter()
+        with bar:
+            task = bar.add_task(name, total=total)
+            yield lambda: bar.advance(task)
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def human_bytes(count: float) -> str:
+    """``1234567`` as ``1.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def describe_paths(paths: Sequence[str]) -> str:
+    """``24: query, key, …``: how many modules, and the last parts of their names."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"{len(paths)}: {shown}"
+
+
+def describe_ranks(ranks: Iterable[int]) -> str:
+    """``4, 16 ×2`` for the ranks 4, 16, 16."""
+    counts = sorted(Counter(ranks).items())
+    return ", ".join(f"{rank} ×{count}" if count > 1 else f"{rank}" for rank, count in counts)
+
+
+def describe_range(values: Iterable[float], form: str = "d") -> str:
+    """``12`` where all values print alike, else ``12–31``."""
+    low, high = min(values := list(values)), max(values)
+    shown = format(low, form), format(high, form)
+    return shown[0] if shown[0] == shown[1] else "–".join(shown)

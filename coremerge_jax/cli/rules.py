@@ -1,0 +1,36 @@
+"""``coremerge rules``."""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from coremerge_jax.cli.console import new_table, print_json, print_table
+
+
+def rules(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the merge rules, their parameters and defaults."""
+    from coremerge_jax.rules import RULES
+
+    found = {name: _describe(make) for name, make in RULES.items()}
+    if as_json:
+        return print_json(found)
+    table = new_table("rule", "parameters and defaults", "what it does")
+    for name, rule in found.items():
+        parameters = ", ".join(f"{k}={_show(v)}" for k, v in rule["parameters"].items())
+        table.add_row(name, parameters, rule["description"])
+    return print_table(table)
+
+
+def _describe(make: Any) -> dict[str, Any]:
+    parameters = inspect.signature(make).parameters.values()
+    return {
+        "description": (inspect.getdoc(make) or "").split("\n", 1)[0],
+        "parameters": {parameter.name: parameter.default for parameter in parameters},
+    }
+
+
+def _show(default: Any) -> str:
+    return "none" if default is None else str(default)

@@ -1,0 +1,387 @@
+"""Recipes: everything that determines a merge, as text.
+
+A `Recipe` is plain data (strings, numbers, lists), so that it can be written beside a merged
+adapter, read back years later and run again. Rules and spaces are written as on the command
+line: ``ties:density=0.2,elect=count``.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.lora import Adapter
+    from coremerge_jax.rules import Rule
+    from coremerge_jax.spaces import Space
+
+DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "float64")
+EXTRAS = ("error", "first", "mean", "keep=NAME")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-3 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key!r} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str, label: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        hint = "; put names with a * in quotes" if "alias" in f"{error.context}" else ""
+        raise RecipeError(f"{label}{where}: {error.problem}{hint}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{label}: {' '.join(str(error).split())}") from error
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
+    """The error for a name that is not among ``known``: suggests the nearest, or lists all."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+    return RecipeError(f"unknown {what} {str(name)!r}; {hint}")
+
+
+# --- Rules and spaces as text ---------------------------------------------------------------
+
+
+def parse_rule(text: str) -> "Rule":
+    """The rule that ``NAME[:key=value,...]`` describes; values are YAML scalars or lists.
+
+    Raises:
+        RecipeError: the name, a parameter or a value is not one that exists.
+    """
+    from coremerge_jax.rules import RULES
+
+    return _build("rule", text, RULES)
+
+
+def format_rule(rule: "Rule") -> str:
+    """The inverse of `parse_rule`, with every parameter that has a value written out."""
+    from coremerge_jax.rules import RULES
+
+    return _describe("rule", rule, RULES)
+
+
+def parse_space(text: str) -> "Space":
+    """The merge space that ``NAME[:key=value,...]`` describes."""
+    from coremerge_jax.spaces import SPACES
+
+    return _build("space", text, SPACES)
+
+
+def format_space(space: "Space") -> str:
+    """The inverse of `parse_space`."""
+    from coremerge_jax.spaces import SPACES
+
+    return _describe("space", space, SPACES)
+
+
+def _build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
+    name, _, arguments = text.partition(":")
+    if name not in table:
+        raise unknown(what, name, table)
+    parameters = inspect.signature(table[name]).parameters
+    values = _parse_arguments(what, text, arguments)
+    for key, value in values.items():
+        if key not in parameters:
+            raise _unknown_parameter(what, name, key, parameters)
+        _check_kind(f"{what} {text!r}", key, value, parameters[key].default)
+    try:
+        return table[name](**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{what} {text!r}: {error}") from error
+
+
+def _unknown_parameter(what: str, name: str, key: object, known: Iterable[str]) -> RecipeError:
+    if not known:
+        return RecipeError(f"{what} {name!r} has no parameters, got {str(key)!r}")
+    return unknown(f"parameter of {what} {name!r}:", key, known)
+
+
+def _parse_arguments(what: str, text: str, arguments: str) -> dict[str, Any]:
+    """Reads ``a=1,b=[2,3]`` as the YAML flow mapping ``{a: 1, b: [2,3]}``."""
+    flow, count = re.subn(r"(^|,)\s*(\w+)\s*=", r"\1 \2: ", arguments)
+    values = _load_yaml(f"{{{flow}}}", f"{what} {text!r}")
+    if len(values) != count:
+        raise RecipeError(f"{what} {text!r}: expected NAME:key=value,key=value")
+    return {key: _frozen(value) for key, value in values.items()}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_kind(label: str, key: str, value: Any, default: Any) -> None:
+    """Refuses text for a number, and the like, where the default tells what is expected."""
+    check, expected = _KINDS.get(type(default), (lambda _: True, ""))
+    if value is not default and not check(value):
+        raise RecipeError(f"{label}: {key} must be {expected}, got {value!r}")
+
+
+def _describe(what: str, value: Any, table: Mapping[str, Callable[..., Any]]) -> str:
+    name = next((name for name, make in table.items() if type(make()) is type(value)), None)
+    if name is None:
+        raise RecipeError(f"{value!r} is not a {what} that text can describe; it has no name")
+    shown = []
+    for key, parameter in inspect.signature(table[name]).parameters.items():
+        given = getattr(value, key)
+        if given is not None or parameter.default is not None:
+            shown.append(f"{key}={_format_value(given)}")
+    return f"{name}:{','.join(shown)}" if shown else name
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_]\w*", value) else json.dumps(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return json.dumps(value, separators=(",", ":"))
+
+
+# --- Recipes --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a merge. The defaults here are those of the command line.
+
+    Attributes:
+        adapters: folders or Hugging Face ids.
+        weights: one number per adapter; None is 1 for each.
+        rules: applied in order, each as ``NAME[:key=value,...]``.
+        space: where to merge, as ``NAME[:key=value,...]``.
+        scale: of the merged update: a number, or numbers by pattern of the module path, of which
+            the first that matches counts (1 where none does).
+        rank: cut every merged module to this rank.
+        energy: cut every merged module to the fewest directions that keep this share of its
+            squared Frobenius norm.
+        dtype: of the written factors.
+        seed: of random rules (``dare``).
+        precision: of the computation; None lets the library choose.
+        extras: what to do with weights that are not low-rank updates: ``error``, ``first``,
+            ``mean`` or ``keep=NAME``.
+        allow_mismatch: merge adapters of different base models, or without a common module.
+
+    Raises:
+        RecipeError: a value is not one that the field can have.
+    """
+
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    rules: tuple[str, ...] = ("tsv",)
+    space: str = "core"
+    scale: float | Mapping[str, float] = 1.0
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    precision: str | None = None
+    extras: str = "error"
+    allow_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            check, expected = _CHECKS[field.name]
+            if not check(value):
+                raise RecipeError(f"{field.name} must be {expected}, got {value!r}")
+        for name, choices in (("dtype", DTYPES), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise unknown(name, value, choices)
+        if self.extras not in EXTRAS[:3] and not re.match("keep=.", self.extras):
+            raise unknown("policy for extras", self.extras, EXTRAS)
+        if self.weights and self.adapters and len(self.weights) != len(self.adapters):
+            raise RecipeError(
+                f"weights: got {len(self.weights)} for {len(self.adapters)} adapters; "
+                "give one number per adapter, in the same order"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The recipe with these values, and defaults for those that are not given."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown("key", key, known)
+        return cls(**{key: _frozen(value) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-like data: every field that has a value, defaults included."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: _plain(value) for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_yaml(cls, text: str, label: str = "recipe") -> Self:
+        """The recipe that a YAML (or JSON) text holds; ``label`` names it in errors."""
+        values = _load_yaml(text, label)
+        if not isinstance(values, dict):
+            raise RecipeError(f"{label}: expected 'key: value' lines, got {values!r:.60}")
+        try:
+            return cls.from_dict(values)
+        except RecipeError as error:
+            raise RecipeError(f"{label}: {error}") from error
+
+    def to_yaml(self) -> str:
+        """The inverse of `from_yaml`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a recipe file. Relative paths of adapters are relative to the file.
+
+        An entry of the form ``owner/name`` that is no path there is a Hugging Face id.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not a text file") from error
+        recipe = cls.from_yaml(text, str(path))
+        adapters = tuple(_relative_to(path.parent, name) for name in recipe.adapters)
+        return dataclasses.replace(recipe, adapters=adapters)
+
+    def build_rule(self) -> "Rule":
+        """The rules as one rule."""
+        from coremerge_jax.rules import chain
+
+        try:
+            return chain(*map(parse_rule, self.rules))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
+        """Merges adapters that were read already; what concerns writing is left to the writer.
+
+        Raises:
+            CoreMergeError: see `coremerge_jax.merge`.
+        """
+        import jax
+
+        from coremerge_jax.merge import merge
+
+        return merge(
+            adapters,
+            self.build_rule(),
+            space=parse_space(self.space),
+            weights=self.weights,
+            scale=self.scale,
+            key=jax.random.key(self.seed),
+            precision=self.precision,
+            extras=self.extras,
+            allow_mismatch=self.allow_mismatch,
+        )
+
+
+def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
+    """A scale from ``0.9``, or from several ``PATTERN=NUMBER``; a bare number is for the rest."""
+    scales: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError as error:
+            raise RecipeError(
+                f"scale must be a number or PATTERN=NUMBER such as '*.query=0.5', got {text!r}"
+            ) from error
+        if (pattern or "*") in scales:
+            raise RecipeError(f"scale of {pattern or '*'!r} is given twice")
+        scales[pattern or "*"] = scale
+    if set(scales) == {"*"}:
+        return scales["*"]
+    rest = {"*": scales.pop("*")} if "*" in scales else {}
+    return scales | rest
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    """Weights from ``1,0.5,0.5``."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise RecipeError(f"weights must be numbers such as 1,0.5,0.5, got {text!r}") from error
+
+
+def _relative_to(folder: Path, name: str) -> str:
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not (folder / name).exists()
+    return name if is_hub_id else str(folder / name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_scale(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(k, str) and _is_number(v) for k, v in value.items())
+    return _is_number(value)
+
+
+def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(check, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+_KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    int: (_is_whole, "a whole number"),
+    float: (_is_number, "a number"),
+    str: (_is_text, "a word"),
+    type(None): (lambda v: _is_number(v) or _is_list_of(_is_number)(v), "a list of numbers"),
+}
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "adapters": (_is_list_of(_is_text), "a list of folders or Hugging Face ids"),
+    "weights": (_is_list_of(_is_number), "a list of numbers, one per adapter"),
+    "rules": (lambda v: _is_list_of(_is_text)(v) and v, "a list of one or more rules"),
+    "space": (_is_text, "the name of a merge space"),
+    "scale": (_is_scale, "a number, or numbers by pattern of the module path"),
+    "rank": (lambda v: _is_whole(v) and v > 0, "a whole number above 0"),
+    "energy": (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+    "dtype": (_is_text, "the name of a dtype"),
+    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "precision": (_is_text, "the name of a dtype"),
+    "extras": (_is_text, "the name of a policy"),
+    "allow_mismatch": (lambda v: isinstance(v, bool), "true or false"),
+}
