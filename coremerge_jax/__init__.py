@@ -1,5 +1,6 @@
 """Core Space merging of LoRA adapters in JAX (arXiv 2509.17786)."""
 
+from coremerge_jax.checkpoint import load_peft, save_peft
 from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError, UnsupportedError
 from coremerge_jax.lora import Adapter, Kind, LoRA, Metadata
 from coremerge_jax.merge import merge
@@ -15,6 +16,7 @@ from coremerge_jax.rules import (
     tsv,
 )
 from coremerge_jax.spaces import core, full, knots
+from coremerge_jax.truncate import truncate
 
 __all__ = [
     "Adapter",
@@ -33,9 +35,12 @@ __all__ = [
     "full",
     "isotropize",
     "knots",
+    "load_peft",
     "mean",
     "merge",
+    "save_peft",
     "task_arithmetic",
     "ties",
+    "truncate",
     "tsv",
 ]

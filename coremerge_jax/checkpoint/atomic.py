@@ -1,0 +1,86 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from coremerge_jax.errors import FormatError
+
+
+def check_output(out: str | Path, *, marker: str, force: bool = False) -> Path:
+    """The absolute path of an output folder that may be written.
+
+    Args:
+        out: the folder to write.
+        marker: a file that tells a folder of ours from any other folder.
+        force: whether an existing folder with the marker may be replaced.
+
+    Raises:
+        FormatError: the output exists and may not be replaced.
+    """
+    path = Path(os.path.realpath(out))
+    if not path.exists():
+        return path
+    if not path.is_dir():
+        raise FormatError(f"{out}: exists and is not a folder; choose another output")
+    if not force:
+        raise FormatError(f"{out}: already exists; choose another output, or force replacing it")
+    if any(path.iterdir()) and not (path / marker).is_file():
+        raise FormatError(f"{out}: has no {marker}, so it is not replaced; choose another output")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling folder to fill, which then becomes `out` in one rename.
+
+    An existing `out` is moved aside, and deleted only when the new one is in place. After any
+    exception, `out` is what it was and nothing else is left.
+
+    Args:
+        out: the folder to write.
+        marker: a file that tells a folder of ours from any other folder.
+        force: whether an existing folder with the marker may be replaced.
+
+    Raises:
+        FormatError: the output exists and may not be replaced.
+    """
+    path = check_output(out, marker=marker, force=force)
+    unique = f".{path.name}.{uuid.uuid4().hex[:12]}"
+    new, old = path.with_name(unique + ".new"), path.with_name(unique + ".old")
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        new.mkdir(parents=True)
+        yield new
+        _sync(*new.rglob("*"), new)
+        if path.exists():
+            check_output(path, marker=marker, force=force)
+            path.rename(old)
+        new.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not path.exists():
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _sync(*paths: Path) -> None:
+    """Waits until files and folders are on disk, where the system can do that."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

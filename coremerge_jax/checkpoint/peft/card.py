@@ -1,0 +1,70 @@
+"""README.md and coremerge.json: where a merged adapter comes from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from coremerge_jax.lora import Adapter
+
+PROVENANCE = "coremerge.json"
+
+
+def model_card(adapter: Adapter, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text of README.md and the content of coremerge.json.
+
+    Args:
+        adapter: what is written.
+        card: how it was made; ``"sources"`` lists what it was made of.
+    """
+    ranks = [lora.rank for lora in adapter.values()]
+    content = {
+        "base_model": adapter.metadata.base_model,
+        "modules": len(adapter),
+        "rank": max(ranks),
+        **card,
+    }
+    data = ModelCardData(
+        base_model=_hub_name(adapter.metadata.base_model),
+        library_name="peft",
+        tags=["lora", "merge", "coremerge"],
+    )
+    sources = content.get("sources", ())
+    details = [
+        f"| {name.replace('_', ' ')} | {_cell(value)} |"
+        for name, value in content.items()
+        if name != "sources" and value is not None
+    ]
+    text = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {'Merged LoRA adapter' if sources else 'LoRA adapter'}",
+        "",
+        "Written by coremerge-jax, which merges LoRA adapters in core space "
+        "([arXiv 2509.17786](https://arxiv.org/abs/2509.17786)).",
+        "",
+        "| | |",
+        "|---|---|",
+        *details,
+    ]
+    if sources:
+        text += ["", "## Sources", "", "| adapter | file | SHA-256 |", "|---|---|---|"]
+        for source in sources:
+            for file, digest in source.get("sha256", {"": ""}).items():
+                text.append(f"| {_cell(source.get('name'))} | {file} | {digest} |")
+    return "\n".join(text) + "\n", content
+
+
+def _hub_name(base_model: str | None) -> str | None:
+    """The hub takes only names `owner/name`, and refuses a card with a local path."""
+    local = not base_model or Path(base_model).is_absolute() or base_model.startswith(".")
+    return None if local else base_model
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")

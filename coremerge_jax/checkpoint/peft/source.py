@@ -1,0 +1,122 @@
+"""Where an adapter's files are: a folder, or the Hugging Face cache."""
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from coremerge_jax.errors import FormatError, UnsupportedError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^@]+))?")
+
+
+def locate(source: str | Path) -> Path:
+    """The folder that holds an adapter's files.
+
+    Args:
+        source: a folder, or a Hugging Face id ``owner/name`` or ``owner/name@revision``, which is
+            looked for in the local cache and then downloaded.
+
+    Raises:
+        FormatError: there is no such folder, or the id can neither be found nor downloaded.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FormatError(f"{source}: is a file; give the folder that contains {CONFIG}")
+    hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if not hub_id or folder.parent.exists():
+        raise FormatError(f"{source}: no such folder")
+    return _from_hub(source, hub_id["repo"], hub_id["revision"])
+
+
+def _from_hub(source: str | Path, repo: str, revision: str | None) -> Path:
+    for local in (True, False):
+        if not local and not _hub_answers():
+            break
+        try:
+            for file in (WEIGHTS, CONFIG):
+                path = huggingface_hub.hf_hub_download(
+                    repo, file, revision=revision, local_files_only=local
+                )
+            return Path(path).parent
+        except LocalEntryNotFoundError:
+            continue
+        except EntryNotFoundError as error:
+            raise FormatError(
+                f"{source}: the repository has no {file}; expected a PEFT adapter with "
+                f"{CONFIG} and {WEIGHTS}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{source}: not on the Hugging Face hub ({_line(error)})") from error
+    raise FormatError(
+        f"{source}: no such folder, not in the Hugging Face cache, and the hub cannot be reached"
+    )
+
+
+def _hub_answers() -> bool:
+    """Asks once: huggingface_hub itself would retry for half a minute without a network."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def weights_file(folder: Path) -> Path:
+    """The adapter's safetensors file.
+
+    Raises:
+        FormatError: there are no weights.
+        UnsupportedError: there is only a pickle file.
+    """
+    file = folder / WEIGHTS
+    if file.is_file():
+        return file
+    if (folder / PICKLE).is_file():
+        raise UnsupportedError(
+            f"{folder / PICKLE}: pickle files can run code when they are read, so they are not; "
+            "load the adapter with peft and save it again, which writes safetensors"
+        )
+    raise FormatError(f"{folder}: no {WEIGHTS}")
+
+
+def hash_source(source: str | Path) -> dict[str, str]:
+    """SHA-256 of each file that an adapter was read from.
+
+    Args:
+        source: what `load_peft` takes.
+
+    Returns:
+        File name to hexadecimal digest.
+    """
+    folder = locate(source)
+    digests = {}
+    for file in (folder / CONFIG, weights_file(folder)):
+        with file.open("rb") as stream:
+            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def same_folder(a: str | Path, b: str | Path) -> bool:
+    """Whether two paths lead to one folder."""
+    return os.path.realpath(a) == os.path.realpath(b)
