@@ -20,7 +20,7 @@ import yaml
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
-    from coremerge_jax.lora import Adapter
+    from coremerge_jax.lora import Adapter, LoRA
     from coremerge_jax.rules import Rule
     from coremerge_jax.spaces import Space
 
@@ -259,7 +259,7 @@ class Recipe:
     def load(cls, path: str | Path) -> Self:
         """Reads a recipe file. Relative paths of adapters are relative to the file.
 
-        An entry of the form ``owner/name`` that is no path there is a Hugging Face id.
+        ``owner/name`` is a Hugging Face id where there is no folder ``owner`` beside the file.
         """
         path = Path(path)
         try:
@@ -301,6 +301,24 @@ class Recipe:
             allow_mismatch=self.allow_mismatch,
         )
 
+    def plan(self, adapters: "Sequence[Adapter]") -> "Adapter":
+        """What `run` would give, as shapes: checks everything but computes nothing.
+
+        Raises:
+            CoreMergeError: as `run` does.
+        """
+        import jax
+
+        # Precision is a matter of the computation; tracing in float64 would need JAX's x64 mode.
+        traced = dataclasses.replace(self, precision=None)
+
+        def run(modules: "list[tuple[LoRA, ...]]") -> "Adapter":
+            pairs = zip(adapters, modules, strict=True)
+            return traced.run([a.replace(modules=dict(zip(a, m, strict=True))) for a, m in pairs])
+
+        # Extras stay concrete: they are averaged by NumPy.
+        return jax.eval_shape(run, [tuple(adapter.values()) for adapter in adapters])
+
 
 def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
     """A scale from ``0.9``, or from several ``PATTERN=NUMBER``; a bare number is for the rest."""
@@ -331,8 +349,8 @@ def parse_weights(text: str) -> tuple[float, ...]:
 
 
 def _relative_to(folder: Path, name: str) -> str:
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not (folder / name).exists()
-    return name if is_hub_id else str(folder / name)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^@]+)?", name)
+    return name if is_hub_id and not (folder / name).parent.exists() else str(folder / name)
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+from coremerge_jax.cli.console import package_version
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
@@ -34,7 +34,7 @@ app.command()(demo)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"coremerge {version('coremerge-jax')}")
+        typer.echo(f"coremerge {package_version()}")
         raise typer.Exit
 
 

@@ -51,10 +51,8 @@ def inspect(
 
 def _problem(adapters: "Sequence[Adapter]") -> str | None:
     """Why the adapters cannot be merged with default options; None if they can."""
-    import jax
-
     try:
-        jax.eval_shape(Recipe(rules=("mean",)).run, adapters)
+        Recipe(rules=("mean",)).plan(adapters)
     except CoreMergeError as error:
         return str(error)
     return None

@@ -16,11 +16,21 @@ from coremerge_jax.cli.console import (
     describe_ranks,
     human_bytes,
     new_table,
+    package_version,
     print_json,
     print_table,
 )
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.recipe import DTYPES, EXTRAS, PRECISIONS, Recipe, parse_scale, parse_weights
+from coremerge_jax.recipe import (
+    DTYPES,
+    EXTRAS,
+    PRECISIONS,
+    Recipe,
+    format_rule,
+    parse_rule,
+    parse_scale,
+    parse_weights,
+)
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
@@ -177,7 +187,7 @@ def merge(
     if not recipe.adapters:
         raise RecipeError("no adapters: name their folders, or give a recipe that does")
     if dry_run:
-        report = _dry_run(recipe)
+        report = _dry_run(recipe, output, force)
     elif output is None:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     else:
@@ -191,9 +201,10 @@ def _merge(recipe: Recipe, output: Path, force: bool) -> dict[str, Any]:
     """Reads, merges, writes, and reports what was done."""
     import jax
 
-    from coremerge_jax.checkpoint import save_peft
+    from coremerge_jax.checkpoint import check_output, save_peft
     from coremerge_jax.truncate import truncate
 
+    check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
     adapters = _read(recipe, stage)
     energy_kept: dict[str, float] = {}
@@ -202,7 +213,8 @@ def _merge(recipe: Recipe, output: Path, force: bool) -> dict[str, Any]:
         if recipe.rank or recipe.energy:
             merged, energy_kept = truncate(merged, rank=recipe.rank, energy=recipe.energy)
     with stage("write"):
-        save_peft(merged, output, dtype=recipe.dtype, force=force, card=recipe.to_dict())
+        card = _provenance(recipe, adapters)
+        save_peft(merged, output, dtype=recipe.dtype, force=force, card=card)
     ranks = {path: lora.rank for path, lora in merged.items()}
     return {
         "output": str(output),
@@ -214,14 +226,18 @@ def _merge(recipe: Recipe, output: Path, force: bool) -> dict[str, Any]:
     }
 
 
-def _dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Reads, traces the merge (which checks everything but the numbers), and reports the plan."""
-    import jax
+def _dry_run(recipe: Recipe, output: Path | None, force: bool) -> dict[str, Any]:
+    """Reads and checks everything, and reports the plan."""
     import jax.numpy as jnp
 
+    from coremerge_jax.checkpoint import check_output
+
+    if output is not None:
+        check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
     adapters = _read(recipe, stage)
-    merged = jax.eval_shape(recipe.run, adapters)
+    with stage("check"):
+        merged = recipe.plan(adapters)
     ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
     size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
     return {
@@ -241,6 +257,21 @@ def _read(recipe: Recipe, stage: Stages) -> "list[Adapter]":
             adapters.append(load_peft(source))
             advance()
     return adapters
+
+
+def _provenance(recipe: Recipe, adapters: "Sequence[Adapter]") -> dict[str, Any]:
+    """What the output records of its making: enough to make it again."""
+    from coremerge_jax.checkpoint import hash_source
+
+    explicit = [format_rule(parse_rule(rule)) for rule in recipe.rules]
+    return {
+        "coremerge_version": package_version(),
+        "recipe": recipe.to_dict() | {"rules": explicit},
+        "sources": [
+            {"name": adapter.metadata.name, "path": source, "sha256": hash_source(source)}
+            for source, adapter in zip(recipe.adapters, adapters, strict=True)
+        ],
+    }
 
 
 def _signatures(
