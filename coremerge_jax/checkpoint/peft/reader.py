@@ -198,7 +198,8 @@ class _Reader:
                 "save the adapter again with save_projection=True"
             )
         a, b = _float32(self.shared["vera_A"]), _float32(self.shared["vera_B"])
-        if rows.ndim != 1 or len(rows) > len(b) or inner.shape != (len(a),) != (b.shape[-1],):
+        fits = inner.shape == (len(a),) == b.shape[1:] and rows.ndim == 1 and len(rows) <= len(b)
+        if not fits:
             raise FormatError(
                 f"{self.file}: module {path!r}: lambda_b {rows.shape} and lambda_d {inner.shape} "
                 f"do not fit the projections A {a.shape} and B {b.shape}"

@@ -1,0 +1,50 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+CONFIG = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "owner/base",
+    "task_type": "CAUSAL_LM",
+    "peft_version": "0.21.2",
+    "r": 2,
+    "lora_alpha": 6,
+    "target_modules": ["q", "v"],
+}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def factors(rng):
+    """Tensors of linear modules ``{path: (m, n, r)}`` under their keys."""
+
+    def make(modules, prefix="base_model.model.", infix=""):
+        tensors = {}
+        for path, (m, n, r) in modules.items():
+            for part, shape in (("A", (r, n)), ("B", (m, r))):
+                value = rng.standard_normal(shape, np.float32)
+                tensors[f"{prefix}{path}.lora_{part}{infix}.weight"] = value
+        return tensors
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a PEFT folder; a field of None is left out of the configuration."""
+
+    def make(tensors, name="adapter", **fields):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {k: v for k, v in {**CONFIG, **fields}.items() if v is not None}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+    return make

@@ -1,0 +1,337 @@
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import coremerge_jax as cm
+
+PATHS = {"layers.0.q": (5, 4, 2), "layers.0.v": (3, 4, 2)}
+
+
+def refusal(source, error=cm.FormatError):
+    """The message of the error, which is one line."""
+    with pytest.raises(error) as caught:
+        cm.load_peft(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_scaling_is_folded_into_b_and_a_is_untouched(write, factors):
+    tensors = factors(PATHS)
+    adapter = cm.load_peft(write(tensors))
+    assert list(adapter) == list(PATHS)
+    for path, lora in adapter.items():
+        a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        assert np.array_equal(lora.a, a)
+        assert np.array_equal(lora.b, (b.astype(np.float64) * 3).astype(np.float32))
+        assert lora.a.dtype == lora.b.dtype == np.float32
+        assert lora.kind == cm.Kind()
+
+
+def test_metadata_is_the_configurations(write, factors):
+    folder = write(factors(PATHS), "my-task")
+    metadata = cm.load_peft(folder).metadata
+    assert metadata == cm.Metadata(
+        name="my-task",
+        base_model="owner/base",
+        task_type="CAUSAL_LM",
+        rank=2,
+        alpha=6,
+        dtype="float32",
+    )
+    assert cm.load_peft(str(folder), name="other").metadata.name == "other"
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+@pytest.mark.parametrize("infix", ["", ".default", ".my_task"])
+def test_keys_of_files_and_of_raw_state_dicts(write, factors, prefix, infix):
+    adapter = cm.load_peft(write(factors(PATHS, prefix, infix)))
+    assert list(adapter) == list(PATHS)
+
+
+def test_rank_stabilized_scaling(write, factors):
+    tensors = factors(PATHS)
+    scaled = cm.load_peft(write(tensors, use_rslora=True))
+    b = tensors["base_model.model.layers.0.q.lora_B.weight"].astype(np.float64)
+    assert np.array_equal(scaled["layers.0.q"].b, (b * (6 / math.sqrt(2))).astype(np.float32))
+
+
+def test_the_first_matching_pattern_counts(write, factors):
+    modules = {"layers.0.q": (5, 4, 3), "layers.1.q": (5, 4, 1), "layers.1.v": (5, 4, 2)}
+    tensors = factors(modules)
+    folder = write(
+        tensors,
+        rank_pattern={r"layers\.0\.q": 3, "q": 1},
+        alpha_pattern={"^layers.*v": 1, "v": 100},
+    )
+    adapter = cm.load_peft(folder)
+    for path, scale in (("layers.0.q", 2), ("layers.1.q", 6), ("layers.1.v", 0.5)):
+        b = tensors[f"base_model.model.{path}.lora_B.weight"].astype(np.float64)
+        assert np.array_equal(adapter[path].b, (b * scale).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes_become_float32_before_scaling(write, factors, dtype):
+    tensors = {k: v.astype(jnp.dtype(dtype)) for k, v in factors(PATHS).items()}
+    adapter = cm.load_peft(write(tensors))
+    assert adapter.metadata.dtype == dtype
+    b = tensors["base_model.model.layers.0.q.lora_B.weight"].astype(np.float64)
+    assert np.array_equal(adapter["layers.0.q"].b, (b * 3).astype(np.float32))
+
+
+def test_vera_becomes_plain_factors(write, rng):
+    tensors = {
+        "base_model.vera_A": rng.standard_normal((2, 4), np.float32),
+        "base_model.vera_B": rng.standard_normal((5, 2), np.float32),
+        "base_model.model.q.vera_lambda_b": rng.standard_normal(3, np.float32),
+        "base_model.model.q.vera_lambda_d": rng.standard_normal(2, np.float32),
+    }
+    lora = cm.load_peft(write(tensors, peft_type="VERA"))["q"]
+    shared_a, shared_b, rows, inner = tensors.values()
+    assert np.array_equal(lora.a, shared_a * inner[:, None])
+    assert np.array_equal(lora.b, shared_b[:3] * rows[:, None])
+    without = {k: v for k, v in tensors.items() if k != "base_model.vera_A"}
+    assert "vera_A" in refusal(write(without, "without", peft_type="VERA"))
+
+
+def test_tensors_that_are_not_updates_become_extras(write, factors, rng):
+    extra = {
+        "layers.0.q.base_layer.bias": "layers.0.q.bias",
+        "norm.bias": "norm.bias",
+        "score.weight": "score.weight",
+        "embed_tokens.weight": "embed_tokens.weight",
+        "embed.token_adapter.trainable_tokens_delta": "embed.token_adapter.trainable_tokens_delta",
+        "layers.0.q.lora_B.bias": "layers.0.q.lora_B.bias",
+    }
+    values = {key: rng.standard_normal(5, np.float32) for key in extra}
+    fields = {"bias": "all", "modules_to_save": ["score"], "trainable_token_indices": [0, 1]}
+    tensors = factors(PATHS) | {f"base_model.model.{k}": v for k, v in values.items()}
+    adapter = cm.load_peft(write(tensors, lora_bias=True, **fields))
+    assert set(adapter.extras) == set(extra.values())
+    for key, name in extra.items():
+        scale = 3 if "lora_B" in key else 1
+        assert np.array_equal(adapter.extras[name], values[key] * np.float32(scale))
+    assert adapter.metadata.config == fields
+
+
+def test_experts_are_modules(write, rng):
+    count, rank = 3, 2
+    up = rng.standard_normal((count, rank, 4), np.float32)
+    up_b = rng.standard_normal((count, 10, rank), np.float32)
+    down = rng.standard_normal((count, rank, 5), np.float32)
+    down_b = rng.standard_normal((count, 4, rank), np.float32)
+    tensors = {
+        "mlp.experts.base_layer.lora_A.weight": up.reshape(-1, 4),
+        "mlp.experts.base_layer.lora_B.weight": np.moveaxis(up_b, 0, 2).reshape(10, -1),
+        "mlp.experts.lora_A.weight": down.reshape(-1, 5),
+        "mlp.experts.lora_B.weight": np.moveaxis(down_b, 0, 2).reshape(4, -1),
+    }
+    targets = ["experts.down_proj", "experts.gate_up_proj"]
+    adapter = cm.load_peft(write(tensors, target_parameters=targets, lora_alpha=2))
+    assert len(adapter) == 2 * count
+    for e in range(count):
+        lora = adapter[f"mlp.experts.gate_up_proj[{e}]"]
+        assert lora.kind.name == "expert"
+        assert np.array_equal(lora.a, up[e])
+        assert np.array_equal(lora.b, up_b[e])
+        lora = adapter[f"mlp.experts.down_proj[{e}]"]
+        assert np.array_equal(lora.a, down[e])
+        assert np.array_equal(lora.b, down_b[e])
+
+
+@pytest.mark.parametrize(
+    ("targets", "version", "reason"),
+    [
+        (["experts.w1", "experts.w2"], "0.21.2", "does not tell"),
+        (["experts.gate_up_proj", "experts.down_proj"], "0.21.2", "does not tell"),
+        (["experts.w1"], "0.21.2", "does not tell"),
+    ],
+)
+def test_uncertain_experts_are_refused(write, factors, targets, version, reason):
+    tensors = factors({"experts": (5, 4, 6), "experts.base_layer": (5, 4, 6)})
+    folder = write(tensors, target_parameters=targets, peft_version=version)
+    assert reason in refusal(folder, cm.UnsupportedError)
+
+
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.17.0"])
+def test_one_parameter_needs_a_known_layout(write, factors, version):
+    tensors = factors({"experts": (5, 4, 6)})
+    folder = write(tensors, target_parameters=["experts.w1"], peft_version=version)
+    assert "0.19.0" in refusal(folder, cm.UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("alora_invocation_tokens", [1]),
+        ("kasa_config", {"beta": 1}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 2]]),
+        ("arrow_config", {"top_k": 1}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("megatron_config", {"a": 1}),
+        ("ensure_weight_tying", True),
+        ("a_field_of_the_future", 1),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("peft_type", "LOHA"),
+        ("peft_type", "ADALORA"),
+        ("save_projection", False),
+    ],
+)
+def test_what_is_more_than_low_rank_is_refused_by_name(write, factors, field, value):
+    vera = {"peft_type": "VERA"} if field == "save_projection" else {}
+    message = refusal(write(factors(PATHS), **vera, **{field: value}), cm.UnsupportedError)
+    assert field in message
+    assert "adapter_config.json" in message
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_initializations_that_keep_the_base_weights(write, factors, init):
+    assert len(cm.load_peft(write(factors(PATHS), init_lora_weights=init))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"r": None}, "no r"),
+        ({"r": 0}, "positive integer"),
+        ({"r": "2"}, "positive integer"),
+        ({"lora_alpha": math.inf}, "finite"),
+        ({"r": 3}, "'layers.0.q' has rank 2, but adapter_config.json says 3"),
+        ({"rank_pattern": {"v": 1}}, "'layers.0.v' has rank 2, but adapter_config.json says 1"),
+        ({"rank_pattern": {"(": 2}}, "broken pattern '('"),
+        ({"rank_pattern": [2]}, "expected an object"),
+        ({"alpha_pattern": {"v": "big"}}, "alpha_pattern['v'] is \"big\""),
+        ({"bias": "some"}, "'some'"),
+        ({"peft_type": None}, "peft_type is None"),
+    ],
+)
+def test_inconsistent_configurations(write, factors, changes, expected):
+    message = refusal(write(factors(PATHS), **changes))
+    assert expected in message
+    assert "adapter_" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("layers.0.q.lora_A.weight", None, "'layers.0.q' has lora_B.weight only"),
+        ("layers.0.q.lora_B.weight", None, "'layers.0.q' has lora_A.weight only"),
+        ("layers.0.q.lora_B.weight", np.ones((5, 3)), "B has shape (5, 3)"),
+        ("layers.0.q.lora_A.weight", np.ones((0, 4)), "A has shape (0, 4)"),
+        ("layers.0.q.lora_A.weight", np.full((2, 4), np.nan), "layers.0.q.lora_A.weight"),
+        ("layers.0.q.lora_B.weight", np.full((5, 2), np.inf), "layers.0.q.lora_B.weight"),
+        ("layers.0.q.lora_B.weight", np.full((5, 2), 3e38), "overflows"),
+        ("layers.0.q.lora_C.weight", np.ones(2), "'layers.0.q.lora_C.weight' is nearest to"),
+        ("layers.0.q.lora_B.bias", np.ones(5), "lora_bias is false"),
+        ("norm.weight", np.ones(5), "does not account for: 'norm.weight'"),
+    ],
+)
+def test_inconsistent_tensors(write, factors, name, value, expected):
+    tensors = factors(PATHS)
+    tensors.pop("base_model.model." + name, None)
+    if value is not None:
+        tensors["base_model.model." + name] = value.astype(np.float32)
+    message = refusal(write(tensors))
+    assert expected in message
+    assert "adapter_model.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.q.lora_magnitude_vector", "layers.0.q.lora_E", "layers.0.q.lora_diag"]
+)
+def test_tensors_of_other_methods_are_refused(write, factors, name):
+    tensors = factors(PATHS) | {f"base_model.model.{name}": np.ones(5, np.float32)}
+    assert name in refusal(write(tensors), cm.UnsupportedError)
+
+
+def test_paths_that_are_the_same_without_prefix(write, factors):
+    tensors = factors(PATHS) | factors(PATHS, prefix="")
+    assert "'base_model.model.layers.0.q.lora_A.weight'" in refusal(write(tensors))
+
+
+def test_no_factors(write):
+    assert "no LoRA factors" in refusal(write({}))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "error", "expected"),
+    [
+        (((4, 3, 2, 2), (6, 2, 1, 1)), cm.UnsupportedError, "2 groups"),
+        (((2, 3, 5), (6, 2, 1)), cm.UnsupportedError, "two-dimensional"),
+        (((2, 3, 2, 2), (6, 2, 2, 2)), cm.FormatError, "1 x 1"),
+    ],
+)
+def test_other_convolutions(write, shapes, error, expected):
+    keys = "conv.lora_A.weight", "conv.lora_B.weight"
+    tensors = {key: np.ones(shape, np.float32) for key, shape in zip(keys, shapes, strict=True)}
+    assert expected in refusal(write(tensors, r=shapes[0][0]), error)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_truncated_weights(write, factors, size):
+    folder = write(factors(PATHS))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert str(file) in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", '{"r": 2'])
+def test_broken_configuration(write, factors, text):
+    folder = write(factors(PATHS))
+    (folder / "adapter_config.json").write_text(text)
+    assert str(folder / "adapter_config.json") in refusal(folder)
+
+
+def test_missing_files(write, factors, tmp_path):
+    folder = write(factors(PATHS))
+    (folder / "adapter_model.safetensors").rename(tmp_path / "moved")
+    assert "no adapter_model.safetensors" in refusal(folder)
+    (folder / "adapter_model.bin").touch()
+    assert "pickle" in refusal(folder, cm.UnsupportedError)
+    (folder / "adapter_config.json").unlink()
+    assert "no adapter_config.json" in refusal(folder)
+    assert str(folder) in refusal(folder)
+
+
+def test_sources_that_are_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for source in ("nothing", "./owner/name", "/no/such", "here/nothing", "a/b/c", tmp_path / "x"):
+        assert refusal(source) == f"{source}: no such folder"
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal("file")
+
+
+def test_hub_ids_come_from_the_cache_and_offline_fails_at_once(monkeypatch, tmp_path, factors):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "cannot be reached" in refusal("owner/no-such-adapter")
+
+    folder = tmp_path / "models--owner--task"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (snapshot / "adapter_config.json").write_text(json.dumps(config))
+    save_file(factors(PATHS), snapshot / "adapter_model.safetensors")
+    for source in ("owner/task", "owner/task@main"):
+        adapter = cm.load_peft(source)
+        assert adapter.metadata.name == "task"
+        assert list(adapter) == list(PATHS)
+    assert "cannot be reached" in refusal("owner/task@other")
