@@ -59,10 +59,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         # Pytree transformations put other things than arrays (axes, None, specs) in the leaves.
-        shapes = getattr(self.a, "shape", None), getattr(self.b, "shape", None)
-        if shapes[0] is None or shapes[1] is None:
+        if not (hasattr(self.a, "shape") and hasattr(self.b, "shape")):
             return
-        a, b = shapes
+        a, b = self.a.shape, self.b.shape
         if len(a) < 2 or len(b) < 2 or a[:-2] != b[:-2] or a[-2] != b[-1]:
             raise FormatError(
                 f"LoRA factors do not fit: a has shape {a}, b has shape {b}; "
@@ -170,11 +169,18 @@ class Adapter(Mapping[str, LoRA]):
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
         return f"Adapter({name}{len(self)} modules, rank {rank})"
 
-    def replace(self, **changes: Any) -> "Adapter":
+    def replace(
+        self,
+        modules: Mapping[str, LoRA] | None = None,
+        metadata: Metadata | None = None,
+        extras: Mapping[str, Array] | None = None,
+    ) -> "Adapter":
         """A copy with other ``modules``, ``metadata`` or ``extras``."""
-        fields = {"modules": self._modules, "metadata": self.metadata, "extras": self.extras}
-        fields.update(changes)
-        return Adapter(fields.pop("modules"), **fields)
+        return Adapter(
+            self if modules is None else modules,
+            metadata=self.metadata if metadata is None else metadata,
+            extras=self.extras if extras is None else extras,
+        )
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         """Children in the order of the mapping (a plain dict would be sorted)."""

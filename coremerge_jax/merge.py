@@ -1,9 +1,9 @@
 """Merging adapters: a space and a rule over all modules."""
 
-import contextlib
+import dataclasses
 import fnmatch
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
+from coremerge_jax.precision import computing
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, as_rule, chain
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.stack import Stack, label, stack_adapters
@@ -84,7 +85,7 @@ def merge(
     paths = [path for stack in stacks for path in stack.paths]
     scales = dict(zip(paths, module_scales(paths, scale), strict=True))
     modules: dict[str, LoRA] = {}
-    with _computing(precision, stacks) as dtype:
+    with computing(precision, *(x for stack in stacks for x in (stack.a, stack.b))) as dtype:
         inputs = [_inputs(stack, tasks, weights, scales, dtype) for stack in stacks]
         static = [(stack.ranks, space, dtype) for stack in stacks]
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
@@ -151,7 +152,8 @@ def _merge_stack(
         else:
             projection = _project(rule, module, ranks, space, dtype)
             lora = projection.merge(rule, key=_module_key(key, module), tasks=module.tasks)
-        return lora.a.astype(arrays.a.dtype), (lora.b * module.scale).astype(arrays.b.dtype)
+        a, b = jnp.asarray(lora.a), jnp.asarray(lora.b) * module.scale
+        return a.astype(arrays.a.dtype), b.astype(arrays.b.dtype)
 
     return _over_modules(merge_module, arrays)
 
@@ -177,7 +179,7 @@ def _merge_linear(rule: Chain, module: _Inputs, ranks: tuple[int, ...], dtype: A
     """A weighted sum needs no space: its coefficients go to the factors."""
     tasks = len(ranks)
     units = jnp.eye(tasks, dtype=dtype)[:, None, :]
-    context = Context.of(units).replace(tasks=module.tasks)
+    context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
     coefficients = rule(units, context=context)[0] * module.weights
     a = module.a.astype(dtype)
     b = module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
@@ -185,7 +187,11 @@ def _merge_linear(rule: Chain, module: _Inputs, ranks: tuple[int, ...], dtype: A
     if sum(ranks) <= min(m, n):
         return LoRA(a=a, b=b)
     update = matmul(b, a)
-    return LoRA(a=jnp.eye(n, dtype=dtype), b=update) if n <= m else LoRA(a=update, b=jnp.eye(m, dtype=dtype))
+    return (
+        LoRA(a=jnp.eye(n, dtype=dtype), b=update)
+        if n <= m
+        else LoRA(a=update, b=jnp.eye(m, dtype=dtype))
+    )
 
 
 def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
@@ -200,7 +206,7 @@ def _with_thresholds(
     ties = rule.reducer
     assert isinstance(ties, Ties)
     magnitudes: list[list[jax.Array]] = [[] for _ in range(adapters)]
-    sizes = [0] * adapters
+    sizes = [jnp.zeros((), jnp.int32)] * adapters
     for arrays, settings in zip(inputs, static, strict=True):
         cores, shapes = _prepare_stack(rule, arrays, key, *settings)
         for row, module in zip(np.asarray(arrays.tasks), range(cores.shape[0]), strict=True):
@@ -211,7 +217,8 @@ def _with_thresholds(
         ties.trim(jnp.concatenate(parts), size) if parts else jnp.zeros(())
         for parts, size in zip(magnitudes, sizes, strict=True)
     ]
-    return rule.replace(reducer=ties.replace(threshold=jnp.stack(thresholds)))
+    fitted = dataclasses.replace(ties, threshold=jnp.stack(thresholds))
+    return dataclasses.replace(rule, reducer=fitted)
 
 
 @partial(jax.jit, static_argnames=("ranks", "space", "dtype"))
@@ -232,27 +239,6 @@ def _prepare_stack(
         return cores, projection.shape
 
     return _over_modules(prepare, arrays)
-
-
-@contextlib.contextmanager
-def _computing(precision: str | None, stacks: list[Stack]) -> Iterator[Any]:
-    """The dtype to compute in, and a scope in which JAX has it."""
-    widest = jax.dtypes.result_type(np.float32, *{stack.a.dtype for stack in stacks})
-    traced = any(isinstance(x, jax.core.Tracer) for stack in stacks for x in (stack.a, stack.b))
-    if precision is None and traced:
-        yield widest
-        return
-    if precision is None:
-        precision = "float32" if jax.default_backend() == "tpu" else "float64"
-    if precision not in ("float32", "float64"):
-        raise ValueError(f"precision={precision!r}: expected 'float32', 'float64' or None")
-    if traced and precision == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError(
-            "precision='float64' with traced factors needs JAX's x64 mode; "
-            "enable it around the traced function, or leave precision unset"
-        )
-    with jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext():
-        yield np.dtype(precision)
 
 
 def _is_zero(weights: Any, t: int) -> bool:
@@ -312,9 +298,7 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> l
             raise MismatchError(
                 f"scale pattern {pattern!r} matches no module; module paths look like {paths[0]!r}"
             )
-    return [
-        next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths
-    ]
+    return [next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths]
 
 
 def _metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:

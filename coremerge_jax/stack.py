@@ -47,19 +47,17 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Iterator[Stack]:
         signature = (loras[0].shape, tuple(lora.rank for lora in loras))
         groups.setdefault(signature, []).append((path, tasks))
     for (_, ranks), members in groups.items():
-        loras = [[adapters[t][path] for t in tasks] for path, tasks in members]
+        rows = [[adapters[t][path] for t in tasks] for path, tasks in members]
         yield Stack(
             paths=tuple(path for path, _ in members),
             tasks=np.asarray([tasks for _, tasks in members], np.int32),
             ranks=ranks,
-            a=_pile(lambda lora: lora.a, loras, axis=0),
-            b=_pile(lambda lora: lora.b, loras, axis=1),
+            a=_pile(lambda lora: lora.a, rows, axis=0),
+            b=_pile(lambda lora: lora.b, rows, axis=1),
         )
 
 
-def _check_same(
-    adapters: Sequence[Adapter], path: str, first: int, other: int, lora: LoRA
-) -> None:
+def _check_same(adapters: Sequence[Adapter], path: str, first: int, other: int, lora: LoRA) -> None:
     expected = adapters[first][path]
     for what, x, y in (
         ("shape (m, n)", expected.shape, lora.shape),

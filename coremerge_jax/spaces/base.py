@@ -45,9 +45,9 @@ class Projection:
             key: PRNG key, for rules that draw random numbers.
             tasks: int32 ``(T,)``, which adapters these are; by default 0 to T - 1.
         """
-        context = Context.of(self.cores).replace(shape=self.shape)
-        if tasks is not None:
-            context = context.replace(tasks=tasks)
+        if tasks is None:
+            tasks = jnp.arange(self.cores.shape[0], dtype=jnp.int32)
+        context = Context(shape=self.shape, tasks=tasks)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = self._weigh(rule.reduce(self.cores, key=key, context=context))
         return self._expand(rule.finish(merged, key, context))

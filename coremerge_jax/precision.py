@@ -1,0 +1,38 @@
+"""Which precision to compute in, without touching JAX's global x64 switch."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from coremerge_jax.lora import Array
+
+
+@contextlib.contextmanager
+def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
+    """A scope in which JAX computes in the dtype that it yields.
+
+    Args:
+        precision: ``"float32"``, ``"float64"``, or None: float64, except on TPU and for traced
+            inputs, which keep their own precision (at least float32).
+        *inputs: what is computed with.
+
+    Raises:
+        ValueError: the precision has another name, or cannot be had for traced inputs.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
+    if precision not in (None, "float32", "float64"):
+        raise ValueError(f"precision={precision!r}: expected 'float32', 'float64' or None")
+    if traced and precision == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise ValueError(
+            "precision='float64' with traced factors needs JAX's x64 mode; "
+            "enable it around the traced function, or leave precision unset"
+        )
+    if traced and precision is None:
+        yield jax.dtypes.result_type(np.float32, *(x.dtype for x in inputs))
+        return
+    if precision is None:
+        precision = "float32" if jax.default_backend() == "tpu" else "float64"
+    with jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext():
+        yield np.dtype(precision)
