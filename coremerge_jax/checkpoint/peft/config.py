@@ -69,7 +69,7 @@ _REFUSED = {
 }
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-_RETRAIN = "merge it into its base model, or train the task again with plain LoRA"
+RETRAIN = "merge it into its base model, or train the task again with plain LoRA"
 _CONVERT = (
     "convert it with peft: "
     "save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)"
@@ -131,7 +131,7 @@ class PeftConfig:
                 reason = _REFUSED.get(name, "this field is not known, so it may change the update")
                 raise UnsupportedError(
                     f"{self.file}: {name} is {_short(value)}, which is not supported: {reason}; "
-                    f"{_RETRAIN}"
+                    f"{RETRAIN}"
                 )
         init = self.fields.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() not in _PLAIN_INITS:

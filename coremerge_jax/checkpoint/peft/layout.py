@@ -20,7 +20,8 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
     linear = [lora.kind for lora in layers.values() if lora.kind.name == "linear"]
     config = {
         "peft_type": "LORA",
-        "peft_version": f"{experts.LAYOUT_VERSION}",
+        # The release whose layout of experts this is.
+        "peft_version": experts.LAYOUT_VERSION,
         "base_model_name_or_path": adapter.metadata.base_model,
         "task_type": adapter.metadata.task_type,
         "inference_mode": True,
@@ -114,7 +115,7 @@ def _layer_tensors(path: str, lora: LoRA, rank: int) -> dict[str, np.ndarray]:
 
 
 def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors with zeros up to a rank, which changes no bit of the update."""
+    """The factors with zeros up to a rank, which does not change the update."""
     more = rank - lora.rank
     a, b = np.asarray(lora.a), np.asarray(lora.b)
     return (np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))) if more else (a, b)

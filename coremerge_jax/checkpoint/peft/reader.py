@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from coremerge_jax.checkpoint.peft import experts
-from coremerge_jax.checkpoint.peft.config import PeftConfig
+from coremerge_jax.checkpoint.peft.config import RETRAIN, PeftConfig
 from coremerge_jax.checkpoint.peft.keys import WRAPPED, extra_name, is_extra, split_factor
 from coremerge_jax.checkpoint.peft.source import CONFIG, locate, weights_file
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -45,8 +45,8 @@ def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         UnsupportedError: the adapter is more than a low-rank update of the base model.
     """
     folder = locate(source)
-    file = weights_file(folder) if (folder / CONFIG).is_file() else folder
     config = PeftConfig.read(folder / CONFIG)
+    file = weights_file(folder)
     reader = _Reader(file, config, _read_tensors(file))
     modules = dict(reader.modules())
     if not modules:
@@ -56,7 +56,7 @@ def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         name=name or _name(source, folder),
         base_model=config.fields.get("base_model_name_or_path") or None,
         task_type=config.fields.get("task_type") or None,
-        rank=config.fields["r"],
+        rank=int(config.fields["r"]),
         alpha=config.fields.get("lora_alpha"),
         dtype=reader.dtype,
         config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
@@ -148,7 +148,7 @@ class _Reader:
                 f"{self.file}: module {path!r} has factors of shapes {a.shape} and {b.shape}; "
                 "only linear layers, embeddings and two-dimensional convolutions are supported"
             )
-        if b.shape[1] < len(a) and len(a) % b.shape[1] == 0:
+        if 0 < b.shape[1] < len(a) and len(a) % b.shape[1] == 0:
             raise UnsupportedError(
                 f"{self.file}: module {path!r} is a convolution with "
                 f"{len(a) // b.shape[1]} groups, whose update is not of low rank"
@@ -225,9 +225,12 @@ class _Reader:
         """Tensors that are not updates, all of which the configuration must account for."""
         extras, unclaimed = {}, []
         for name, value in self.others.items():
-            for fragment, method in _METHODS.items():
-                if fragment in name:
-                    raise UnsupportedError(f"{self.file}: {name!r} belongs to {method}; refused")
+            method = next((_METHODS[part] for part in _METHODS if f".{part}" in name), None)
+            if method:
+                raise UnsupportedError(
+                    f"{self.file}: tensor {name!r} belongs to {method}, whose update is not a "
+                    f"plain low-rank one; {RETRAIN}"
+                )
             if ".lora_velora_embed" in name:  # used in training only
                 continue
             if name.endswith(".lora_B.bias") or is_extra(name, self.config.fields, embeddings):

@@ -1,7 +1,7 @@
 """`Adapter` to PEFT adapter folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from coremerge_jax.lora import Adapter
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check_output(out: str | Path, *, force: bool = False, sources: tuple = ()) -> None:
+def check_output(
+    out: str | Path, *, force: bool = False, sources: Iterable[str | Path] = ()
+) -> None:
     """Raises the error that `save_peft` would, before any work is done.
 
     Args:
@@ -69,7 +71,7 @@ def save_peft(
     """
     card = dict(card or {})
     sources = [source["path"] for source in card.get("sources", ()) if source.get("path")]
-    check_output(out, force=force, sources=tuple(sources))
+    check_output(out, force=force, sources=sources)
     if dtype not in DTYPES:
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     kept = None
