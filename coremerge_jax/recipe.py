@@ -279,6 +279,15 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
+    def check(self) -> None:
+        """Checks what construction could not without the library: the rules and the space.
+
+        Raises:
+            RecipeError: there is no such rule or space, or the rules cannot be chained.
+        """
+        self.build_rule()
+        parse_space(self.space)
+
     def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
         """Merges adapters that were read already; what concerns writing is left to the writer.
 

@@ -87,10 +87,12 @@ def _norm(lora: "LoRA") -> float:
 
 
 def _show(adapters: list[dict[str, Any]]) -> None:
-    right = ("ranks", "alpha", "‖ΔW‖")
-    table = new_table("adapter", "modules", "ranks", "alpha", "‖ΔW‖", "dtype", "base", right=right)
+    bases = {adapter["base_model"] for adapter in adapters}
+    columns = ["adapter", "modules", "ranks", "alpha", "‖ΔW‖", "dtype"]
+    columns += ["base model"] * (len(bases) > 1)
+    table = new_table(*columns, right=("ranks", "alpha", "‖ΔW‖"))
     for adapter in adapters:
-        table.add_row(
+        row = [
             adapter["name"] or adapter["source"],
             describe_paths(list(adapter["modules"])),
             describe_ranks({module["rank"] for module in adapter["modules"].values()}),
@@ -98,11 +100,14 @@ def _show(adapters: list[dict[str, Any]]) -> None:
             f"{adapter['norm']:.4g}",
             adapter["dtype"] or "?",
             adapter["base_model"] or "?",
-        )
+        ]
+        table.add_row(*row[: len(columns)])
     print_table(table)
     for adapter in adapters:
         if adapter["extras"]:
             typer.echo(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
+    if len(bases) == 1:
+        typer.echo(f"base model: {bases.pop() or 'unknown'}")
 
 
 def _show_modules(adapter: dict[str, Any]) -> None:

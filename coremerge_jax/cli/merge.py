@@ -186,27 +186,51 @@ def merge(
     recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
     if not recipe.adapters:
         raise RecipeError("no adapters: name their folders, or give a recipe that does")
-    if dry_run:
-        report = _dry_run(recipe, output, force)
-    elif output is None:
+    if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
-    else:
-        report = _merge(recipe, output, force)
+    report = _report(recipe, output, force=force, dry_run=dry_run)
     if as_json:
         return print_json(report)
     return _show(report)
 
 
-def _merge(recipe: Recipe, output: Path, force: bool) -> dict[str, Any]:
-    """Reads, merges, writes, and reports what was done."""
-    import jax
+def _report(recipe: Recipe, output: Path | None, *, force: bool, dry_run: bool) -> dict[str, Any]:
+    """Does the work and tells about it. What can fail early is checked first."""
+    from coremerge_jax.checkpoint import check_output
 
-    from coremerge_jax.checkpoint import check_output, save_peft
-    from coremerge_jax.truncate import truncate
-
-    check_output(output, force=force, sources=recipe.adapters)
+    recipe.check()
+    if output is not None:
+        check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
     adapters = _read(recipe, stage)
+    if output is None or dry_run:
+        report = _plan(recipe, adapters, stage)
+    else:
+        report = _write(recipe, adapters, output, force, stage)
+    return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
+
+
+def _plan(recipe: Recipe, adapters: "list[Adapter]", stage: Stages) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    with stage("check"):
+        merged = recipe.plan(adapters)
+    ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
+    size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
+    return {
+        "bytes": size * jnp.dtype(recipe.dtype).itemsize,
+        "signatures": _signatures(adapters, merged, ranks),
+    }
+
+
+def _write(
+    recipe: Recipe, adapters: "list[Adapter]", output: Path, force: bool, stage: Stages
+) -> dict[str, Any]:
+    import jax
+
+    from coremerge_jax.checkpoint import save_peft
+    from coremerge_jax.truncate import truncate
+
     energy_kept: dict[str, float] = {}
     with stage("merge"):
         merged = jax.block_until_ready(recipe.run(adapters))
@@ -219,32 +243,8 @@ def _merge(recipe: Recipe, output: Path, force: bool) -> dict[str, Any]:
     return {
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "seconds": stage.seconds,
         "signatures": _signatures(adapters, merged, ranks),
         "energy_kept": energy_kept,
-        "recipe": recipe.to_dict(),
-    }
-
-
-def _dry_run(recipe: Recipe, output: Path | None, force: bool) -> dict[str, Any]:
-    """Reads and checks everything, and reports the plan."""
-    import jax.numpy as jnp
-
-    from coremerge_jax.checkpoint import check_output
-
-    if output is not None:
-        check_output(output, force=force, sources=recipe.adapters)
-    stage = Stages()
-    adapters = _read(recipe, stage)
-    with stage("check"):
-        merged = recipe.plan(adapters)
-    ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
-    size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
-    return {
-        "bytes": size * jnp.dtype(recipe.dtype).itemsize,
-        "seconds": stage.seconds,
-        "signatures": _signatures(adapters, merged, ranks),
-        "recipe": recipe.to_dict(),
     }
 
 

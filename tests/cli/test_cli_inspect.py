@@ -1,0 +1,54 @@
+"""`coremerge inspect`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from coremerge_jax.checkpoint import load_peft
+
+
+def test_one_adapter(coremerge, save):
+    path = save("math", 2)
+    result = coremerge("inspect", path)
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    norm = np.sqrt(sum(np.sum(np.square(lora.dense())) for lora in load_peft(path).values()))
+    assert result.code == 0
+    assert f"math 3: dense, query, value 2 2 {norm:.4g} float32" in lines
+    assert lines[-1] == "base model: org/base"
+    assert "merged" not in result.out
+
+
+def test_json(coremerge, adapters):
+    report = json.loads(coremerge("inspect", *adapters, "--json").out)
+    assert report["can_be_merged"] is True
+    assert report["reason"] is None
+    for path, described in zip(adapters, report["adapters"], strict=True):
+        adapter = load_peft(path)
+        assert described["source"] == str(path)
+        assert described["base_model"] == "org/base"
+        assert list(described["modules"]) == list(adapter)
+        for name, module in described["modules"].items():
+            assert tuple(module["shape"]) == adapter[name].shape
+            assert module["norm"] == pytest.approx(np.linalg.norm(adapter[name].dense()), rel=1e-5)
+
+
+def test_modules(coremerge, adapters):
+    out = coremerge("inspect", *adapters, "--modules").out
+    assert out.count("layer.0.query") == 3
+
+
+def test_says_why_adapters_cannot_be_merged(coremerge, save):
+    paths = [save("math", base_model="org/a"), save("code", base_model="org/b")]
+    result = coremerge("inspect", *paths)
+    assert result.code == 0
+    assert "base model" in result.out.splitlines()[1]
+    assert "cannot be merged: adapter 'math' was trained on base model 'org/a'" in result.out
+    report = json.loads(coremerge("inspect", *paths, "--json").out)
+    assert report["can_be_merged"] is False
+    assert "'org/b'" in report["reason"]
+
+
+def test_extras(coremerge, save):
+    path = save("math", extras={"head.weight": np.ones((2, 2), np.float32)})
+    assert "math has extras: head.weight" in coremerge("inspect", path).out
