@@ -5,6 +5,7 @@ A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` an
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,12 @@ class Kind:
 
 
 LINEAR = Kind()
+
+
+def widest(*dtypes: np.dtype) -> np.dtype:
+    """The dtype that holds all of these, whatever JAX's promotion and x64 settings."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 @flax.struct.dataclass
@@ -81,7 +88,7 @@ class LoRA:
     @property
     def dtype(self) -> np.dtype:
         """The common dtype of both factors."""
-        return jnp.promote_types(self.a.dtype, self.b.dtype)
+        return widest(self.a.dtype, self.b.dtype)
 
     def dense(self) -> jax.Array:
         """The update ``b @ a`` as a matrix ``(..., m, n)``."""

@@ -15,7 +15,7 @@ import numpy as np
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
-from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
+from coremerge_jax.lora import Adapter, Array, LoRA, Metadata, widest
 from coremerge_jax.precision import computing
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, as_rule, chain
 from coremerge_jax.spaces import Projection, Space, core
@@ -124,7 +124,7 @@ def _inputs(
         a=jnp.asarray(stack.a),
         b=jnp.asarray(stack.b),
         weights=jnp.asarray(weights, dtype)[places],
-        tasks=jnp.asarray(places),
+        tasks=places,  # concrete, inside a user's jit too
         names=jnp.asarray([zlib.crc32(path.encode()) for path in stack.paths], jnp.uint32),
         scale=jnp.stack([jnp.asarray(scales[path], dtype) for path in stack.paths]),
     )
@@ -165,7 +165,7 @@ def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
 def _project(
     rule: Chain, module: _Inputs, ranks: tuple[int, ...], space: Space, dtype: Any
 ) -> Projection:
-    finest = jnp.promote_types(module.a.dtype, jnp.float32)
+    finest = widest(module.a.dtype, np.dtype(np.float32))
     return space.project(
         module.a.astype(dtype),
         module.b.astype(dtype) * _by_rank(module.weights, ranks)[None, :],
@@ -251,12 +251,12 @@ def check_weights(rule: Chain, weights: Any, adapters: int) -> None:
     """Checks that there is one weight per adapter, for `merge` and for the rule.
 
     Raises:
-        ValueError: naming the number of weights and of adapters.
+        MismatchError: naming the number of weights and of adapters.
     """
     own = [getattr(part, "weights", None) for part in rule.rules]
     for given in (weights, *own):
         if given is not None and len(given) != adapters:
-            raise ValueError(f"{len(given)} weights for {adapters} adapters; expected one each")
+            raise MismatchError(f"{len(given)} weights for {adapters} adapters; expected one each")
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from coremerge_jax.lora import Array
+from coremerge_jax.lora import Array, widest
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
             "enable it around the traced function, or leave precision unset"
         )
     if traced and precision is None:
-        yield jax.dtypes.result_type(np.float32, *(x.dtype for x in inputs))
+        yield widest(np.dtype(np.float32), *(x.dtype for x in inputs))
         return
     if precision is None:
         precision = "float32" if jax.default_backend() == "tpu" else "float64"

@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import MismatchError
-from coremerge_jax.lora import Adapter, Array, LoRA
+from coremerge_jax.lora import Adapter, Array, LoRA, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +80,6 @@ def _pile(factor: Callable[[LoRA], Array], loras: list[list[LoRA]], axis: int) -
     factors = [[factor(lora) for lora in row] for row in loras]
     flat = [x for row in factors for x in row]
     xp = np if all(isinstance(x, np.ndarray) for x in flat) else jnp
-    dtype = jax.dtypes.result_type(*{x.dtype for x in flat})
+    dtype = widest(*{x.dtype for x in flat})
     rows = [xp.concatenate([xp.asarray(x, dtype) for x in row], axis=axis) for row in factors]
     return xp.stack(rows)

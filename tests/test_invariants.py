@@ -1,0 +1,233 @@
+"""Laws that hold for every space and every rule to which they apply."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import KEY, assert_same, dense, distance, map_factors, orthogonal, random_adapters
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coremerge_jax as cm
+
+# R > min(m, n) in the last set of ranks.
+SHAPES = {"q": (12, 16)}
+RANKS = st.sampled_from([(2, 4, 1), (6, 5, 7)])
+SEEDS = st.integers(0, 2**31)
+
+LINEAR = {"mean": cm.mean(), "task_arithmetic": cm.task_arithmetic()}
+SPECTRAL = {
+    "tsv": cm.tsv(),
+    "cart": cm.cart(rank=2, scale=0.7),
+    "isotropize": cm.isotropize(),
+}
+ELEMENTWISE = {
+    "ties": cm.ties(density=0.4),
+    "ties of the model": cm.ties(density=0.4, elect="count", reduce="max", scope="model"),
+}
+RANDOM = {"dare": cm.dare(drop=0.3), "dare|ties": cm.chain(cm.dare(drop=0.3), cm.ties())}
+SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots()}
+
+
+def rules(*tables):
+    table = {name: rule for part in tables for name, rule in part.items()}
+    return pytest.mark.parametrize("rule", table.values(), ids=table.keys())
+
+
+every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
+
+
+@every_space
+@rules(
+    LINEAR,
+    {
+        "tsv": cm.tsv(),
+        "cart": cm.cart(rank=2),
+        "ties": cm.ties(density=1.0),
+        "dare": cm.dare(drop=0.0),
+    },
+)
+@given(seed=SEEDS, rank=st.sampled_from([4, 20]))
+def test_one_adapter_comes_back(rule, space, seed, rank):
+    (adapter,) = random_adapters(SHAPES, [rank], seed)
+    assert_same(cm.merge([adapter], rule, space=space, key=KEY), adapter, 1e-12)
+
+
+@every_space
+@rules(LINEAR, SPECTRAL, ELEMENTWISE)
+@given(seed=SEEDS, ranks=RANKS)
+def test_order_of_adapters_is_irrelevant(rule, space, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    merged = cm.merge(adapters, rule, space=space)
+    assert_same(cm.merge(adapters[::-1], rule, space=space), merged, 1e-8)
+
+
+@every_space
+@rules(LINEAR, SPECTRAL, ELEMENTWISE, RANDOM)
+@given(seed=SEEDS, ranks=RANKS)
+def test_scaling_an_adapter_equals_its_weight(rule, space, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    weights = np.random.default_rng(seed).uniform(0.5, 2, len(ranks))
+    scaled = [
+        map_factors([adapter], lambda a, b, w=w: (a, w * b))[0]
+        for adapter, w in zip(adapters, weights, strict=True)
+    ]
+    weighted = cm.merge(adapters, rule, space=space, weights=weights, key=KEY)
+    assert_same(weighted, cm.merge(scaled, rule, space=space, key=KEY), 1e-9)
+
+
+@rules(LINEAR, SPECTRAL, ELEMENTWISE, RANDOM)
+@given(seed=SEEDS, ranks=RANKS)
+def test_weight_zero_equals_absence(rule, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    weights = [1.0] * (len(ranks) - 1) + [0.0]
+    absent = cm.merge(adapters[:-1], rule, key=KEY)
+    assert_same(cm.merge(adapters, rule, weights=weights, key=KEY), absent, 0)
+
+
+@rules(
+    {
+        "task_arithmetic": cm.task_arithmetic(),
+        "tsv": cm.tsv(),
+        "isotropize": cm.isotropize(),
+    },
+    ELEMENTWISE,
+)  # not those with a mean, which counts every adapter that is there
+@given(seed=SEEDS, ranks=st.just((2, 4, 1)))
+def test_an_adapter_of_zero_update_equals_absence(rule, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    (zero,) = map_factors(adapters[:1], lambda a, b: (0 * a, 0 * b))
+    assert_same(cm.merge([*adapters, zero], rule), cm.merge(adapters, rule), 1e-9)
+
+
+@given(seed=SEEDS, ranks=RANKS)
+def test_the_halves_of_an_adapter_sum_to_it(seed, ranks):
+    (adapter,) = random_adapters(SHAPES, [sum(ranks)], seed)
+    cuts = np.cumsum((0, *ranks))
+    parts = [
+        map_factors([adapter], lambda a, b, i=i, j=j: (a[i:j], b[:, i:j]))[0]
+        for i, j in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+    assert_same(cm.merge(parts, cm.task_arithmetic()), adapter, 1e-12)
+
+
+@rules(LINEAR, SPECTRAL)
+@given(seed=SEEDS, ranks=RANKS)
+def test_only_the_update_matters(rule, seed, ranks):
+    """A → G A, B → B G⁻¹ changes nothing."""
+    adapters = random_adapters(SHAPES, ranks, seed)
+    rng = np.random.default_rng(seed)
+
+    def regauge(a, b):
+        gauge = orthogonal(rng, len(a)) * rng.uniform(0.5, 2, (len(a), 1))
+        return gauge @ a, b @ np.linalg.inv(gauge)
+
+    merged = cm.merge(adapters, rule)
+    assert_same(cm.merge(map_factors(adapters, regauge), rule), merged, 1e-8)
+
+
+@every_space
+@rules(LINEAR, SPECTRAL, ELEMENTWISE)
+@given(seed=SEEDS, ranks=RANKS)
+def test_commutes_with_permutations_and_rotations(rule, space, seed, ranks):
+    rng = np.random.default_rng(seed)
+    adapters = random_adapters(SHAPES, ranks, seed)
+    if rule in ELEMENTWISE.values():
+        left, right = (np.eye(12)[rng.permutation(12)], np.eye(16)[rng.permutation(16)])
+    else:
+        left, right = orthogonal(rng, 12), orthogonal(rng, 16)
+    turned = map_factors(adapters, lambda a, b: (a @ right.T, left @ b))
+    merged = cm.merge(adapters, rule, space=space)
+    rotated = {path: left @ dense(lora) @ right.T for path, lora in merged.items()}
+    assert_same(cm.merge(turned, rule, space=space), rotated, 1e-8)
+
+
+@every_space
+@given(seed=SEEDS, ranks=RANKS)
+def test_task_arithmetic_is_the_dense_sum(space, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    expected = {path: sum(dense(adapter[path]) for adapter in adapters) for path in SHAPES}
+    assert_same(cm.merge(adapters, cm.task_arithmetic(), space=space), expected, 1e-12)
+
+
+@rules(SPECTRAL)
+@given(seed=SEEDS, ranks=RANKS)
+def test_spectral_rules_are_the_same_in_core_and_full_space(rule, seed, ranks):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    full = cm.merge(adapters, rule, space=cm.full())
+    assert_same(cm.merge(adapters, rule, space=cm.core()), full, 1e-8)
+
+
+@rules(LINEAR, SPECTRAL, ELEMENTWISE)
+@given(seed=SEEDS, ranks=RANKS)
+def test_rank_is_bounded(rule, seed, ranks):
+    for (m, n), lora in zip(
+        SHAPES.values(), cm.merge(random_adapters(SHAPES, ranks, seed), rule).values(), strict=True
+    ):
+        assert lora.rank <= min(m, n, sum(ranks))
+        assert lora.shape == (m, n)
+
+
+@rules(RANDOM)
+@given(seed=SEEDS)
+def test_the_seed_alone_decides(rule, seed):
+    """Not the order of modules, how many are merged at once, nor the precision."""
+    shapes = {"a": (12, 16), "b": (12, 16), "c": (12, 16)}
+    adapters = random_adapters(shapes, (2, 3), seed)
+    merged = cm.merge(adapters, rule, key=KEY)
+    turned = [a.replace(modules={path: a[path] for path in ("c", "a")}) for a in adapters]
+    again = cm.merge(turned, rule, key=KEY)
+    for path in again:
+        np.testing.assert_array_equal(dense(again[path]), dense(merged[path]))
+    other = cm.merge(adapters, rule, key=jax.random.key(1))
+    assert distance(dense(other["a"]), dense(merged["a"])) > 1e-3
+    assert_same(cm.merge(adapters, rule, key=KEY, precision="float32"), merged, 1e-4)
+
+
+@every_space
+@rules(LINEAR, SPECTRAL, ELEMENTWISE, RANDOM)
+@given(seed=SEEDS, rank=st.sampled_from([2, 14]))
+def test_degenerate_adapters_give_finite_results(rule, space, seed, rank):
+    adapter, other = random_adapters(SHAPES, (rank, rank), seed)
+    (zero,) = map_factors([adapter], lambda a, b: (0 * a, 0 * b))
+    (scaled,) = map_factors([adapter], lambda a, b: (a / 1.7, b * 1.7))
+    for adapters in ([adapter, adapter], [adapter, zero, other], [zero, zero], [adapter, scaled]):
+        merged = cm.merge(adapters, rule, space=space, key=KEY)
+        assert all(np.isfinite(dense(lora)).all() for lora in merged.values())
+
+
+@rules(SPECTRAL)
+@given(seed=SEEDS)
+def test_rounding_noise_is_not_inflated(rule, seed):
+    """A copy that differs by float32 rounding adds no directions of its own."""
+    adapter, other = random_adapters(SHAPES, (3, 3), seed, dtype="float32")
+    factor = np.float32(1.7)
+    (copy,) = map_factors([adapter], lambda a, b: (a * factor, b / factor))
+    exact = cm.merge([adapter, adapter, other], rule)
+    assert_same(cm.merge([adapter, copy, other], rule), exact, 1e-5)
+
+
+@rules(LINEAR, SPECTRAL)
+@given(seed=SEEDS, ranks=st.just((2, 4, 1)))
+def test_float32_agrees_with_float64(rule, seed, ranks):
+    adapters = random_adapters({"q": (48, 64)}, ranks, seed, dtype="float32")
+    merged = cm.merge(adapters, rule, precision="float32")
+    assert_same(merged, cm.merge(adapters, rule, precision="float64"), 1e-5)
+
+
+@every_space
+@rules(LINEAR, SPECTRAL, ELEMENTWISE, RANDOM)
+def test_gradients_are_finite_where_singular_values_coincide(rule, space):
+    """One adapter with equal singular values, one that repeats it, one of lower rank."""
+    eye = np.eye(6, dtype=np.float32)
+    loras = [(eye[:3], eye[:, :3]), (eye[:3], eye[:, :3]), (eye[2:4], eye[:, 2:4])]
+
+    def loss(factors):
+        adapters = [cm.Adapter({"q": cm.LoRA(a=a, b=b)}) for a, b in factors]
+        return jnp.sum(cm.merge(adapters, rule, space=space, key=KEY)["q"].dense() ** 2)
+
+    value, gradients = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, loras))
+    assert np.isfinite(value)
+    assert value > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
