@@ -139,6 +139,14 @@ def test_record_is_enough_to_merge_again(coremerge, adapters, tmp_path):
     assert_same(load_peft(tmp_path / "out"), recipe.run(loaded(sources)), 1e-6)
 
 
+def test_model_card_shows_the_recipe_without_paths(coremerge, adapters, tmp_path):
+    assert coremerge("merge", *adapters, "-o", tmp_path / "out", "--scale", "*.query=.5").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    recipe = Recipe.from_yaml(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe == Recipe(scale={"*.query": 0.5})
+    assert str(tmp_path) not in card
+
+
 def test_recipe_file_does_what_the_options_do(coremerge, adapters, tmp_path):
     recipe = {
         "adapters": ["math", "code", "chat"],

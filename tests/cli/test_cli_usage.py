@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from coremerge_jax.demo import run
 from coremerge_jax.rules import RULES
 
 
@@ -73,6 +74,18 @@ def test_help(coremerge, args):
     assert result.code == 0
     assert "Usage: " in result.out
     assert result.err == ""
+
+
+def test_demo(coremerge, monkeypatch):
+    methods = (("mean", "core"), ("tsv + isotropize", "core"))
+    records = run(methods)
+    monkeypatch.setattr("coremerge_jax.demo.METHODS", methods)
+    monkeypatch.setattr("coremerge_jax.demo.run", lambda progress: progress("") or records)
+    shown = coremerge("demo").out
+    assert "tsv + isotropize" in shown
+    listed = json.loads(coremerge("demo", "--json").out)
+    assert [record["name"] for record in listed] == [record.name for record in records]
+    assert listed[-1]["average"] == records[-1].average
 
 
 def test_version(coremerge):

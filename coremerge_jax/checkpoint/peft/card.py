@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from coremerge_jax.lora import Adapter
@@ -17,7 +18,7 @@ def model_card(adapter: Adapter, card: Mapping[str, Any]) -> tuple[str, dict[str
 
     Args:
         adapter: what is written.
-        card: how it was made; ``"sources"`` lists what it was made of.
+        card: how it was made; ``"recipe"`` says by which options, ``"sources"`` of what.
     """
     ranks = [lora.rank for lora in adapter.values()]
     content = {
@@ -35,7 +36,7 @@ def model_card(adapter: Adapter, card: Mapping[str, Any]) -> tuple[str, dict[str
     details = [
         f"| {name.replace('_', ' ')} | {_cell(value)} |"
         for name, value in content.items()
-        if name != "sources" and value is not None
+        if name not in ("recipe", "sources") and value is not None
     ]
     text = [
         "---",
@@ -51,6 +52,10 @@ def model_card(adapter: Adapter, card: Mapping[str, Any]) -> tuple[str, dict[str
         "|---|---|",
         *details,
     ]
+    if recipe := content.get("recipe"):
+        # Paths tell nothing that the sources below do not, and are nobody else's business.
+        options = {name: value for name, value in recipe.items() if name != "adapters"}
+        text += ["", "## Recipe", "", "```yaml", yaml.safe_dump(options, sort_keys=False) + "```"]
     if sources:
         text += ["", "## Sources", "", "| adapter | file | SHA-256 |", "|---|---|---|"]
         for source in sources:
