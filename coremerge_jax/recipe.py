@@ -288,6 +288,11 @@ class Recipe:
         self.build_rule()
         parse_space(self.space)
 
+    def explicit(self) -> Self:
+        """The same recipe with every parameter written out, independent of later defaults."""
+        rules = tuple(format_rule(parse_rule(text)) for text in self.rules)
+        return dataclasses.replace(self, rules=rules, space=format_space(parse_space(self.space)))
+
     def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
         """Merges adapters that were read already; what concerns writing is left to the writer.
 

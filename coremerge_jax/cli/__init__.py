@@ -4,6 +4,7 @@ Commands import the heavy parts of the library when they run, so that help, comp
 errors come at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -57,6 +58,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's starve each other
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal can show Δ
     try:
         code = app(args, standalone_mode=False)
     except Exception as error:

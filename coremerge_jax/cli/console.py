@@ -20,29 +20,36 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-_UNLIMITED = 1000  # columns where there is no terminal to fit into
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    title: str | None = None,
+) -> None:
+    """Prints a table to stdout; the columns named in ``right`` hold numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # as it is: a name may look like markup
+    show(table)
 
 
-def print_table(table: Table) -> None:
+def show(table: Table) -> None:
     """Prints to stdout: in color and fitted on a terminal, plain and unwrapped in a pipe."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_UNLIMITED)
+        console.width = 1000
     console.print(table)
 
 
 def print_json(value: Any) -> None:
     """Prints one JSON document to stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def new_table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """An empty table; the columns named in ``right`` hold numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
 
 
 class Stages:
@@ -78,15 +85,6 @@ def package_version() -> str:
         return version("coremerge-jax")
     except PackageNotFoundError:
         return "unknown"
-
-
-def human_bytes(count: float) -> str:
-    """``1234567`` as ``1.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def describe_paths(paths: Sequence[str]) -> str:

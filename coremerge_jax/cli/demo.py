@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coremerge_jax.cli.console import Stages, print_json, print_table
+from coremerge_jax.cli.console import Stages, print_json, show
 
 
 def demo(
@@ -19,7 +19,7 @@ def demo(
         records = run(progress=lambda _: advance())
     if as_json:
         return print_json([{**dataclasses.asdict(r), "average": r.average} for r in records])
-    print_table(table(records))
+    show(table(records))
     seconds = stage.seconds["merge and measure"]
     return typer.echo(
         f"Accuracy on test images; normalized by each task's own adapter. Took {seconds:.0f} s."

@@ -7,7 +7,6 @@ import typer
 from coremerge_jax.cli.console import (
     describe_paths,
     describe_ranks,
-    new_table,
     print_json,
     print_table,
 )
@@ -90,9 +89,8 @@ def _show(adapters: list[dict[str, Any]]) -> None:
     bases = {adapter["base_model"] for adapter in adapters}
     columns = ["adapter", "modules", "ranks", "alpha", "‖ΔW‖", "dtype"]
     columns += ["base model"] * (len(bases) > 1)
-    table = new_table(*columns, right=("ranks", "alpha", "‖ΔW‖"))
-    for adapter in adapters:
-        row = [
+    rows = [
+        (
             adapter["name"] or adapter["source"],
             describe_paths(list(adapter["modules"])),
             describe_ranks({module["rank"] for module in adapter["modules"].values()}),
@@ -100,9 +98,10 @@ def _show(adapters: list[dict[str, Any]]) -> None:
             f"{adapter['norm']:.4g}",
             adapter["dtype"] or "?",
             adapter["base_model"] or "?",
-        ]
-        table.add_row(*row[: len(columns)])
-    print_table(table)
+        )[: len(columns)]
+        for adapter in adapters
+    ]
+    print_table(columns, rows, right=("ranks", "alpha", "‖ΔW‖"))
     for adapter in adapters:
         if adapter["extras"]:
             typer.echo(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
@@ -111,11 +110,15 @@ def _show(adapters: list[dict[str, Any]]) -> None:
 
 
 def _show_modules(adapter: dict[str, Any]) -> None:
-    right = ("m × n", "rank", "‖ΔW‖")
-    table = new_table("module", "kind", "m × n", "rank", "‖ΔW‖", right=right, title=adapter["name"])
-    for path, module in adapter["modules"].items():
-        m, n = module["shape"]
-        table.add_row(
-            path, module["kind"], f"{m} × {n}", f"{module['rank']}", f"{module['norm']:.4g}"
+    rows = [
+        (
+            path,
+            module["kind"],
+            "{} × {}".format(*module["shape"]),
+            f"{module['rank']}",
+            f"{module['norm']:.4g}",
         )
-    print_table(table)
+        for path, module in adapter["modules"].items()
+    ]
+    columns = ("module", "kind", "m × n", "rank", "‖ΔW‖")
+    print_table(columns, rows, right=columns[2:], title=adapter["name"])

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from coremerge_jax.cli.console import (
     Stages,
     describe_paths,
     describe_range,
     describe_ranks,
-    human_bytes,
-    new_table,
     package_version,
     print_json,
     print_table,
@@ -26,8 +25,6 @@ from coremerge_jax.recipe import (
     EXTRAS,
     PRECISIONS,
     Recipe,
-    format_rule,
-    parse_rule,
     parse_scale,
     parse_weights,
 )
@@ -263,10 +260,9 @@ def _provenance(recipe: Recipe, adapters: "Sequence[Adapter]") -> dict[str, Any]
     """What the output records of its making: enough to make it again."""
     from coremerge_jax.checkpoint import hash_source
 
-    explicit = [format_rule(parse_rule(rule)) for rule in recipe.rules]
     return {
         "coremerge_version": package_version(),
-        "recipe": recipe.to_dict() | {"rules": explicit},
+        "recipe": recipe.explicit().to_dict(),
         "sources": [
             {"name": adapter.metadata.name, "path": source, "sha256": hash_source(source)}
             for source, adapter in zip(recipe.adapters, adapters, strict=True)
@@ -290,22 +286,23 @@ def _signatures(
 
 def _show(report: Mapping[str, Any]) -> None:
     kept = report.get("energy_kept")
-    columns = ["modules", "m × n", "ranks in", "rank out"] + ["energy kept"] * bool(kept)
-    table = new_table(*columns, right=("m × n", "rank out", "energy kept"))
+    rows = []
     for signature in report["signatures"]:
         paths = list(signature["ranks_out"])
-        m, n = signature["shape"]
-        table.add_row(
+        row = [
             describe_paths(paths),
-            f"{m} × {n}",
+            "{} × {}".format(*signature["shape"]),
             describe_ranks(signature["ranks_in"]),
             describe_range(signature["ranks_out"].values()),
-            *([describe_range((kept[path] for path in paths), ".1%")] if kept else []),
-        )
-    print_table(table)
-    size = human_bytes(report["bytes"])
-    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report["seconds"].items())
+        ]
+        rows.append([*row, describe_range((kept[path] for path in paths), ".1%")] if kept else row)
+    columns = ["modules", "m × n", "ranks in", "rank out"] + ["energy kept"] * bool(kept)
+    print_table(columns, rows, right=("m × n", "rank out", "energy kept"))
+    recipe, size = report["recipe"], decimal(report["bytes"])
+    rules = " + ".join(recipe["rules"])
+    merge = f"{len(recipe['adapters'])} adapters by {rules} in {recipe['space']} space"
     if "output" in report:
-        typer.echo(f"wrote {report['output']} ({size}); {seconds}")
+        seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report["seconds"].items())
+        typer.echo(f"merged {merge}; {seconds}\nwrote {report['output']} ({size})")
     else:
-        typer.echo(f"would write at most {size}; nothing was written")
+        typer.echo(f"would merge {merge}, and write at most {size}; nothing was written")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coremerge_jax.cli.console import new_table, print_json, print_table
+from coremerge_jax.cli.console import print_json, print_table
 
 
 def rules(
@@ -17,11 +17,15 @@ def rules(
     found = {name: _describe(make) for name, make in RULES.items()}
     if as_json:
         return print_json(found)
-    table = new_table("rule", "parameters and defaults", "what it does")
-    for name, rule in found.items():
-        parameters = ", ".join(f"{k}={_show(v)}" for k, v in rule["parameters"].items())
-        table.add_row(name, parameters, rule["description"])
-    return print_table(table)
+    rows = [
+        (
+            name,
+            ", ".join(f"{k}={_show(v)}" for k, v in rule["parameters"].items()),
+            rule["description"],
+        )
+        for name, rule in found.items()
+    ]
+    return print_table(("rule", "parameters and defaults", "what it does"), rows)
 
 
 def _describe(make: Any) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """`coremerge inspect`."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,3 +55,14 @@ def test_says_why_adapters_cannot_be_merged(coremerge, save):
 def test_extras(coremerge, save):
     path = save("math", extras={"head.weight": np.ones((2, 2), np.float32)})
     assert "math has extras: head.weight" in coremerge("inspect", path).out
+
+
+def test_names_are_shown_as_they_are(coremerge, save):
+    assert "[bold]" in coremerge("inspect", save("[bold]")).out
+
+
+def test_output_that_cannot_show_every_letter(save):
+    command = [sys.executable, "-m", "coremerge_jax", "inspect", str(save("math"))]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "??W?" in done.stdout

@@ -117,6 +117,7 @@ def test_table(coremerge, adapters, save, tmp_path):
     assert "1: query 6 × 8 1, 2, 3 ×2 6" in lines
     assert "1: value 6 × 8 2, 3 ×2 6" in lines
     assert "1: odd 3 × 3 1 1" in lines
+    assert lines[-2].startswith("merged 4 adapters by mean in core space; read ")
     assert lines[-1].startswith(f"wrote {tmp_path / 'out'} (")
 
 
