@@ -1,0 +1,42 @@
+"""The shipped files: base model, adapters, images."""
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from coremerge_jax.demo.model import Params
+from coremerge_jax.demo.tasks import TASKS
+
+DATA = Path(str(resources.files("coremerge_jax.demo") / "data"))
+
+
+def adapters(folder: Path = DATA) -> list[Path]:
+    """The folders of the shipped PEFT adapters, one a task, in the order of `TASKS`."""
+    return [folder / "adapters" / name for name in TASKS]
+
+
+@cache
+def base(folder: Path = DATA) -> Params:
+    """The parameters of the base model."""
+    stored = load_file(folder / "base.safetensors")
+    return {path: jnp.asarray(value, jnp.float32) for path, value in stored.items()}
+
+
+@cache
+def images(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
+    """Plain images ``(N, 8, 8)`` in [0, 1] and labels of ``"validation"`` or ``"test"``."""
+    with np.load(folder / "images.npz") as stored:
+        pixels, labels = stored[f"{split}_images"], stored[f"{split}_labels"]
+    return jnp.asarray(pixels, jnp.float32) / 16, jnp.asarray(labels, jnp.int32)
+
+
+@cache
+def questions(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
+    """The images of every task ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
+    plain, labels = images(split, folder)
+    return jnp.stack([transform(plain) for transform in TASKS.values()]), labels
