@@ -27,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(no_args_is_help=True, epilog=EPILOG)(merge)
-app.command(no_args_is_help=True)(inspect)
+app.command(epilog=EPILOG)(merge)
+app.command()(inspect)
 app.command()(rules)
 app.command()(demo)
 
@@ -74,11 +74,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _report(error: Exception) -> int:
     """Prints an error that is the user's to mend, and gives the exit code; raises others."""
-    message: Any = getattr(error, "format_message", None)  # only typer's own usage errors
-    if message is not None:
-        text, code, context = message(), 2, getattr(error, "ctx", None)
-        if context is not None:
-            text = f"{text.rstrip('.')} (see '{context.command_path} --help')"
+    if hasattr(error, "format_message"):  # typer's own usage errors
+        text, code = _describe_usage_error(error), 2
     elif isinstance(error, CoreMergeError):
         text, code = str(error), 2 if isinstance(error, RecipeError) else 1
     elif isinstance(error, OSError):
@@ -88,5 +85,12 @@ def _report(error: Exception) -> int:
         text, code = "out of memory", 1
     else:
         raise error
-    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    if text:
+        typer.echo(f"error: {' '.join(text.split())}", err=True)
     return code
+
+
+def _describe_usage_error(error: Any) -> str:
+    """The message, and where to read more; nothing where help has just been shown."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    return f"{message} (see '{context.command_path} --help')" if message and context else message

@@ -18,7 +18,8 @@ from coremerge_jax.rules import RULES
         (["merge", "a", "--spase", "core"], "No such option: --spase (Possible options: "),
         (["merge", "a", "-o", "x", "--rank", "two"], "'--rank'"),
         (["merge", "a", "-o"], "'-o' requires an argument"),
-        (["inspect"], ""),
+        (["inspect"], "Missing argument 'ADAPTER...'"),
+        (["merge"], "no adapters"),
         (["merge", "-o", "x", "--seed", "1"], "no adapters"),
         (["merge", "a", "b"], "no output: give -o OUT"),
         (["merge", "a", "-o", "x", "--rank", "0"], "rank must be a whole number above 0"),
@@ -39,10 +40,15 @@ def test_usage_error_is_one_line_and_exit_code_2(coremerge, args, message):
     result = coremerge(*args)
     assert result.code == 2
     assert message in result.err
-    if message:
-        assert result.out == ""
-        assert result.err.startswith("error: ")
-        assert result.err.count("\n") == 1
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+
+
+def test_no_arguments_show_help(coremerge):
+    result = coremerge()
+    assert (result.code, result.err) == (2, "")
+    assert "merge" in result.out
 
 
 def test_bad_recipe_file_is_named(coremerge, tmp_path):
