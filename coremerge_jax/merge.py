@@ -85,7 +85,9 @@ def merge(
     paths = [path for stack in stacks for path in stack.paths]
     scales = dict(zip(paths, module_scales(paths, scale), strict=True))
     modules: dict[str, LoRA] = {}
-    with computing(precision, *(x for stack in stacks for x in (stack.a, stack.b))) as dtype:
+    factors = [x for stack in stacks for x in (stack.a, stack.b)]
+    traced = [x for x in jax.tree.leaves((parts, weights, scale)) if _is_traced(x)]
+    with computing(precision, *factors, *traced) as dtype:
         inputs = [_inputs(stack, tasks, weights, scales, dtype) for stack in stacks]
         static = [(stack.ranks, space, dtype) for stack in stacks]
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
@@ -242,9 +244,13 @@ def _prepare_stack(
 
 
 def _is_zero(weights: Any, t: int) -> bool:
-    if weights is None or isinstance(weights, jax.core.Tracer):
+    if weights is None or _is_traced(weights):
         return False
-    return not isinstance(weights[t], jax.core.Tracer) and float(weights[t]) == 0
+    return not _is_traced(weights[t]) and float(weights[t]) == 0
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def check_weights(rule: Chain, weights: Any, adapters: int) -> None:
