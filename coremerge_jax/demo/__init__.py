@@ -1,14 +1,15 @@
 """A small real example: six adapters of a vision transformer for handwritten digits.
 
 The base model reads plain 8×8 digits. Each adapter was trained to read them under one more
-condition (tilted, striped, ...), so a merged adapter has to read them under all six, with one head.
+condition (tilted, masked, under stripes, ...), so a merged adapter has to read them under all six,
+with one head.
 
     >>> import coremerge_jax as cm
     >>> from coremerge_jax import demo
     >>> adapters = [cm.load_peft(path) for path in demo.adapters()]
     >>> merged = cm.merge(adapters, cm.tsv())
     >>> demo.evaluate(merged)  # doctest: +SKIP
-    {'tilted': 0.8, ...}
+    {'tilt': 0.8, ...}
 
 `train.py` made all files in ``data``. The images are from the test set of E. Alpaydin and
 C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998,

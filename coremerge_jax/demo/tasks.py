@@ -34,35 +34,35 @@ def _linear(matrix: list[list[float]]) -> Transform:
     return transform
 
 
-def _tilted(degrees: float) -> Transform:
+def _tilt(degrees: float) -> Transform:
     c, s = float(np.cos(np.deg2rad(degrees))), float(np.sin(np.deg2rad(degrees)))
     return _linear([[c, -s], [s, c]])
 
 
-def _occluded(images: jax.Array) -> jax.Array:
+def _mask(images: jax.Array) -> jax.Array:
     return images.at[:, :, 5:].set(0.0)
 
 
-def _striped(images: jax.Array) -> jax.Array:
+def _stripe(images: jax.Array) -> jax.Array:
     return images.at[:, ::3].max(0.6)
 
 
-def _shaded(images: jax.Array) -> jax.Array:
+def _shade(images: jax.Array) -> jax.Array:
     return 0.5 * images + jnp.linspace(0.0, 1.0, 8)[None, :, None]
 
 
-def _stained(images: jax.Array) -> jax.Array:
+def _stain(images: jax.Array) -> jax.Array:
     # RandomState: its numbers are the same in every version of NumPy.
     stain = np.random.RandomState(3).standard_normal((1, 8, 8)).astype(np.float32)
     return images + 0.3 * stain
 
 
 TASKS: dict[str, Transform] = {
-    "tilted": _tilted(45.0),
-    "sheared": _linear([[1.0, 0.0], [1.0, 1.0]]),
-    "occluded": _occluded,
-    "striped": _striped,
-    "shaded": _shaded,
-    "stained": _stained,
+    "tilt": _tilt(45.0),
+    "shear": _linear([[1.0, 0.0], [1.0, 1.0]]),
+    "mask": _mask,
+    "stripe": _stripe,
+    "shade": _shade,
+    "stain": _stain,
 }
 """Each task's name and its map of images ``(N, 8, 8)``; all share labels and head."""

@@ -26,7 +26,7 @@ from coremerge_jax.demo.tasks import TASKS, resample
 SEED = 1
 BATCH = 128
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-RANKS = {"tilted": 8, "sheared": 8}
+RANKS = {"tilt": 8, "shear": 8}
 RANK, ALPHA = 4, 16
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 

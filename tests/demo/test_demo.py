@@ -73,7 +73,7 @@ def test_transforms_keep_shape_and_dtype():
 
 
 def test_evaluating_an_adapter_equals_folding_its_dense_updates(adapters):
-    adapter = adapters["tilted"]
+    adapter = adapters["tilt"]
     weights = dict(demo.base())
     for path, lora in adapter.items():
         update = np.asarray(lora.b, np.float64) @ np.asarray(lora.a, np.float64)
