@@ -1,46 +1,11 @@
-"""Core Space merging of LoRA adapters in JAX (arXiv 2509.17786)."""
+"""Core Space merging of LoRA adapters in JAX (arXiv 2509.17786).
 
-from coremerge_jax.checkpoint import load_peft, save_peft
-from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError, UnsupportedError
-from coremerge_jax.lora import Adapter, Kind, LoRA, Metadata
-from coremerge_jax.merge import merge
-from coremerge_jax.rules import (
-    cart,
-    chain,
-    dare,
-    from_function,
-    isotropize,
-    mean,
-    task_arithmetic,
-    ties,
-    tsv,
-)
-from coremerge_jax.spaces import core, full, knots
-from coremerge_jax.truncate import truncate
+The public names are those of `__init__.pyi`. They are imported at first use, so that help and
+tab-completion of the command line do not wait for JAX. No public name is that of a module.
+"""
 
-__all__ = [
-    "Adapter",
-    "CoreMergeError",
-    "FormatError",
-    "Kind",
-    "LoRA",
-    "Metadata",
-    "MismatchError",
-    "UnsupportedError",
-    "cart",
-    "chain",
-    "core",
-    "dare",
-    "from_function",
-    "full",
-    "isotropize",
-    "knots",
-    "load_peft",
-    "mean",
-    "merge",
-    "save_peft",
-    "task_arithmetic",
-    "ties",
-    "truncate",
-    "tsv",
-]
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -54,8 +54,9 @@ def merge_extras(
                 f"{label(adapters, t)} and {label(adapters, having[0])} differ"
             )
     return {
-        key: np.mean([np.asarray(adapter.extras[key], np.float64) for adapter in adapters], axis=0)
-        .astype(value.dtype)
+        key: np.mean(
+            [np.asarray(adapter.extras[key], np.float64) for adapter in adapters], axis=0
+        ).astype(value.dtype)
         for key, value in chosen.extras.items()
     }, chosen.metadata.config
 

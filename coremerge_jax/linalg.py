@@ -121,6 +121,9 @@ def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
 def truncate(x: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cuts ``x`` to its leading singular directions.
 
+    Directions whose singular value equals the last one kept are kept too: which of them to drop
+    would be an arbitrary choice.
+
     Args:
         x: ``(p, q)``.
         rank: how many; may be traced.
@@ -135,7 +138,9 @@ def truncate(x: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array) -> jax.Array:
-    kept = (jnp.arange(s.shape[0], dtype=s.dtype) < rank) & in_range(s, rtol)
+    first = jnp.arange(s.shape[0], dtype=s.dtype) < rank
+    last = jnp.min(jnp.where(first, s, jnp.inf))
+    kept = (s >= last * (1 - rtol)) & in_range(s, rtol)
     return jnp.stack([jnp.where(kept, s, 0), kept.astype(s.dtype)])
 
 

@@ -65,11 +65,12 @@ class LoRA:
     kind: Kind = flax.struct.field(pytree_node=False, default=LINEAR)
 
     def __post_init__(self) -> None:
-        # Pytree transformations put other things than arrays (axes, None, specs) in the leaves.
-        if not (hasattr(self.a, "shape") and hasattr(self.b, "shape")):
+        # Pytree transformations put other things than matrices (scalars, axes, None) in the leaves.
+        a: tuple[int, ...] = getattr(self.a, "shape", ())
+        b: tuple[int, ...] = getattr(self.b, "shape", ())
+        if len(a) < 2 or len(b) < 2:
             return
-        a, b = self.a.shape, self.b.shape
-        if len(a) < 2 or len(b) < 2 or a[:-2] != b[:-2] or a[-2] != b[-1]:
+        if a[:-2] != b[:-2] or a[-2] != b[-1]:
             raise FormatError(
                 f"LoRA factors do not fit: a has shape {a}, b has shape {b}; "
                 "expected a: (r, n) and b: (m, r) with the same rank r"
@@ -152,7 +153,7 @@ class Adapter(Mapping[str, LoRA]):
                 raise FormatError(
                     f"{self._label()}, module {path!r}: expected a LoRA, got {type(lora).__name__}"
                 )
-            if len(lora.a.shape) != 2:
+            if len(lora.a.shape) != 2 or len(lora.b.shape) != 2:
                 raise FormatError(
                     f"{self._label()}, module {path!r}: factors must be matrices, "
                     f"got a: {lora.a.shape}, b: {lora.b.shape}"

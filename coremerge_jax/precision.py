@@ -24,7 +24,11 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
     traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
     if precision not in (None, "float32", "float64"):
         raise ValueError(f"precision={precision!r}: expected 'float32', 'float64' or None")
-    if traced and precision == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+    if (
+        traced
+        and precision == "float64"
+        and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
+    ):
         raise ValueError(
             "precision='float64' with traced factors needs JAX's x64 mode; "
             "enable it around the traced function, or leave precision unset"

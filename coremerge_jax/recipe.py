@@ -301,7 +301,7 @@ class Recipe:
         """
         import jax
 
-        from coremerge_jax.merge import merge
+        from coremerge_jax.merging import merge
 
         return merge(
             adapters,

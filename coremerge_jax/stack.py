@@ -60,13 +60,18 @@ def _check_same(adapters: Sequence[Adapter], path: str, first: int, other: int, 
     expected = adapters[first][path]
     for what, x, y in (
         ("shape (m, n)", expected.shape, lora.shape),
-        ("kind", expected.kind, lora.kind),
+        ("kind", _layout(expected), _layout(lora)),
     ):
         if x != y:
             raise MismatchError(
                 f"module {path!r} has {what} {x} in {label(adapters, first)} but {y} in "
                 f"{label(adapters, other)}; adapters of one base model agree in it"
             )
+
+
+def _layout(lora: LoRA) -> tuple:
+    # Not `transposed`: it says how the base stores its weight, which merging does not touch.
+    return (lora.kind.name, *lora.kind.kernel)
 
 
 def label(adapters: Sequence[Adapter], t: int) -> str:

@@ -47,9 +47,7 @@ def cases(well_posed):
         for i, case in enumerate(load(name)[1]):
             if case["well_posed"] == well_posed:
                 parts = [name, case["space"], case["method"], *map(str, case["params"].values())]
-                yield pytest.param(
-                    name, i, id="-".join(parts + ["iso"] * case["isotropize"])
-                )
+                yield pytest.param(name, i, id="-".join(parts + ["iso"] * case["isotropize"]))
 
 
 def rule_of(case):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coremerge_jax.cli.console import package_version
+from coremerge_jax import __version__
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
@@ -35,7 +35,7 @@ app.command()(demo)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"coremerge {package_version()}")
+        typer.echo(f"coremerge {__version__}")
         raise typer.Exit
 
 

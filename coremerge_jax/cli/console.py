@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import typer
@@ -77,14 +76,6 @@ class Stages:
             task = bar.add_task(name, total=total)
             yield lambda: bar.advance(task)
         self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
-def package_version() -> str:
-    """The installed version; ``unknown`` in a source tree that is not installed."""
-    try:
-        return version("coremerge-jax")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def describe_paths(paths: Sequence[str]) -> str:

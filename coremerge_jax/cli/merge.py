@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from coremerge_jax import __version__
 from coremerge_jax.cli.console import (
     Stages,
     describe_paths,
     describe_range,
     describe_ranks,
-    package_version,
     print_json,
     print_table,
 )
@@ -226,7 +226,7 @@ def _write(
     import jax
 
     from coremerge_jax.checkpoint import save_peft
-    from coremerge_jax.truncate import truncate
+    from coremerge_jax.truncation import truncate
 
     energy_kept: dict[str, float] = {}
     with stage("merge"):
@@ -261,7 +261,7 @@ def _provenance(recipe: Recipe, adapters: "Sequence[Adapter]") -> dict[str, Any]
     from coremerge_jax.checkpoint import hash_source
 
     return {
-        "coremerge_version": package_version(),
+        "coremerge_version": __version__,
         "recipe": recipe.explicit().to_dict(),
         "sources": [
             {"name": adapter.metadata.name, "path": source, "sha256": hash_source(source)}

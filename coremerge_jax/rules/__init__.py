@@ -13,7 +13,7 @@ from coremerge_jax.rules.base import (
     from_function,
 )
 from coremerge_jax.rules.linear import mean, task_arithmetic
-from coremerge_jax.rules.sparse import Ties, dare, ties
+from coremerge_jax.rules.sparse import Ties, TiesAbove, dare, ties
 from coremerge_jax.rules.spectral import cart, isotropize, tsv
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -34,6 +34,7 @@ __all__ = [
     "Rule",
     "Step",
     "Ties",
+    "TiesAbove",
     "as_rule",
     "cart",
     "chain",

@@ -29,7 +29,6 @@ class Ties(Rule):
         scope: whether the trimming threshold of an adapter is found per ``"module"``, or is one
             over all modules of the ``"model"`` (`merge` finds it; a call on one module's cores
             has no other module to look at).
-        threshold: the trimming threshold per adapter, where it is known.
     """
 
     density: float | jax.Array = 0.2
@@ -37,7 +36,6 @@ class Ties(Rule):
     reduce: str = flax.struct.field(pytree_node=False, default="mean")
     weights: tuple[float, ...] | jax.Array | None = None
     scope: str = flax.struct.field(pytree_node=False, default="module")
-    threshold: jax.Array | None = None
     equivariance = Equivariance.ELEMENTWISE
 
     def __post_init__(self) -> None:
@@ -57,15 +55,14 @@ class Ties(Rule):
         """Merges ``(T, p, q)`` to ``(p, q)``."""
         del key
         context = context or Context.of(cores)
-        magnitude = jnp.abs(cores)
-        if self.threshold is None:
-            size = context.shape[0] * context.shape[1]
-            threshold = jax.vmap(lambda x: self.trim(x, size))(magnitude)
-        else:
-            threshold = jnp.asarray(self.threshold, cores.dtype)[context.tasks]
-        kept = jnp.where(magnitude >= threshold[:, None, None], cores, 0)
-        kept = weighted(kept, self.weights, context)
+        size = context.shape[0] * context.shape[1]
+        threshold = jax.vmap(lambda x: self.threshold(x, size))(jnp.abs(cores))
+        return self.merge_above(threshold, cores, context)
 
+    def merge_above(self, threshold: jax.Array, cores: jax.Array, context: Context) -> jax.Array:
+        """Merges what is at least the adapters' thresholds ``(T,)``."""
+        kept = jnp.where(jnp.abs(cores) >= threshold[:, None, None], cores, 0)
+        kept = weighted(kept, self.weights, context)
         votes = jnp.sign(kept) if self.elect == "count" else kept
         elected = jnp.sign(jnp.sum(votes, axis=0))
         agree = jnp.sign(kept) * elected[None] > 0
@@ -77,7 +74,7 @@ class Ties(Rule):
             return total
         return total / jnp.maximum(jnp.sum(agree, axis=0), 1).astype(total.dtype)
 
-    def trim(self, magnitude: jax.Array, size: jax.Array) -> jax.Array:
+    def threshold(self, magnitude: jax.Array, size: jax.Array) -> jax.Array:
         """The trimming threshold of one adapter.
 
         Args:
@@ -87,6 +84,29 @@ class Ties(Rule):
         density = jnp.asarray(self.density, magnitude.dtype)
         kept = jnp.floor(size.astype(magnitude.dtype) * density).astype(size.dtype)
         return linalg.kth_smallest(magnitude, magnitude.size - kept)
+
+
+@flax.struct.dataclass(kw_only=True, repr=False)
+class TiesAbove(Rule):
+    """`Ties` with given trimming thresholds.
+
+    Attributes:
+        ties: the rule, whose density is not used.
+        thresholds: one per adapter.
+    """
+
+    ties: Ties
+    thresholds: jax.Array
+    equivariance = Equivariance.ELEMENTWISE
+
+    def __call__(
+        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+    ) -> jax.Array:
+        """Merges ``(T, p, q)`` to ``(p, q)``."""
+        del key
+        context = context or Context.of(cores)
+        thresholds = self.thresholds.astype(cores.dtype)[context.tasks]
+        return self.ties.merge_above(thresholds, cores, context)
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)

@@ -198,7 +198,7 @@ module.{name} = paused
 """
 STAGES = {
     "reading": PAUSE.format(module="checkpoint", name="load_peft"),
-    "merging": PAUSE.format(module="truncate", name="truncate"),
+    "merging": PAUSE.format(module="truncation", name="truncate"),
     "writing": PAUSE.format(module="checkpoint.peft.writer", name="_save_tensors"),
 }
 

@@ -132,3 +132,14 @@ def test_completion(line, expected):
         check=False,
     ).stdout.split()
     assert set(found) == expected
+
+
+@pytest.mark.parametrize("args", [["--help"], ["merge", "-h"], ["merge", "a", "--rank", "0"]])
+def test_help_and_usage_errors_do_not_wait_for_jax(args):
+    code = (
+        "import atexit, sys; from coremerge_jax.cli import main; "
+        "atexit.register(lambda: print({'jax', 'numpy', 'flax'} & set(sys.modules))); main()"
+    )
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "set()"

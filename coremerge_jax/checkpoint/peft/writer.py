@@ -76,7 +76,7 @@ def save_peft(
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     kept = None
     if rank is not None or energy is not None:
-        from coremerge_jax.truncate import truncate
+        from coremerge_jax.truncation import truncate
 
         adapter, kept = truncate(adapter, rank=rank, energy=energy)
     config = to_config(adapter)

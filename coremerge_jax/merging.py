@@ -17,7 +17,7 @@ from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata, widest
 from coremerge_jax.precision import computing
-from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, as_rule, chain
+from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, TiesAbove, as_rule, chain
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.stack import Stack, label, stack_adapters
 
@@ -189,11 +189,9 @@ def _merge_linear(rule: Chain, module: _Inputs, ranks: tuple[int, ...], dtype: A
     if sum(ranks) <= min(m, n):
         return LoRA(a=a, b=b)
     update = matmul(b, a)
-    return (
-        LoRA(a=jnp.eye(n, dtype=dtype), b=update)
-        if n <= m
-        else LoRA(a=update, b=jnp.eye(m, dtype=dtype))
-    )
+    if n <= m:
+        return LoRA(a=jnp.eye(n, dtype=dtype), b=update)
+    return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
 
 
 def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
@@ -211,15 +209,15 @@ def _with_thresholds(
     sizes = [jnp.zeros((), jnp.int32)] * adapters
     for arrays, settings in zip(inputs, static, strict=True):
         cores, shapes = _prepare_stack(rule, arrays, key, *settings)
-        for row, module in zip(np.asarray(arrays.tasks), range(cores.shape[0]), strict=True):
+        for module, row in enumerate(np.asarray(arrays.tasks)):
             for t, task in enumerate(row):
                 magnitudes[task].append(jnp.abs(cores[module, t]).ravel())
                 sizes[task] += shapes[module, 0] * shapes[module, 1]
     thresholds = [
-        ties.trim(jnp.concatenate(parts), size) if parts else jnp.zeros(())
+        ties.threshold(jnp.concatenate(parts), size) if parts else jnp.zeros(())
         for parts, size in zip(magnitudes, sizes, strict=True)
     ]
-    fitted = dataclasses.replace(ties, threshold=jnp.stack(thresholds))
+    fitted = TiesAbove(ties=ties, thresholds=jnp.stack(thresholds))
     return dataclasses.replace(rule, reducer=fitted)
 
 
