@@ -91,12 +91,12 @@ class LoRA:
         """The common dtype of both factors."""
         return widest(self.a.dtype, self.b.dtype)
 
-    def dense(self) -> jax.Array:
-        """The update ``b @ a`` as a matrix ``(..., m, n)``."""
-        dtype = self.dtype
-        return jnp.matmul(
-            jnp.asarray(self.b, dtype), jnp.asarray(self.a, dtype), precision="highest"
-        )
+    def dense(self) -> Array:
+        """The update ``b @ a`` as a matrix ``(..., m, n)``; a NumPy array for NumPy factors."""
+        a, b = self.a.astype(self.dtype), self.b.astype(self.dtype)
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            return b @ a
+        return jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)

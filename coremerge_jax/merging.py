@@ -59,7 +59,7 @@ def merge(
 
     Returns:
         The merged adapter, its rank at most the sum of the ranks (and at most m and n). Factors
-        have the widest dtype of the sources'.
+        have the widest dtype of the sources', and are NumPy arrays where all of theirs are.
 
     Raises:
         MismatchError: the adapters do not belong together.
@@ -93,7 +93,7 @@ def merge(
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
             parts = _with_thresholds(parts, inputs, static, len(adapters), key)
         for stack, arrays, settings in zip(stacks, inputs, static, strict=True):
-            a, b = _merge_stack(parts, arrays, key, *settings)
+            a, b = stack.like(*_merge_stack(parts, arrays, key, *settings))
             for i, path in enumerate(stack.paths):
                 kind = next(adapter[path].kind for adapter in present if path in adapter)
                 modules[path] = LoRA(a=a[i], b=b[i], kind=kind)

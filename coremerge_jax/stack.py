@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +28,13 @@ class Stack:
     ranks: tuple[int, ...]
     a: Array
     b: Array
+
+    def like(self, *results: jax.Array) -> tuple[Array, ...]:
+        """Results as NumPy arrays if the stack came in such, and as they are if not (or traced)."""
+        on_host = isinstance(self.a, np.ndarray) and isinstance(self.b, np.ndarray)
+        if not on_host or any(isinstance(x, jax.core.Tracer) for x in results):
+            return results
+        return tuple(map(np.asarray, results))
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Iterator[Stack]:

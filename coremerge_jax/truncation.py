@@ -45,6 +45,7 @@ def truncate(
     with computing(None, *(stack.a for stack in stacks)) as dtype:
         for stack in stacks:
             a, b, s = _balance(jnp.asarray(stack.a), jnp.asarray(stack.b), dtype)
+            a, b = stack.like(a, b)
             for i, path in enumerate(stack.paths):
                 share = _shares(np.asarray(s[i]))
                 r = _directions(share, rank, energy)

@@ -1,8 +1,10 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_adapters
+from helpers import assert_same, dense, random_adapters
 
 import coremerge_jax as cm
 
@@ -29,3 +31,177 @@ def test_gradients_in_parameters_while_the_adapters_are_constants(build):
     expected = (loss(x + step) - loss(x - step)) / 2
     assert gradient.dtype == x.dtype
     np.testing.assert_allclose(jnp.vdot(gradient, step), expected, rtol=1e-2)
+
+
+def paper_tsv_isotropize(updates, ranks):
+    """The paper's equations in NumPy: joint bases, cores, TSV and Iso-C on them, lift."""
+    a = np.concatenate([a for a, _ in updates])
+    b = np.concatenate([b for _, b in updates], axis=1)
+    u = np.linalg.svd(b, full_matrices=False)[0]
+    vt = np.linalg.svd(a, full_matrices=False)[2]
+    triplets = []
+    for (lora_a, lora_b), rank in zip(updates, ranks, strict=True):
+        left, s, right = np.linalg.svd((u.T @ lora_b) @ (lora_a @ vt.T))
+        triplets.append((left[:, :rank], s[:rank], right[:rank]))
+
+    def polar(x):
+        left, _, right = np.linalg.svd(x, full_matrices=False)
+        return left @ right
+
+    left = polar(np.concatenate([t[0] for t in triplets], axis=1))
+    right = polar(np.concatenate([t[2] for t in triplets]))
+    left, s, right = np.linalg.svd((left * np.concatenate([t[1] for t in triplets])) @ right)
+    return u @ (s.mean() * left @ right) @ vt
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [((60, 40), (8, 8, 8)), ((32, 48), (2, 9, 5))])
+def test_equals_the_papers_equations(shape, ranks):
+    adapters = random_adapters({"q": shape}, ranks, dtype="float32")
+    merged = cm.merge(adapters, cm.chain(cm.tsv(), cm.isotropize()), scale=0.9)
+    updates = [
+        (np.asarray(x["q"].a, np.float64), np.asarray(x["q"].b, np.float64)) for x in adapters
+    ]
+    assert_same(merged, {"q": 0.9 * paper_tsv_isotropize(updates, ranks)}, 1e-6)
+
+
+def test_modules_that_only_some_adapters_have():
+    first, second, third = random_adapters({"q": (8, 6), "v": (6, 6), "o": (6, 8)}, (2, 3, 1))
+    second = second.replace(modules={path: second[path] for path in ("v", "o")})
+    third = third.replace(modules={"v": third["v"]})
+    for rule in (cm.mean(), cm.tsv(), cm.ties(density=0.5)):
+        merged = cm.merge([first, second, third], rule)
+        assert list(merged) == ["q", "v", "o"]
+        for path, owners in {
+            "q": [first],
+            "v": [first, second, third],
+            "o": [first, second],
+        }.items():
+            alone = [adapter.replace(modules={path: adapter[path]}) for adapter in owners]
+            assert_same(cm.merge(alone, rule), {path: merged[path]}, 1e-12)
+
+
+def test_weights_of_a_rule_follow_their_adapter():
+    first, second = random_adapters({"q": (8, 6), "v": (6, 6)}, (2, 3))
+    first = first.replace(modules={"q": first["q"]})
+    merged = cm.merge([first, second], cm.task_arithmetic(weights=(2.0, 5.0)))
+    assert_same(
+        merged,
+        {"q": 2 * dense(first["q"]) + 5 * dense(second["q"]), "v": 5 * dense(second["v"])},
+        1e-12,
+    )
+
+
+def test_the_first_scale_pattern_that_matches_counts():
+    adapters = random_adapters({"l.q": (8, 6), "l.v": (8, 6), "o": (8, 6)}, (2, 3))
+    scaled = cm.merge(adapters, cm.mean(), scale={"*.q": 0.5, "l.*": 3.0})
+    plain = cm.merge(adapters, cm.mean())
+    expected = {p: f * dense(plain[p]) for p, f in {"l.q": 0.5, "l.v": 3, "o": 1}.items()}
+    assert_same(scaled, expected, 1e-12)
+
+
+def with_metadata(adapters, *changes):
+    return [
+        adapter.replace(metadata=dataclasses.replace(adapter.metadata, **change))
+        for adapter, change in zip(adapters, changes, strict=True)
+    ]
+
+
+def test_what_the_sources_agree_on_is_kept():
+    adapters = with_metadata(
+        random_adapters({"q": (8, 6)}, (2, 3)),
+        {"base_model": "org/base", "task_type": "CAUSAL_LM"},
+        {"base_model": "org/base/", "task_type": "SEQ_CLS"},
+    )
+    metadata = cm.merge(adapters, cm.mean()).metadata
+    assert (metadata.base_model, metadata.task_type) == ("org/base", None)
+
+
+ADAPTERS = random_adapters({"q": (8, 6), "v": (6, 6)}, (2, 3))
+OTHER_SHAPE = [ADAPTERS[0], *random_adapters({"q": (8, 7)}, (2,), seed=1)]
+CONV = cm.LoRA(a=np.ones((2, 6)), b=np.ones((8, 2)), kind=cm.Kind("conv2d", (6, 1, 1)))
+BASES = with_metadata(ADAPTERS, {"base_model": "x"}, {"base_model": "y"})
+EXTRAS = [ADAPTERS[0], ADAPTERS[1].replace(extras={"head.weight": np.ones(3)})]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "adapters", "rule", "options"),
+    [
+        (cm.MismatchError, "no adapters", [], cm.mean(), {}),
+        (cm.MismatchError, r"'q' has shape .* \(8, 6\) in .* but \(8, 7\)",
+         OTHER_SHAPE, cm.mean(), {}),
+        (cm.MismatchError, "'q' has kind", [ADAPTERS[0], cm.Adapter({"q": CONV})], cm.mean(), {}),
+        (cm.MismatchError, "'task0' was trained on base model 'x', .*'task1' on 'y'",
+         BASES, cm.mean(), {}),
+        (cm.MismatchError, "'task0' has no module in common",
+         [ADAPTERS[0], *random_adapters({"z": (8, 6)}, (2,))], cm.mean(), {}),
+        (cm.MismatchError, "1 weights for 2 adapters", ADAPTERS, cm.mean(), {"weights": [1.0]}),
+        (cm.MismatchError, "3 weights for 2", ADAPTERS, cm.ties(weights=(1, 2, 3)), {}),
+        (cm.MismatchError, "all weights are 0", ADAPTERS, cm.mean(), {"weights": [0, 0.0]}),
+        (cm.MismatchError, r"'\*.z' matches no module", ADAPTERS, cm.mean(), {"scale": {"*.z": 1}}),
+        (cm.UnsupportedError, "'task1' has 1 tensors .*'head.weight'", EXTRAS, cm.mean(), {}),
+        (cm.MismatchError, "differ", EXTRAS, cm.mean(), {"extras": "mean"}),
+        (cm.MismatchError, "no adapter is named 'z'", EXTRAS, cm.mean(), {"extras": "keep=z"}),
+        (ValueError, "extras='all'", ADAPTERS, cm.mean(), {"extras": "all"}),
+        (ValueError, "precision='half'", ADAPTERS, cm.mean(), {"precision": "half"}),
+        (ValueError, r"pass key=jax.random.key", ADAPTERS, cm.dare(), {}),
+        (TypeError, "expected a merge rule", ADAPTERS, "ties", {}),
+    ],
+)  # fmt: skip
+def test_refuses_by_name(error, message, adapters, rule, options):
+    with pytest.raises(error, match=message):
+        cm.merge(adapters, rule, **options)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: cm.ties(density=0.0),
+        lambda: cm.ties(density=1.5),
+        lambda: cm.ties(elect="vote"),
+        lambda: cm.ties(reduce="median"),
+        lambda: cm.ties(scope="layer"),
+        lambda: cm.dare(drop=1.0),
+        lambda: cm.cart(rank=0),
+        lambda: cm.cart(rank=1.5),
+        lambda: cm.chain(cm.ties(), cm.tsv()),
+        lambda: cm.chain(cm.mean(), cm.chain(cm.dare(), cm.tsv())),
+    ],
+)
+def test_rules_refuse_impossible_parameters(build):
+    with pytest.raises(ValueError, match=r"expected|keep one"):
+        build()
+
+
+def test_mismatch_may_be_allowed():
+    assert set(cm.merge(BASES, cm.mean(), allow_mismatch=True)) == {"q", "v"}
+    apart = [ADAPTERS[0], *random_adapters({"z": (8, 6)}, (2,))]
+    assert set(cm.merge(apart, cm.mean(), allow_mismatch=True)) == {"q", "v", "z"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("first", 1.0), ("mean", 2.0), ("keep=task1", 3.0)]
+)
+def test_extras_follow_the_policy(policy, expected):
+    adapters = [
+        adapter.replace(extras={"head": np.full(2, value, np.float32)})
+        for adapter, value in zip(ADAPTERS, (1.0, 3.0), strict=True)
+    ]
+    merged = cm.merge(adapters, cm.mean(), extras=policy)
+    np.testing.assert_array_equal(merged.extras["head"], np.full(2, expected, np.float32))
+
+
+def test_steps_have_their_place_in_a_chain():
+    """dare | sum | isotropize, wherever the sum is left out."""
+    written = cm.chain(cm.dare(), cm.task_arithmetic(), cm.isotropize())
+    assert cm.chain(cm.dare(), cm.isotropize()) == written
+    before = cm.chain(cm.isotropize(), cm.mean())
+    assert before.before == (cm.isotropize(),)
+    assert hash(written) != hash(before)
+    assert str(written) == "chain(dare(drop=0.1), task_arithmetic(weights=None), isotropize())"
+
+
+def test_dare_drops_its_share_and_keeps_the_mean():
+    cores = jnp.ones((2, 200, 100))
+    dropped = cm.dare(drop=0.3)(cores, key=jax.random.key(0)) / 2
+    np.testing.assert_allclose(jnp.mean(dropped), 1, atol=0.02)
+    np.testing.assert_allclose(np.unique(dropped), [0, 0.5 / 0.7, 1 / 0.7], rtol=1e-6)

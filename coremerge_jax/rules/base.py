@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -73,7 +74,8 @@ class Rule:
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
-        return f"{type(self).__name__.lower()}({parameters})"
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return f"{name}({parameters})"
 
 
 class Step(Rule):
