@@ -27,7 +27,7 @@ def check_output(out: str | Path, *, marker: str, force: bool = False) -> Path:
     if not path.is_dir():
         raise FormatError(f"{out}: exists and is not a folder; choose another output")
     if not force:
-        raise FormatError(f"{out}: already exists; choose another output, or force replacing it")
+        raise FormatError(f"{out}: already exists; choose another output, or --force it")
     if any(path.iterdir()) and not (path / marker).is_file():
         raise FormatError(f"{out}: has no {marker}, so it is not replaced; choose another output")
     return path
@@ -62,7 +62,7 @@ def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Itera
         new.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not path.exists():
             old.rename(path)
         for leftover in (new, old):
@@ -71,7 +71,13 @@ def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Itera
             for folder in missing:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+        if isinstance(error, OSError) and error.errno and _is_below(new, error.filename):
+            error.filename = str(out)  # the user knows nothing of the temporary folder
         raise
+
+
+def _is_below(folder: Path, name: str | None) -> bool:
+    return name is None or folder in (Path(name), *Path(name).parents)
 
 
 def _sync(*paths: Path) -> None:

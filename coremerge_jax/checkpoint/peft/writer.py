@@ -82,7 +82,7 @@ def save_peft(
     config = to_config(adapter)
     tensors = {key: _cast(key, value, dtype) for key, value in to_tensors(adapter).items()}
     with atomic.atomic_folder(out, marker=CONFIG, force=force) as folder:
-        _save_tensors(folder / WEIGHTS, tensors)
+        _save_tensors(folder / WEIGHTS, tensors, out)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         readme, provenance = model_card(adapter, {"dtype": dtype, **card})
         (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -90,11 +90,13 @@ def save_peft(
     return kept
 
 
-def _save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+def _save_tensors(file: Path, tensors: dict[str, np.ndarray], out: str | Path) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{file.parent}: cannot write {file.name} ({error})") from error
+        raise OSError(f"{out}: cannot write {file.name} ({error})") from error
+    # safetensors makes files that only their owner can read.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _cast(key: str, value: Any, dtype: str) -> np.ndarray:
