@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from helpers import assert_same
 
 import coremerge_jax as cm
 from coremerge_jax.checkpoint import hash_source, load_peft
 from coremerge_jax.recipe import Recipe
-from tests.helpers import assert_same
 
 
 def loaded(paths):
