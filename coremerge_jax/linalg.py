@@ -165,6 +165,7 @@ def _inverse_sqrt(s: jax.Array, rtol: jax.Array) -> jax.Array:
     return jnp.where(live, jax.lax.rsqrt(jnp.where(live, s, 1)), 0)[None]
 
 
+@jax.jit
 def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
     """The ``k``-th smallest entry (from 1) of a nonnegative ``x``; 0 where ``k < 1``.
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import coremerge_jax as cm
 
-# R > min(m, n) in the last set of ranks.
+# Few shapes and ranks, as each signature is compiled anew; R > min(m, n) in the last ranks. They
+# read the same backwards, so that reversed adapters need no other program.
 SHAPES = {"q": (16, 12)}
-RANKS = st.sampled_from([(2, 4, 1), (6, 5, 7)])
+RANKS = st.sampled_from([(2, 4, 2), (6, 5, 6)])
 SEEDS = st.integers(0, 2**31)
 
 LINEAR = {"mean": cm.mean(), "task_arithmetic": cm.task_arithmetic()}
@@ -95,7 +96,7 @@ def test_weight_zero_equals_absence(rule, seed, ranks):
     },
     ELEMENTWISE,
 )  # not those with a mean, which counts every adapter that is there
-@given(seed=SEEDS, ranks=st.just((2, 4, 1)))
+@given(seed=SEEDS, ranks=st.just((2, 4, 2)))
 def test_an_adapter_of_zero_update_equals_absence(rule, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     (zero,) = map_factors(adapters[:1], lambda a, b: (0 * a, 0 * b))
@@ -193,9 +194,12 @@ def test_degenerate_adapters_give_finite_results(rule, space, seed, rank):
     adapter, other = random_adapters(SHAPES, (rank, rank), seed)
     (zero,) = map_factors([adapter], lambda a, b: (0 * a, 0 * b))
     (scaled,) = map_factors([adapter], lambda a, b: (a / 1.7, b * 1.7))
-    for adapters in ([adapter, adapter], [adapter, zero, other], [zero, zero], [adapter, scaled]):
+    for middle, last in ((adapter, other), (zero, other), (scaled, other), (adapter, adapter)):
+        adapters = [adapter, middle, last]
         merged = cm.merge(adapters, rule, space=space, key=KEY)
         assert all(np.isfinite(dense(lora)).all() for lora in merged.values())
+    nothing = cm.merge([zero, zero, zero], rule, space=space, key=KEY)
+    assert not any(np.any(dense(lora)) for lora in nothing.values())
 
 
 @rules(SPECTRAL)
@@ -210,7 +214,7 @@ def test_rounding_noise_is_not_inflated(rule, seed):
 
 
 @rules(LINEAR, SPECTRAL)
-@given(seed=SEEDS, ranks=st.just((2, 4, 1)))
+@given(seed=SEEDS, ranks=st.just((2, 4, 2)))
 def test_float32_agrees_with_float64(rule, seed, ranks):
     adapters = random_adapters({"q": (48, 64)}, ranks, seed, dtype="float32")
     merged = cm.merge(adapters, rule, precision="float32")
