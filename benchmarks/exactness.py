@@ -2,10 +2,10 @@
 
     python benchmarks/exactness.py ADAPTER...
 
-Merges PEFT adapters of one rank by TSV and Iso-C at scale 0.9 in core space, once by the command line's
-own steps (read, merge, write, read again) and once by the equations of arXiv 2509.17786 in float64
-with one full singular value decomposition after the other, and prints the largest relative
-difference of a module's update. Scaling is read from the adapters' own configuration.
+Merges PEFT adapters of one rank by TSV and Iso-C at scale 0.9 in core space: once by the command
+line's own steps (read, merge, write, read again), once by the equations of arXiv 2509.17786 in
+float64, one full singular value decomposition after the other. Prints the largest relative
+difference of a module's update.
 """
 
 import sys
