@@ -2,7 +2,7 @@
 
     python benchmarks/exactness.py ADAPTER...
 
-Merges PEFT adapters of one rank by TSV and Iso-C at scale 0.9 in core space: once by the command
+Merges PEFT adapters by TSV and Iso-C at scale 0.9 in core space: once by the command
 line's own steps (read, merge, write, read again), once by the equations of arXiv 2509.17786 in
 float64, one full singular value decomposition after the other. Prints the largest relative
 difference of a module's update.
@@ -26,15 +26,17 @@ def polar(x: np.ndarray) -> np.ndarray:
 
 
 def paper(factors: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """TSV and Iso-C in core space (section 4 and algorithm 1), as a dense update."""
+    """TSV, with each adapter's own rank, and Iso-C in core space (section 4), as a dense update."""
     u = np.linalg.svd(np.concatenate([b for _, b in factors], axis=1), full_matrices=False)[0]
     vt = np.linalg.svd(np.concatenate([a for a, _ in factors]), full_matrices=False)[2]
     cores = [(u.T @ b) @ (a @ vt.T) for a, b in factors]
-    kept = min(cores[0].shape) // len(cores)
-    triplets = [np.linalg.svd(core) for core in cores]
-    left = polar(np.concatenate([t[0][:, :kept] for t in triplets], axis=1))
-    right = polar(np.concatenate([t[2][:kept] for t in triplets]))
-    s = np.concatenate([t[1][:kept] for t in triplets])
+    triplets = []
+    for core, (a, _) in zip(cores, factors, strict=True):
+        left, s, right = np.linalg.svd(core)
+        triplets.append((left[:, : len(a)], s[: len(a)], right[: len(a)]))
+    left = polar(np.concatenate([t[0] for t in triplets], axis=1))
+    right = polar(np.concatenate([t[2] for t in triplets]))
+    s = np.concatenate([t[1] for t in triplets])
     core = (left * s) @ right
     return u @ (np.linalg.svd(core, compute_uv=False).mean() * polar(core)) @ vt
 
