@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 from coremerge_jax.demo.model import Params
 from coremerge_jax.demo.tasks import TASKS
 
+# Cached arrays must not be tracers of a jitted function that happens to ask first.
+_concrete = jax.ensure_compile_time_eval
+
 DATA = Path(str(resources.files("coremerge_jax.demo") / "data"))
 
 
@@ -24,7 +27,8 @@ def adapters(folder: Path = DATA) -> list[Path]:
 def base(folder: Path = DATA) -> Params:
     """The parameters of the base model."""
     stored = load_file(folder / "base.safetensors")
-    return {path: jnp.asarray(value, jnp.float32) for path, value in stored.items()}
+    with _concrete():
+        return {path: jnp.asarray(value, jnp.float32) for path, value in stored.items()}
 
 
 @cache
@@ -32,11 +36,13 @@ def images(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Arr
     """Plain images ``(N, 8, 8)`` in [0, 1] and labels of ``"validation"`` or ``"test"``."""
     with np.load(folder / "images.npz") as stored:
         pixels, labels = stored[f"{split}_images"], stored[f"{split}_labels"]
-    return jnp.asarray(pixels, jnp.float32) / 16, jnp.asarray(labels, jnp.int32)
+    with _concrete():
+        return jnp.asarray(pixels, jnp.float32) / 16, jnp.asarray(labels, jnp.int32)
 
 
 @cache
 def questions(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
     """The images of every task ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
     plain, labels = images(split, folder)
-    return jnp.stack([transform(plain) for transform in TASKS.values()]), labels
+    with _concrete():
+        return jnp.stack([transform(plain) for transform in TASKS.values()]), labels

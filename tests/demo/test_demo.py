@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from rich.console import Console
 
 import coremerge_jax as cm
 from coremerge_jax import demo
-from coremerge_jax.demo.data import DATA
+from coremerge_jax.demo.data import DATA, questions
 from coremerge_jax.demo.model import forward
 
 METHODS = [("mean", "core"), ("ties", "core"), ("tsv", "core"), ("tsv + isotropize", "core")]
@@ -62,6 +63,13 @@ def test_each_adapter_masters_its_task_and_the_base_model_does_not(alone):
 def test_base_model_reads_plain_digits():
     images, labels = demo.images("test")
     assert jnp.mean(forward(demo.base(), images).argmax(axis=-1) == labels) > 0.95
+
+
+def test_data_may_be_asked_for_first_inside_jit():
+    for ask in (demo.base, demo.images, questions):
+        ask.cache_clear()
+        jax.jit(lambda ask=ask: jax.tree.leaves(ask())[0] * 1)()
+        assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ask()))
 
 
 def test_transforms_keep_shape_and_dtype():
