@@ -5,7 +5,7 @@ import fnmatch
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -89,11 +89,11 @@ def merge(
     traced = [x for x in jax.tree.leaves((parts, weights, scale)) if _is_traced(x)]
     with computing(precision, *factors, *traced) as dtype:
         inputs = [_inputs(stack, tasks, weights, scales, dtype) for stack in stacks]
-        static = [(stack.ranks, space, dtype) for stack in stacks]
+        settings = [_Settings(stack.ranks, space, dtype) for stack in stacks]
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
-            parts = _with_thresholds(parts, inputs, static, len(adapters), key)
-        for stack, arrays, settings in zip(stacks, inputs, static, strict=True):
-            a, b = stack.like(*_merge_stack(parts, arrays, key, *settings))
+            parts = _with_thresholds(parts, inputs, settings, len(adapters), key)
+        for stack, arrays, fixed in zip(stacks, inputs, settings, strict=True):
+            a, b = stack.like(*_merge_stack(parts, arrays, key, fixed))
             for i, path in enumerate(stack.paths):
                 kind = next(adapter[path].kind for adapter in present if path in adapter)
                 modules[path] = LoRA(a=a[i], b=b[i], kind=kind)
@@ -114,6 +114,14 @@ class _Inputs:
     tasks: jax.Array  # (L, T), places in the list that the user gave
     names: jax.Array  # (L,), hashes of the paths
     scale: jax.Array  # (L,)
+
+
+class _Settings(NamedTuple):
+    """What one compiled program is compiled for."""
+
+    ranks: tuple[int, ...]
+    space: Space
+    dtype: Any
 
 
 def _inputs(
@@ -139,20 +147,15 @@ def _over_modules(fn: Callable, arrays: _Inputs) -> Any:
     return jax.vmap(fn)(arrays)
 
 
-@partial(jax.jit, static_argnames=("ranks", "space", "dtype"))
+@partial(jax.jit, static_argnames="settings")
 def _merge_stack(
-    rule: Chain,
-    arrays: _Inputs,
-    key: jax.Array | None,
-    ranks: tuple[int, ...],
-    space: Space,
-    dtype: Any,
+    rule: Chain, arrays: _Inputs, key: jax.Array | None, settings: _Settings
 ) -> tuple[jax.Array, jax.Array]:
     def merge_module(module: _Inputs) -> tuple[jax.Array, jax.Array]:
         if rule.equivariance == Equivariance.LINEAR:
-            lora = _merge_linear(rule, module, ranks, dtype)
+            lora = _merge_linear(rule, module, settings)
         else:
-            projection = _project(rule, module, ranks, space, dtype)
+            projection = _project(rule, module, settings)
             lora = projection.merge(rule, key=_module_key(key, module), tasks=module.tasks)
         a, b = jnp.asarray(lora.a), jnp.asarray(lora.b) * module.scale
         return a.astype(arrays.a.dtype), b.astype(arrays.b.dtype)
@@ -164,9 +167,8 @@ def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, module.names)
 
 
-def _project(
-    rule: Chain, module: _Inputs, ranks: tuple[int, ...], space: Space, dtype: Any
-) -> Projection:
+def _project(rule: Chain, module: _Inputs, settings: _Settings) -> Projection:
+    ranks, space, dtype = settings
     finest = widest(module.a.dtype, np.dtype(np.float32))
     return space.project(
         module.a.astype(dtype),
@@ -177,8 +179,9 @@ def _project(
     )
 
 
-def _merge_linear(rule: Chain, module: _Inputs, ranks: tuple[int, ...], dtype: Any) -> LoRA:
+def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> LoRA:
     """A weighted sum needs no space: its coefficients go to the factors."""
+    ranks, _, dtype = settings
     tasks = len(ranks)
     units = jnp.eye(tasks, dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
@@ -200,15 +203,19 @@ def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
 
 
 def _with_thresholds(
-    rule: Chain, inputs: list[_Inputs], static: list[tuple], adapters: int, key: jax.Array | None
+    rule: Chain,
+    inputs: list[_Inputs],
+    settings: list[_Settings],
+    adapters: int,
+    key: jax.Array | None,
 ) -> Chain:
     """Finds the trimming thresholds of a model-wide `ties`, over the cores of all modules."""
     ties = rule.reducer
     assert isinstance(ties, Ties)
     magnitudes: list[list[jax.Array]] = [[] for _ in range(adapters)]
     sizes = [jnp.zeros((), jnp.int32)] * adapters
-    for arrays, settings in zip(inputs, static, strict=True):
-        cores, shapes = _prepare_stack(rule, arrays, key, *settings)
+    for arrays, fixed in zip(inputs, settings, strict=True):
+        cores, shapes = _prepare_stack(rule, arrays, key, fixed)
         for module, row in enumerate(np.asarray(arrays.tasks)):
             for t, task in enumerate(row):
                 magnitudes[task].append(jnp.abs(cores[module, t]).ravel())
@@ -221,19 +228,14 @@ def _with_thresholds(
     return dataclasses.replace(rule, reducer=fitted)
 
 
-@partial(jax.jit, static_argnames=("ranks", "space", "dtype"))
+@partial(jax.jit, static_argnames="settings")
 def _prepare_stack(
-    rule: Chain,
-    arrays: _Inputs,
-    key: jax.Array | None,
-    ranks: tuple[int, ...],
-    space: Space,
-    dtype: Any,
+    rule: Chain, arrays: _Inputs, key: jax.Array | None, settings: _Settings
 ) -> tuple[jax.Array, jax.Array]:
     """The cores ``(L, T, p, q)`` as the rule that merges gets them, and their shapes."""
 
     def prepare(module: _Inputs) -> tuple[jax.Array, jax.Array]:
-        projection = _project(rule, module, ranks, space, dtype)
+        projection = _project(rule, module, settings)
         context = Context(shape=projection.shape, tasks=module.tasks)
         cores = rule.prepare(projection.cores, key=_module_key(key, module), context=context)
         return cores, projection.shape
