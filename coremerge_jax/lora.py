@@ -6,7 +6,7 @@ A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` an
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -189,6 +189,23 @@ class Adapter(Mapping[str, LoRA]):
             metadata=self.metadata if metadata is None else metadata,
             extras=self.extras if extras is None else extras,
         )
+
+    @property
+    def outline(self) -> "Adapter":
+        """The adapter with shapes and dtypes in place of its factors."""
+        shape = jax.ShapeDtypeStruct
+        return self.replace(
+            modules={
+                path: dataclasses.replace(
+                    lora, a=shape(lora.a.shape, lora.a.dtype), b=shape(lora.b.shape, lora.b.dtype)
+                )
+                for path, lora in self.items()
+            }
+        )
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """The modules with these paths; an adapter that is still in a file reads them at once."""
+        return {path: self[path] for path in paths}
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         """Children in the order of the mapping (a plain dict would be sorted)."""
