@@ -1,5 +1,5 @@
 from . import checkpoint, demo, linalg, rules, spaces
-from .checkpoint import load_peft, save_peft
+from .checkpoint import load_peft, open_peft, save_peft
 from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging import merge
@@ -43,6 +43,7 @@ __all__ = [
     "load_peft",
     "mean",
     "merge",
+    "open_peft",
     "rules",
     "save_peft",
     "spaces",

@@ -8,27 +8,20 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from coremerge_jax.lora import Adapter
-
 PROVENANCE = "coremerge.json"
 
 
-def model_card(adapter: Adapter, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The text of README.md and the content of coremerge.json.
 
     Args:
-        adapter: what is written.
-        card: how it was made; ``"recipe"`` says by which options, ``"sources"`` of what.
+        base_model: the model that is adapted.
+        card: what is written and how it was made; ``"recipe"`` says by which options,
+            ``"sources"`` of what.
     """
-    ranks = [lora.rank for lora in adapter.values()]
-    content = {
-        "base_model": adapter.metadata.base_model,
-        "modules": len(adapter),
-        "rank": max(ranks),
-        **card,
-    }
+    content = {"base_model": base_model, **card}
     data = ModelCardData(
-        base_model=_hub_name(adapter.metadata.base_model),
+        base_model=_hub_name(base_model),
         library_name="peft",
         tags=["lora", "merge", "coremerge"],
     )

@@ -13,6 +13,8 @@ import numpy as np
 from coremerge_jax.checkpoint.peft.keys import WRAPPED
 from coremerge_jax.errors import FormatError, UnsupportedError
 
+Shape = tuple[int, ...]
+
 PAIR = ("gate_up_proj", "down_proj")
 
 # Before this release of peft, the two factors of most parameters were stored transposed.
@@ -32,7 +34,7 @@ def target_names(module: str, targets: Sequence[str]) -> list[str]:
 def name_levels(
     file: str,
     module: str,
-    levels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    levels: Mapping[str, tuple[Shape, Shape]],
     names: Sequence[str],
     version: str,
 ) -> dict[str, str]:
@@ -41,7 +43,7 @@ def name_levels(
     Args:
         file: for messages.
         module: the module's path in the base model.
-        levels: path in the file to the packed factors (a, b).
+        levels: path in the file to the shapes of the packed factors a and b.
         names: the parameters that the configuration selects in this module.
         version: the release of peft that wrote the file.
 
@@ -62,9 +64,9 @@ def name_levels(
         return {paths[0]: f"{module}.{names[0]}"}
     if len(paths) == len(names) == 2 and set(names) == set(PAIR):
         (down_a, down_b), (up_a, up_b) = (levels[path] for path in paths)
-        if up_a.shape[1] == down_b.shape[0] and up_b.shape[0] == 2 * down_a.shape[1]:
+        if up_a[1] == down_b[0] and up_b[0] == 2 * down_a[1]:
             return {path: f"{module}.{name}" for path, name in zip(paths, PAIR[::-1], strict=True)}
-    shapes = ", ".join(f"{path}: a {a.shape}, b {b.shape}" for path, (a, b) in levels.items())
+    shapes = ", ".join(f"{path}: a {a}, b {b}" for path, (a, b) in levels.items())
     raise UnsupportedError(
         f"{culprit}: the file does not tell which tensors belong to which parameter ({shapes}); "
         f"only one parameter a module, or {' with '.join(PAIR)}, is certain"
@@ -77,22 +79,26 @@ def _release(version: str) -> tuple[int, ...]:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
-def unpack(a: np.ndarray, b: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Factors of each expert: row ``e * r + i`` of A and column ``i * E + e`` of B.
+def count(rows: int, rank: int) -> int:
+    """How many experts a packed A of so many rows has.
 
     Raises:
         FormatError: the rows of A are not a multiple of the rank.
     """
-    count, remainder = divmod(len(a), rank)
-    if remainder or not count:
-        raise FormatError(f"A has {len(a)} rows, which is not a multiple of the rank {rank}")
-    a_parts = a.reshape(count, rank, -1)
-    b_parts = np.moveaxis(b.reshape(len(b), rank, count), 2, 0)
-    return [(a_parts[e], np.ascontiguousarray(b_parts[e])) for e in range(count)]
+    number, remainder = divmod(rows, rank)
+    if remainder or not number:
+        raise FormatError(f"A has {rows} rows, which is not a multiple of the rank {rank}")
+    return number
+
+
+def unpack(a: np.ndarray, b: np.ndarray, *, rank: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of one expert's factors: rows ``e * r + i`` of A and columns ``i * E + e`` of B."""
+    rows = slice(index * rank, (index + 1) * rank)
+    return a[rows].copy(), b[:, index :: len(a) // rank].copy()
 
 
 def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse of `unpack` for experts of one rank."""
+    """Inverse of `unpack` for all experts of a parameter, which have one rank."""
     a = np.concatenate([a for a, _ in parts])
     b = np.stack([b for _, b in parts], axis=2)
     return a, b.reshape(len(b), -1)

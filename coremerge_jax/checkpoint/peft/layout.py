@@ -1,84 +1,153 @@
 """What the files of an adapter contain: its configuration and its tensors by key."""
 
 import re
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from coremerge_jax.checkpoint.peft import experts
 from coremerge_jax.checkpoint.peft.keys import PREFIX, WRAPPED, unwrapped
 from coremerge_jax.errors import FormatError
-from coremerge_jax.lora import Adapter, LoRA
+from coremerge_jax.lora import Adapter, Array, Kind, LoRA
 
 
-def to_config(adapter: Adapter) -> dict[str, Any]:
-    """The content of adapter_config.json; alpha equals the rank, so that the scaling is 1."""
-    layers, parameters = _layers(adapter), _parameters(adapter)
-    ranks = _ranks(adapter)
-    top = max(ranks.values())
-    patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != top}
-    linear = [lora.kind for lora in layers.values() if lora.kind.name == "linear"]
-    config = {
-        "peft_type": "LORA",
-        # The release whose layout of experts this is.
-        "peft_version": experts.LAYOUT_VERSION,
-        "base_model_name_or_path": adapter.metadata.base_model,
-        "task_type": adapter.metadata.task_type,
-        "inference_mode": True,
-        "r": top,
-        "lora_alpha": top,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "lora_bias": _has_lora_bias(adapter),
-        "init_lora_weights": True,
-        "fan_in_fan_out": any(kind.transposed for kind in linear),
-        "target_modules": list(dict.fromkeys(map(_outer, layers))),
-        **adapter.metadata.config,
-    }
-    if parameters:
-        config["target_parameters"] = list(parameters)
-    if config.get("bias") == "vera_only":
-        config["bias"] = "lora_only"
-    return config
+class _Pair(NamedTuple):
+    """Two tensors: the factors of one module, or of all experts of a fused parameter."""
+
+    path: str
+    kind: Kind
+    modules: list[str]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        a, b = "lora_A.weight", "lora_B.weight"
+        if self.kind.name == "embedding":
+            a, b = "lora_embedding_A", "lora_embedding_B"
+        return f"{PREFIX}{self.path}.{a}", f"{PREFIX}{self.path}.{b}"
+
+    def tensors(self, loras: Mapping[str, LoRA], rank: int) -> Iterator[tuple[str, np.ndarray]]:
+        factors = [_padded(loras[path], rank) for path in self.modules]
+        a, b = experts.pack(factors) if self.kind.name == "expert" else factors[0]
+        if self.kind.name == "conv2d":
+            a, b = a.reshape(len(a), *self.kind.kernel), b[:, :, None, None]
+        return zip(self.names, (a, b), strict=True)
 
 
-def to_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The content of adapter_model.safetensors, in the dtypes of the adapter."""
-    ranks = _ranks(adapter)
-    tensors: dict[str, np.ndarray] = {}
-    wrapped = {}
-    for path, lora in _layers(adapter).items():
-        tensors |= _layer_tensors(path, lora, ranks[_outer(path)])
-        wrapped[unwrapped(path)] = path + WRAPPED
-    parameters = _parameters(adapter)
-    for parameter, path in experts.nest(parameters).items():
-        a, b = experts.pack([_padded(lora, ranks[parameter]) for lora in parameters[parameter]])
-        tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
-        owner = unwrapped(path)
-        wrapped[owner] = wrapped.get(owner, owner) + WRAPPED
-    if _has_lora_bias(adapter):  # peft then expects one in every layer that can have it
-        for path, lora in _layers(adapter).items():
-            if lora.kind.name in ("linear", "conv2d"):
-                tensors[f"{path}.lora_B.bias"] = np.zeros(lora.shape[0], np.float32)
-    for name, value in adapter.extras.items():
-        owner, _, leaf = name.rpartition(".")
-        tensors[f"{wrapped.get(owner, owner)}.{leaf}"] = np.asarray(value)
-    return {PREFIX + key: value for key, value in tensors.items()}
+class Layout:
+    """Where the modules of an adapter go in PEFT's files.
+
+    What peft configures by one path is a group of modules, which have one rank: a layer, which an
+    attention shares with its output projection, or all experts of a parameter.
+
+    Args:
+        outline: the adapter; only the shapes of its factors matter.
+
+    Attributes:
+        groups: the modules of each group.
+        group: the group of each module.
+        extras: extra tensors by key.
+
+    Raises:
+        FormatError: the experts of a parameter are not complete.
+        UnsupportedError: peft's layout of the experts is not known.
+    """
+
+    def __init__(self, outline: Adapter) -> None:
+        self._outline = outline
+        self._layers = {p: lora for p, lora in outline.items() if lora.kind.name != "expert"}
+        self._parameters = _parameters(path for path in outline if path not in self._layers)
+        self._pairs: dict[str, list[_Pair]] = {}
+        for path, lora in self._layers.items():
+            self._pairs.setdefault(_outer(path), []).append(_Pair(path, lora.kind, [path]))
+        for parameter, path in experts.nest(self._parameters).items():
+            pair = _Pair(path, Kind("expert"), self._parameters[parameter])
+            self._pairs.setdefault(parameter, []).append(pair)
+        self.groups = {
+            group: [path for pair in pairs for path in pair.modules]
+            for group, pairs in self._pairs.items()
+        }
+        self.group = {path: group for group, paths in self.groups.items() for path in paths}
+        self.extras = self._place_extras()
+
+    def _place_extras(self) -> dict[str, Array]:
+        extras = dict(self._outline.extras)
+        if self._has_lora_bias():  # peft then expects one in every layer that can have it
+            for path, lora in self._layers.items():
+                if lora.kind.name in ("linear", "conv2d"):
+                    zeros = np.zeros(lora.shape[0], np.float32)
+                    extras.setdefault(f"{path}.lora_B.bias", zeros)
+        wrapped: dict[str, str] = {}
+        for pairs in self._pairs.values():
+            for pair in pairs:
+                owner = unwrapped(pair.path)
+                nested = wrapped.get(owner, owner) if pair.kind.name == "expert" else pair.path
+                wrapped[owner] = nested + WRAPPED
+        placed = {}
+        for name, value in extras.items():
+            owner, _, leaf = name.rpartition(".")
+            placed[f"{PREFIX}{wrapped.get(owner, owner)}.{leaf}"] = value
+        return placed
+
+    def _has_lora_bias(self) -> bool:
+        return any(name.endswith(".lora_B.bias") for name in self._outline.extras)
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        pairs = (pair for pairs in self._pairs.values() for pair in pairs)
+        return [*(key for pair in pairs for key in pair.names), *self.extras]
+
+    def tensors(
+        self, group: str, loras: Mapping[str, LoRA], rank: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of a group by key, given its modules and their common rank."""
+        for pair in self._pairs[group]:
+            yield from pair.tensors(loras, rank)
+
+    def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """The content of adapter_config.json; alpha equals the rank, so that the scaling is 1.
+
+        Args:
+            ranks: of each group.
+        """
+        top = max(ranks.values())
+        patterns = {
+            f"^{re.escape(group)}": ranks[group] for group in self._pairs if ranks[group] != top
+        }
+        kinds = [lora.kind for lora in self._layers.values()]
+        metadata = self._outline.metadata
+        config = {
+            "peft_type": "LORA",
+            # The release whose layout of experts this is.
+            "peft_version": experts.LAYOUT_VERSION,
+            "base_model_name_or_path": metadata.base_model,
+            "task_type": metadata.task_type,
+            "inference_mode": True,
+            "r": top,
+            "lora_alpha": top,
+            "rank_pattern": patterns,
+            "alpha_pattern": patterns,
+            "use_rslora": False,
+            "lora_dropout": 0.0,
+            "lora_bias": self._has_lora_bias(),
+            "init_lora_weights": True,
+            "fan_in_fan_out": any(k.transposed for k in kinds if k.name == "linear"),
+            "target_modules": list(dict.fromkeys(map(_outer, self._layers))),
+            **metadata.config,
+        }
+        if self._parameters:
+            config["target_parameters"] = list(self._parameters)
+        if config.get("bias") == "vera_only":
+            config["bias"] = "lora_only"
+        return config
 
 
-def _layers(adapter: Adapter) -> dict[str, LoRA]:
-    return {path: lora for path, lora in adapter.items() if lora.kind.name != "expert"}
-
-
-def _parameters(adapter: Adapter) -> dict[str, list[LoRA]]:
+def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
     """The experts of each fused parameter, in order."""
-    found: dict[str, dict[int, LoRA]] = {}
-    for path, lora in adapter.items():
-        if lora.kind.name == "expert":
-            parameter, index = experts.split_path(path)
-            found.setdefault(parameter, {})[index] = lora
+    found: dict[str, dict[int, str]] = {}
+    for path in paths:
+        parameter, index = experts.split_path(path)
+        found.setdefault(parameter, {})[index] = path
     for parameter, parts in found.items():
         if sorted(parts) != list(range(len(parts))):
             raise FormatError(
@@ -87,31 +156,9 @@ def _parameters(adapter: Adapter) -> dict[str, list[LoRA]]:
     return {path: [parts[index] for index in sorted(parts)] for path, parts in found.items()}
 
 
-def _ranks(adapter: Adapter) -> dict[str, int]:
-    """The rank of all that peft configures by one path: a layer, or a fused parameter."""
-    ranks: dict[str, int] = {}
-    for path, lora in adapter.items():
-        owner = experts.split_path(path)[0] if lora.kind.name == "expert" else _outer(path)
-        ranks[owner] = max(lora.rank, ranks.get(owner, 1))
-    return ranks
-
-
 def _outer(path: str) -> str:
     """The layer that contains a module: the output projection of an attention is part of it."""
     return path.partition(WRAPPED)[0]
-
-
-def _has_lora_bias(adapter: Adapter) -> bool:
-    return any(name.endswith(".lora_B.bias") for name in adapter.extras)
-
-
-def _layer_tensors(path: str, lora: LoRA, rank: int) -> dict[str, np.ndarray]:
-    a, b = _padded(lora, rank)
-    if lora.kind.name == "embedding":
-        return {f"{path}.lora_embedding_A": a, f"{path}.lora_embedding_B": b}
-    if lora.kind.name == "conv2d":
-        a, b = a.reshape(len(a), *lora.kind.kernel), b[:, :, None, None]
-    return {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
 
 
 def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
