@@ -9,9 +9,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import jax
 import jax.numpy as jnp
@@ -79,46 +80,64 @@ class TensorReader:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.tensors: dict[str, jax.ShapeDtypeStruct] = {}
-        with self._open() as stream:
-            for key in stream.keys():  # noqa: SIM118
-                outline = stream.get_slice(key)
-                code = outline.get_dtype()
-                if code not in _CODES:
-                    raise FormatError(
-                        f"{file}: tensor {key!r} has dtype {code}; expected one of "
-                        f"{', '.join(_CODES)}"
-                    )
-                shape = tuple(outline.get_shape())
-                self.tensors[key] = jax.ShapeDtypeStruct(shape, jnp.dtype(_CODES[code]))
+        self._identity = _identity(file.stat())
+        self._start, header = _read_header(file)
+        self._offsets = {key: header[key]["data_offsets"][0] for key in sorted(header)}
+        self.tensors = {key: self._outline(key, header[key]) for key in self._offsets}
+
+    def _outline(self, key: str, entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+        code = entry["dtype"]
+        if code not in _CODES:
+            raise FormatError(
+                f"{self.file}: tensor {key!r} has dtype {code}; expected one of {', '.join(_CODES)}"
+            )
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_CODES[code]))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[str], np.ndarray]]:
-        """Yields a function that reads a tensor. Nothing stays mapped when the context ends.
+        """Yields a function that reads a tensor, while the context lasts.
 
-        The last few tensors are kept until then, for modules that share them.
+        It remembers the last few tensors, for modules that share them.
+
+        Raises:
+            FormatError: the file is not what it was when the reader was made.
         """
-        with self._open() as stream:
+        with self.file.open("rb") as stream:
+            if _identity(os.fstat(stream.fileno())) != self._identity:
+                raise FormatError(f"{self.file}: has changed since it was opened; open it again")
             yield functools.lru_cache(maxsize=4)(functools.partial(self._read, stream))
 
-    def _open(self) -> Any:
+    def _read(self, stream: BinaryIO, key: str) -> np.ndarray:
+        # Not mapped into memory: all that is read of a mapped file counts as the program's memory.
+        outline = self.tensors[key]
+        value = np.empty(outline.shape, outline.dtype)
         try:
-            return safe_open(self.file, framework="numpy")
-        except SafetensorError as error:
-            raise self._broken(error) from error
-
-    def _read(self, stream: Any, key: str) -> np.ndarray:
-        try:
-            value = stream.get_tensor(key)
-        except SafetensorError as error:
-            raise self._broken(error) from error
-        expected = self.tensors[key]
-        if (value.shape, value.dtype) != (expected.shape, expected.dtype):
-            raise FormatError(f"{self.file}: has changed since it was opened; start again")
+            stream.seek(self._start + self._offsets[key])
+            size = stream.readinto(value.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
+        except OSError as error:
+            error.filename = str(self.file)  # a failed read does not say where
+            raise
+        if size != value.nbytes:
+            raise FormatError(f"{self.file}: ends in the middle of tensor {key!r}")
         return value
 
-    def _broken(self, error: Exception) -> FormatError:
-        return FormatError(f"{self.file}: not a readable safetensors file ({error})")
+
+def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes start, and the entry of each tensor."""
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header, and the size of the file
+            pass
+    except SafetensorError as error:
+        raise FormatError(f"{file}: not a readable safetensors file ({error})") from error
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class TensorWriter:

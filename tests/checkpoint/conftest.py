@@ -4,7 +4,10 @@ import subprocess
 
 import numpy as np
 import pytest
+from kinds import KINDS, SHAPES, update
 from safetensors.numpy import save_file
+
+import coremerge_jax as cm
 
 CONFIG = {
     "peft_type": "LORA",
@@ -50,6 +53,16 @@ def write(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def adapter(rng):
+    """One module of every kind."""
+    modules = {}
+    for path, kind in KINDS.items():
+        name = path.partition("[")[0].rpartition(".")[2]
+        modules[path] = update(rng, kind, SHAPES.get(name, (4, 6)))
+    return cm.Adapter(modules, metadata=cm.Metadata(base_model="owner/base", task_type="CAUSAL_LM"))
 
 
 @pytest.fixture

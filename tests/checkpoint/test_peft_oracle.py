@@ -239,7 +239,7 @@ def test_our_update_is_pefts(case, tmp_path):
 def test_peft_loads_what_we_write(case, tmp_path):
     original = trained(lora(case))
     original.save_pretrained(tmp_path / "in")
-    adapter = cm.load_peft(tmp_path / "in")
+    adapter = cm.open_peft(tmp_path / "in")
     cm.save_peft(adapter, tmp_path / "out")
     model = loaded(tmp_path / "out", base_model())
     with torch.no_grad():

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +12,32 @@ import coremerge_jax as cm
 PATHS = {"layers.0.q": (5, 4, 2), "layers.0.v": (3, 4, 2)}
 
 
-def refusal(source, error=cm.FormatError):
-    """The message of the error, which is one line."""
-    with pytest.raises(error) as caught:
-        cm.load_peft(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+def read_lazily(source):
+    opened = cm.open_peft(source)
+    return dict(opened), {name: np.asarray(value) for name, value in opened.extras.items()}
 
 
-def test_scaling_is_folded_into_b_and_a_is_untouched(write, factors):
+def refusal(source, error=cm.FormatError, refuse=cm.open_peft):
+    """The message of the error, which is one line, and the same for `load_peft` and `refuse`."""
+    messages = []
+    for read in (cm.load_peft, refuse):
+        with pytest.raises(error) as caught:
+            read(source)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    return messages[0]
+
+
+@pytest.fixture(params=["load_peft", "open_peft"])
+def load(request):
+    """Reads an adapter, at once or lazily."""
+    return getattr(cm, request.param)
+
+
+def test_scaling_is_folded_into_b_and_a_is_untouched(load, write, factors):
     tensors = factors(PATHS)
-    adapter = cm.load_peft(write(tensors))
+    adapter = load(write(tensors))
     assert list(adapter) == list(PATHS)
     for path, lora in adapter.items():
         a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
@@ -32,9 +47,9 @@ def test_scaling_is_folded_into_b_and_a_is_untouched(write, factors):
         assert lora.kind == cm.Kind()
 
 
-def test_metadata_is_the_configurations(write, factors):
+def test_metadata_is_the_configurations(load, write, factors):
     folder = write(factors(PATHS), "my-task")
-    metadata = cm.load_peft(folder).metadata
+    metadata = load(folder).metadata
     assert metadata == cm.Metadata(
         name="my-task",
         base_model="owner/base",
@@ -43,24 +58,24 @@ def test_metadata_is_the_configurations(write, factors):
         alpha=6,
         dtype="float32",
     )
-    assert cm.load_peft(str(folder), name="other").metadata.name == "other"
+    assert load(str(folder), name="other").metadata.name == "other"
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
 @pytest.mark.parametrize("infix", ["", ".default", ".my_task"])
-def test_keys_of_files_and_of_raw_state_dicts(write, factors, prefix, infix):
-    adapter = cm.load_peft(write(factors(PATHS, prefix, infix)))
+def test_keys_of_files_and_of_raw_state_dicts(load, write, factors, prefix, infix):
+    adapter = load(write(factors(PATHS, prefix, infix)))
     assert list(adapter) == list(PATHS)
 
 
-def test_rank_stabilized_scaling(write, factors):
+def test_rank_stabilized_scaling(load, write, factors):
     tensors = factors(PATHS)
-    scaled = cm.load_peft(write(tensors, use_rslora=True))
+    scaled = load(write(tensors, use_rslora=True))
     b = tensors["base_model.model.layers.0.q.lora_B.weight"].astype(np.float64)
     assert np.array_equal(scaled["layers.0.q"].b, (b * (6 / math.sqrt(2))).astype(np.float32))
 
 
-def test_the_first_matching_pattern_counts(write, factors):
+def test_the_first_matching_pattern_counts(load, write, factors):
     modules = {"layers.0.q": (5, 4, 3), "layers.1.q": (5, 4, 1), "layers.1.v": (5, 4, 2)}
     tensors = factors(modules)
     folder = write(
@@ -68,29 +83,29 @@ def test_the_first_matching_pattern_counts(write, factors):
         rank_pattern={r"layers\.0\.q": 3, "q": 1},
         alpha_pattern={"^layers.*v": 1, "v": 100},
     )
-    adapter = cm.load_peft(folder)
+    adapter = load(folder)
     for path, scale in (("layers.0.q", 2), ("layers.1.q", 6), ("layers.1.v", 0.5)):
         b = tensors[f"base_model.model.{path}.lora_B.weight"].astype(np.float64)
         assert np.array_equal(adapter[path].b, (b * scale).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_other_dtypes_become_float32_before_scaling(write, factors, dtype):
+def test_other_dtypes_become_float32_before_scaling(load, write, factors, dtype):
     tensors = {k: v.astype(jnp.dtype(dtype)) for k, v in factors(PATHS).items()}
-    adapter = cm.load_peft(write(tensors))
+    adapter = load(write(tensors))
     assert adapter.metadata.dtype == dtype
     b = tensors["base_model.model.layers.0.q.lora_B.weight"].astype(np.float64)
     assert np.array_equal(adapter["layers.0.q"].b, (b * 3).astype(np.float32))
 
 
-def test_vera_becomes_plain_factors(write, rng):
+def test_vera_becomes_plain_factors(load, write, rng):
     tensors = {
         "base_model.vera_A": rng.standard_normal((2, 4), np.float32),
         "base_model.vera_B": rng.standard_normal((5, 2), np.float32),
         "base_model.model.q.vera_lambda_b": rng.standard_normal(3, np.float32),
         "base_model.model.q.vera_lambda_d": rng.standard_normal(2, np.float32),
     }
-    lora = cm.load_peft(write(tensors, peft_type="VERA"))["q"]
+    lora = load(write(tensors, peft_type="VERA"))["q"]
     shared_a, shared_b, rows, inner = tensors.values()
     assert np.array_equal(lora.a, shared_a * inner[:, None])
     assert np.array_equal(lora.b, shared_b[:3] * rows[:, None])
@@ -98,7 +113,7 @@ def test_vera_becomes_plain_factors(write, rng):
     assert "vera_A" in refusal(write(without, "without", peft_type="VERA"))
 
 
-def test_tensors_that_are_not_updates_become_extras(write, factors, rng):
+def test_tensors_that_are_not_updates_become_extras(load, write, factors, rng):
     extra = {
         "layers.0.q.base_layer.bias": "layers.0.q.bias",
         "norm.bias": "norm.bias",
@@ -110,7 +125,7 @@ def test_tensors_that_are_not_updates_become_extras(write, factors, rng):
     values = {key: rng.standard_normal(5, np.float32) for key in extra}
     fields = {"bias": "all", "modules_to_save": ["score"], "trainable_token_indices": [0, 1]}
     tensors = factors(PATHS) | {f"base_model.model.{k}": v for k, v in values.items()}
-    adapter = cm.load_peft(write(tensors, lora_bias=True, **fields))
+    adapter = load(write(tensors, lora_bias=True, **fields))
     assert set(adapter.extras) == set(extra.values())
     for key, name in extra.items():
         scale = 3 if "lora_B" in key else 1
@@ -118,7 +133,7 @@ def test_tensors_that_are_not_updates_become_extras(write, factors, rng):
     assert adapter.metadata.config == fields
 
 
-def test_experts_are_modules(write, rng):
+def test_experts_are_modules(load, write, rng):
     count, rank = 3, 2
     up = rng.standard_normal((count, rank, 4), np.float32)
     up_b = rng.standard_normal((count, 10, rank), np.float32)
@@ -131,7 +146,7 @@ def test_experts_are_modules(write, rng):
         "mlp.experts.lora_B.weight": np.moveaxis(down_b, 0, 2).reshape(4, -1),
     }
     targets = ["experts.down_proj", "experts.gate_up_proj"]
-    adapter = cm.load_peft(write(tensors, target_parameters=targets, lora_alpha=2))
+    adapter = load(write(tensors, target_parameters=targets, lora_alpha=2))
     assert len(adapter) == 2 * count
     for e in range(count):
         lora = adapter[f"mlp.experts.gate_up_proj[{e}]"]
@@ -231,9 +246,6 @@ def test_inconsistent_configurations(write, factors, changes, expected):
         ("layers.0.q.lora_B.weight", None, "'layers.0.q' has lora_A.weight only"),
         ("layers.0.q.lora_B.weight", np.ones((5, 3)), "B has shape (5, 3)"),
         ("layers.0.q.lora_A.weight", np.ones((0, 4)), "A has shape (0, 4)"),
-        ("layers.0.q.lora_A.weight", np.full((2, 4), np.nan), "layers.0.q.lora_A.weight"),
-        ("layers.0.q.lora_B.weight", np.full((5, 2), np.inf), "layers.0.q.lora_B.weight"),
-        ("layers.0.q.lora_B.weight", np.full((5, 2), 3e38), "overflows"),
         ("layers.0.q.lora_C.weight", np.ones(2), "'layers.0.q.lora_C.weight' is nearest to"),
         ("layers.0.q.lora_B.bias", np.ones(5), "lora_bias is false"),
         ("norm.weight", np.ones(5), "does not account for: 'norm.weight'"),
@@ -246,6 +258,26 @@ def test_inconsistent_tensors(write, factors, name, value, expected):
         tensors["base_model.model." + name] = value.astype(np.float32)
     message = refusal(write(tensors))
     assert expected in message
+    assert "adapter_model.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("layers.0.q.lora_A.weight", np.float32(np.nan), "lora_A.weight' has NaN or infinite"),
+        ("layers.0.q.lora_B.weight", np.float32(np.inf), "lora_B.weight' has NaN or infinite"),
+        ("layers.0.q.lora_B.weight", np.float32(3e38), "'layers.0.q': B times the scaling 3"),
+        ("layers.0.q.lora_A.weight", 1e200, "'layers.0.q'.*overflows float32"),
+        ("layers.0.q.bias", np.float32(np.nan), "q.bias' has NaN or infinite"),
+        ("layers.0.q.bias", 1e200, "q.bias' overflows float32"),
+    ],
+)
+def test_values_are_checked_when_they_are_read(write, factors, name, value, expected):
+    tensors = factors(PATHS) | {"base_model.model.layers.0.q.bias": np.ones(4, np.float32)}
+    shape = tensors[f"base_model.model.{name}"].shape
+    tensors[f"base_model.model.{name}"] = np.full(shape, value)
+    message = refusal(write(tensors, bias="all"), refuse=read_lazily)
+    assert re.search(expected, message)
     assert "adapter_model.safetensors" in message
 
 
@@ -315,7 +347,9 @@ def test_sources_that_are_no_folder(tmp_path, monkeypatch):
     assert "is a file" in refusal("file")
 
 
-def test_hub_ids_come_from_the_cache_and_offline_fails_at_once(monkeypatch, tmp_path, factors):
+def test_hub_ids_come_from_the_cache_and_offline_fails_at_once(
+    load, monkeypatch, tmp_path, factors
+):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -331,7 +365,7 @@ def test_hub_ids_come_from_the_cache_and_offline_fails_at_once(monkeypatch, tmp_
     (snapshot / "adapter_config.json").write_text(json.dumps(config))
     save_file(factors(PATHS), snapshot / "adapter_model.safetensors")
     for source in ("owner/task", "owner/task@main"):
-        adapter = cm.load_peft(source)
+        adapter = load(source)
         assert adapter.metadata.name == "task"
         assert list(adapter) == list(PATHS)
     assert "cannot be reached" in refusal("owner/task@other")

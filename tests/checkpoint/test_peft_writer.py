@@ -8,55 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from kinds import assert_same, update
 from safetensors import safe_open
 
 import coremerge_jax as cm
 from coremerge_jax.checkpoint import check_output, hash_source
 from coremerge_jax.checkpoint.peft import writer
-
-KINDS = {
-    "layers.0.q": cm.Kind(),
-    "conv1d": cm.Kind(transposed=True),
-    "embed": cm.Kind("embedding", transposed=True),
-    "conv": cm.Kind("conv2d", kernel=(2, 3, 1)),
-    "attention": cm.Kind(),
-    "attention.base_layer.out_proj": cm.Kind(),
-    **{f"moe.experts.gate_up_proj[{e}]": cm.Kind("expert") for e in range(3)},
-    **{f"moe.experts.down_proj[{e}]": cm.Kind("expert") for e in range(3)},
-    "moe.gate.weight[0]": cm.Kind("expert"),
-}
-SHAPES = {"gate_up_proj": (10, 4), "down_proj": (4, 5)}
-
-
-LINEAR = cm.Kind()
-
-
-def update(rng, kind=LINEAR, shape=(4, 6), rank=2):
-    m, n = shape
-    return cm.LoRA(
-        a=rng.standard_normal((rank, n), np.float32),
-        b=rng.standard_normal((m, rank), np.float32),
-        kind=kind,
-    )
-
-
-@pytest.fixture
-def adapter(rng):
-    """One module of every kind."""
-    modules = {}
-    for path, kind in KINDS.items():
-        name = path.partition("[")[0].rpartition(".")[2]
-        modules[path] = update(rng, kind, SHAPES.get(name, (4, 6)))
-    return cm.Adapter(modules, metadata=cm.Metadata(base_model="owner/base", task_type="CAUSAL_LM"))
-
-
-def assert_same(ours, theirs):
-    assert set(ours) == set(theirs)
-    for path in ours:
-        assert ours[path].kind.name == theirs[path].kind.name
-        assert ours[path].kind.kernel == theirs[path].kind.kernel
-        assert np.array_equal(ours[path].a, theirs[path].a)
-        assert np.array_equal(ours[path].b, theirs[path].b)
 
 
 def config_of(folder):
@@ -259,18 +216,22 @@ def test_an_existing_adapter_survives_all_but_force(adapter, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
-@pytest.mark.parametrize("step", ["TensorWriter", "model_card"])
-def test_a_failure_half_way_leaves_what_was_there(adapter, tmp_path, monkeypatch, step, error):
+@pytest.mark.parametrize(
+    ("owner", "step"), [(writer._Writer, "check_complete"), (writer, "model_card")]
+)
+def test_a_failure_half_way_leaves_what_was_there(
+    adapter, tmp_path, monkeypatch, owner, step, error
+):
     out = tmp_path / "out"
     cm.save_peft(adapter, out)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    original = getattr(writer, step)
+    original = getattr(owner, step)
 
     def fail(*args, **kwargs):
         original(*args, **kwargs)
         raise error
 
-    monkeypatch.setattr(writer, step, fail)
+    monkeypatch.setattr(owner, step, fail)
     for target in (out, tmp_path / "new"):
         with pytest.raises(type(error) if isinstance(error, Exception) else error):
             cm.save_peft(adapter, target, force=True)

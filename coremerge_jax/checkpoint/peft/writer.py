@@ -128,7 +128,7 @@ def _cut(
         kept.update(shares)
         return shorter
 
-    return map(cut, parts)
+    return map(cut, filter(None, parts))
 
 
 class _Writer:

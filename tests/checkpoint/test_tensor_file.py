@@ -1,0 +1,157 @@
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.extra.numpy import array_shapes
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorReader, TensorWriter
+from coremerge_jax.errors import FormatError
+
+DTYPES = [f"{kind}{bits}" for bits in (64, 32, 16) for kind in ("float", "int", "uint")]
+DTYPES += ["bfloat16", "int8", "uint8", "bool"]
+NAMES = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda x: x != "__metadata__")
+
+
+@st.composite
+def tensors(draw):
+    """Tensors of all dtypes, any bits, the widest first."""
+    shapes = draw(st.dictionaries(NAMES, array_shapes(min_dims=0, min_side=0, max_side=3)))
+    rng = np.random.default_rng(0)
+    values = {}
+    for name, shape in shapes.items():
+        dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
+        if dtype == np.bool_:
+            values[name] = np.asarray(rng.random(shape) < 0.5)
+        else:
+            size = int(np.prod(shape)) * dtype.itemsize
+            values[name] = rng.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
+    return dict(sorted(values.items(), key=lambda item: -item[1].itemsize))
+
+
+def write(file, values, names=None):
+    with TensorWriter(file, names or values, {"format": "pt"}) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+
+
+def assert_same(ours, theirs):
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert ours.tobytes() == theirs.tobytes()
+
+
+@given(tensors())
+def test_safetensors_reads_what_we_write(values):
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        write(file, values)
+        with safe_open(file, framework="numpy") as stream:
+            assert stream.metadata() == {"format": "pt"}
+            assert set(stream.keys()) == set(values)
+            for name, value in values.items():
+                assert_same(stream.get_tensor(name), value)
+        size = int.from_bytes(file.read_bytes()[:8], "little")
+        assert size % 8 == 0
+
+
+@given(tensors())
+def test_we_read_what_safetensors_writes(values):
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        save_file(values, file)
+        reader = TensorReader(file)
+        with reader.opened() as tensor:
+            assert set(reader.tensors) == set(values)
+            for name, value in values.items():
+                assert (reader.tensors[name].shape, reader.tensors[name].dtype) == (
+                    value.shape,
+                    value.dtype,
+                )
+                assert_same(tensor(name), value)
+
+
+def test_any_memory_layout_and_byte_order(tmp_path):
+    values = {
+        "big-endian": np.arange(6, dtype=">i4"),
+        "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "strided": np.arange(6, dtype=np.float32)[::2],
+    }
+    write(tmp_path / "x", values)
+    with safe_open(tmp_path / "x", framework="numpy") as stream:
+        for name, value in values.items():
+            assert np.array_equal(stream.get_tensor(name), value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"other": np.zeros(2)}, "'other' was not announced"),
+        ({"a": np.zeros(2)}, "'b' was announced, but not written"),
+        ({"a": np.zeros(1, np.int8), "b": np.zeros(2)}, "'b': float64 must come before"),
+        ({"a": np.zeros(2, np.complex64)}, "'a': cannot write complex64"),
+        ({"a": np.zeros((1,) * 9)}, "'a': cannot write float64 of shape"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "x", values, names=["a", "b"])
+    with pytest.raises(SafetensorError), safe_open(tmp_path / "x", framework="numpy"):
+        pass
+
+
+def test_a_tensor_is_written_once(tmp_path):
+    with TensorWriter(tmp_path / "x", ["a"]) as writer:
+        writer.write("a", np.zeros(2))
+        with pytest.raises(ValueError, match="twice"):
+            writer.write("a", np.zeros(2))
+
+
+def test_a_full_disk_names_the_file(small_disk):
+    with pytest.raises(OSError, match="No space left") as caught:
+        write(small_disk / "x", {"a": np.zeros(100_000)})
+    assert caught.value.filename == str(small_disk / "x")
+
+
+def test_dtypes_that_numpy_does_not_know(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(FormatError, match="tensor 'a' has dtype F8_E4M3; expected one of F64"):
+        TensorReader(tmp_path / "x")
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path):
+    file = tmp_path / "x"
+    save_file({"a": np.zeros(3)}, file)
+    reader = TensorReader(file)
+    save_file({"a": np.ones(4)}, tmp_path / "other")
+    (tmp_path / "other").rename(file)
+    with pytest.raises(FormatError, match="x: has changed"), reader.opened():
+        pass
+
+
+def test_a_file_that_is_cut_while_it_is_open(tmp_path):
+    file = tmp_path / "x"
+    save_file({"a": np.zeros(3), "b": np.zeros(100_000)}, file)
+    reader = TensorReader(file)
+    with reader.opened() as tensor:
+        os.truncate(file, 1000)
+        with pytest.raises(FormatError, match="ends in the middle of tensor 'b'"):
+            tensor("b")
+
+
+def test_a_lazy_tensor_is_read_when_an_array_is_made_of_it():
+    reads = []
+    lazy = LazyTensor((2,), np.dtype(np.int8), lambda: reads.append(1) or np.ones(2, np.int8))
+    assert (lazy.shape, lazy.dtype, reads) == ((2,), np.int8, [])
+    assert np.asarray(lazy).dtype == np.int8
+    assert np.asarray(lazy, np.float64).dtype == np.float64
+    assert len(reads) == 2
+    with pytest.raises(ValueError, match="copy"):
+        np.asarray(lazy, copy=False)
