@@ -199,7 +199,7 @@ module.{name} = paused
 STAGES = {
     "reading": PAUSE.format(module="checkpoint", name="load_peft"),
     "merging": PAUSE.format(module="truncation", name="truncate"),
-    "writing": PAUSE.format(module="checkpoint.peft.writer", name="_save_tensors"),
+    "writing": PAUSE.format(module="checkpoint.peft.writer", name="model_card"),
 }
 
 
