@@ -1,11 +1,11 @@
 """What no merge can do without: reading the factors, and three matrix products a module.
 
 Two Gram matrices in float64, R × n × R and R × m × R, and one product m × R × R in float32. Each is
-timed with the fastest library at hand for it (NumPy's BLAS, PyTorch's, XLA), on all cores, with
-operands that may stay in cache.
+timed with the fastest library at hand for it (NumPy's BLAS, XLA, PyTorch's if it is imported), on
+all cores, with operands that may stay in cache.
 """
 
-import importlib.util
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def _operands(kind: Kind, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
 def _fastest(x: np.ndarray, y: np.ndarray) -> tuple[Callable[[], Any], str]:
     timed = []
     for library, product in LIBRARIES.items():
-        if library != "torch" or importlib.util.find_spec("torch"):
+        if library != "torch" or "torch" in sys.modules:
             call = product(x, y)
             call()
             timed.append((min(_seconds(call) for _ in range(5)), library, call))

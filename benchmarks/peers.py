@@ -100,12 +100,12 @@ def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
     @jax.jit
     @jax.vmap
     def merge_module(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        wide = (x.astype(jnp.float64) for x in (a, b))
-        a, b = paper.core(jnp, rule, *wide, len(adapters))
+        a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+        a, b = paper.core(jnp, rule, a, b, len(adapters))
         return a.astype(jnp.float32), b.astype(jnp.float32)
 
     def call() -> Merged:
-        merged = {}
+        merged: dict[str, cm.LoRA | np.ndarray] = {}
         with jax.enable_x64(True):
             for paths in groups.values():
                 a = np.stack([np.concatenate([x[path].a for x in adapters]) for path in paths])
@@ -165,7 +165,8 @@ def _peft_model(adapters: Sequence[cm.Adapter]) -> tuple[Any, dict[str, Any]]:
             else:
                 model.add_adapter(f"task{t}", config)
     assert model is not None
-    layers = dict(zip(shapes, model.base_model.model, strict=True))
+    linear: Any = model.base_model.model
+    layers = dict(zip(shapes, linear, strict=True))
     with torch.no_grad():
         for path, layer in layers.items():
             for t, adapter in enumerate(adapters):
@@ -205,7 +206,7 @@ def relative_error(x: cm.LoRA | np.ndarray, expected: cm.LoRA) -> float:
     a = np.concatenate([x.a, expected.a]).astype(np.float64)
     b = np.concatenate([x.b, -np.asarray(expected.b)], axis=1).astype(np.float64)
     # ‖b a‖ = ‖R_b R_aᵀ‖ with the triangular factors of b and aᵀ.
-    left, right = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    left, right = np.linalg.qr(b).R, np.linalg.qr(a.T).R
     own = x.a.shape[0]
     difference, size = left @ right.T, left[:, own:] @ right[:, own:].T
     return float(np.linalg.norm(difference) / np.linalg.norm(size))

@@ -1,6 +1,7 @@
 """The plot of `speed.py`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from report import RULE_TITLES
 
-mpl.use("Agg")
 mpl.rcParams.update({"svg.hashsalt": "coremerge", "font.size": 10})
 
 Row = Mapping[str, Any]
@@ -30,7 +30,7 @@ LINES = {"tsv+iso-c": "-", "ties": ":"}
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draws what was measured: one panel a model, and one a sweep."""
     rows = result["rows"]
-    models = [name for name in ("vit-b32", "llama-3-8b", "llama-3-70b") if _of(rows, name)]
+    models = [name for name in ("vit-b32", "llama-3-8b") if _of(rows, name)]
     sweeps: list[tuple[str, str, list[Row]]] = [
         ("adapters T", "tasks", [row for row in rows if row["shape"].startswith("tasks-")]),
         (
@@ -42,9 +42,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     sweeps = [sweep for sweep in sweeps if len({row["shape"] for row in sweep[2]}) > 1]
     panels: list[Callable[[Axes], None]] = []
     for name in models:
-        panels.append(lambda ax, name=name: _model(ax, _of(rows, name)))
-    for sweep in sweeps:
-        panels.append(lambda ax, sweep=sweep: _sweep(ax, *sweep))
+        panels.append(partial(_model, rows=_of(rows, name)))
+    for label, field, found in sweeps:
+        panels.append(partial(_sweep, label=label, field=field, rows=found))
     if not panels:
         return
     columns = min(2, len(panels))
@@ -80,10 +80,7 @@ def _model(ax: Axes, rows: Sequence[Row]) -> None:
         ax.axhline(y, color="#e4e4e4", lw=0.8, zorder=0)
         for name, entry in row["times"].items():
             if name in STYLES:
-                color, marker = STYLES[name]
-                fill = "none" if "scaled_by" in entry else color
-                size = 16 if marker == "|" else 7
-                ax.plot(entry["seconds"], y, marker, color=color, mfc=fill, ms=size, mew=1.6)
+                _mark(ax, entry["seconds"], y, name, entry, size=16 if name == "floor" else 7)
     ax.set_yticks(range(len(rows)), [RULE_TITLES[row["rule"]] for row in reversed(rows)])
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_xscale("log")
@@ -92,17 +89,25 @@ def _model(ax: Axes, rows: Sequence[Row]) -> None:
     ax.grid(axis="x", color="#e4e4e4", lw=0.8)
 
 
+def _mark(ax: Axes, x: float, y: float, name: str, entry: Mapping[str, Any], size: int) -> None:
+    color, marker = STYLES[name]
+    fill = "white" if "scaled_by" in entry else color
+    ax.plot(x, y, marker, color=color, mfc=fill, ms=size, mew=1.6)
+
+
 def _sweep(ax: Axes, label: str, field: str, rows: Sequence[Row]) -> None:
     """Seconds by T or r, for two rules."""
-    for name, (color, marker) in STYLES.items():
+    for name in STYLES:
         for rule, line in LINES.items():
-            points = sorted(
-                (row[field], row["times"][name]["seconds"])
-                for row in rows
-                if row["rule"] == rule and name in row["times"]
+            found = sorted(
+                (row for row in rows if row["rule"] == rule and name in row["times"]),
+                key=lambda row: row[field],
             )
-            if points:
-                ax.plot(*zip(*points, strict=True), line, color=color, marker=marker, ms=5)
+            xs = [row[field] for row in found]
+            entries = [row["times"][name] for row in found]
+            ax.plot(xs, [entry["seconds"] for entry in entries], line, color=STYLES[name][0])
+            for x, entry in zip(xs, entries, strict=True):
+                _mark(ax, x, entry["seconds"], name, entry, size=5)
     ticks = sorted({row[field] for row in rows})
     ax.set_xscale("log")
     ax.set_yscale("log")

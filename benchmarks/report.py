@@ -1,14 +1,9 @@
-"""A benchmark's results as a table, JSON and a plot."""
+"""The tables and targets of `speed.py`."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import machine
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from publish import Sheet, digits
 
 Row = Mapping[str, Any]
 
@@ -29,7 +24,7 @@ cores. *read*: files of the factors' size out of the page cache. *error*: larges
 difference of an update of PyTorch's from ours, over up to 8 modules. Where nothing stands, the
 contender has no such rule or was not run."""
 
-# Issue of speed: (shape, rule, what, bound); "speedup" at least, "floors" at most.
+# (shape, rule, what, bound): a speedup over PyTorch of at least, so many floors at most.
 TARGETS = (
     ("llama-3-8b", "tsv+iso-c", "speedup", 8.0),
     ("llama-3-8b", "ties", "speedup", 8.0),
@@ -63,40 +58,16 @@ def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Prints the tables, and writes speed.json, speed.md and speed.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = [_times(result), _targets(result)]
-    console = Console()
-    if not console.is_terminal:
-        console.width = 1000
-    for header, rows in tables:
-        console.print(_rich(header, rows))
-    text = "\n\n".join(
-        ["# Speed", machine.summary(result["machine"]), *(_markdown(*t) for t in tables), NOTES]
-    )
-    (folder / "speed.md").write_text(text + "\n")
-    (folder / "speed.json").write_text(json.dumps(_rounded(result), ensure_ascii=False) + "\n")
-    try:
-        from plot import draw
-    except ImportError:
-        console.print("no plot: it needs matplotlib")
-    else:
-        draw(result, folder / "speed.svg")
-    console.print(f"wrote {folder}")
-
-
 def progress(row: Row) -> str:
     """One row in one line."""
     times = ", ".join(f"{name} {_seconds(entry)}" for name, entry in row["times"].items())
     return f"{row['title']}: {RULE_TITLES[row['rule']]}: {times}"
 
 
-TimesTable = tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def _times(result: Mapping[str, Any]) -> TimesTable:
-    peers = [name for name in result["contenders"] if name not in ("ours", "torch")]
+def times_sheet(result: Mapping[str, Any]) -> Sheet:
+    """What everyone took."""
+    measured = {name for row in result["rows"] for name in row["times"]}
+    peers = [name for name in result["contenders"] if name in measured - {"ours", "torch"}]
     header = [
         "shape",
         "rule",
@@ -110,7 +81,7 @@ def _times(result: Mapping[str, Any]) -> TimesTable:
         "error",
         *(result["contenders"][name] for name in peers),
     ]
-    return header, [_row(row, peers) for row in result["rows"]]
+    return Sheet(header, [_row(row, peers) for row in result["rows"]])
 
 
 def _row(row: Row, peers: Sequence[str]) -> list[str]:
@@ -119,10 +90,10 @@ def _row(row: Row, peers: Sequence[str]) -> list[str]:
         row["title"],
         RULE_TITLES[row["rule"]],
         _seconds(times["ours"]),
-        _digits(times["ours"]["compile"]),
+        digits(times["ours"]["compile"]),
         _seconds(times["floor"]),
         _factor(ratio(row, "ours", "floor")),
-        _digits(times["read"]["seconds"]),
+        digits(times["read"]["seconds"]),
         _seconds(times.get("torch")),
         _factor(ratio(row, "torch", "ours")),
         f"{times['torch']['error']:.0e}" if "torch" in times else "",
@@ -130,7 +101,8 @@ def _row(row: Row, peers: Sequence[str]) -> list[str]:
     ]
 
 
-def _targets(result: Mapping[str, Any]) -> TimesTable:
+def targets_sheet(result: Mapping[str, Any]) -> Sheet:
+    """Which targets were met."""
     titles = {"speedup": "PyTorch / ours at least", "floors": "ours / floor at most"}
     rows = [
         [
@@ -142,45 +114,16 @@ def _targets(result: Mapping[str, Any]) -> TimesTable:
         ]
         for target in result["targets"]
     ]
-    return ["shape", "rule", "target", "measured", ""], rows
+    return Sheet(["shape", "rule", "target", "measured", ""], rows)
 
 
 def _seconds(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
     if "scaled_by" in entry:
-        return f"~{_digits(entry['seconds'])}"
-    return f"{_digits(entry['seconds'])} ({_digits(entry['min'])})"
-
-
-def _digits(seconds: float) -> str:
-    """Two or three significant digits, without an exponent."""
-    places = 4 if seconds < 0.01 else 3 if seconds < 0.1 else 2 if seconds < 10 else 1
-    return f"{seconds:.{places}f}"
+        return f"~{digits(entry['seconds'])}"
+    return f"{digits(entry['seconds'])} ({digits(entry['min'])})"
 
 
 def _factor(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}×"
-
-
-def _rich(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * 2 + ["---:"] * (len(header) - 2)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
-def _rounded(value: Any) -> Any:
-    """The same with four significant digits, for small files."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    return [_rounded(entry) for entry in value] if isinstance(value, list) else value

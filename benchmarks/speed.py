@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import fnmatch
 import gc
+import importlib.util
 import statistics
 import sys
 import time
@@ -23,13 +24,15 @@ import machine
 import report
 from floor import Files, Floor
 from peers import CONTENDERS, PEFT_RULES, RULES, Merged, relative_error
+from publish import folder, publish
 from shapes import SHAPES, Shape
 
 import coremerge_jax as cm
 
-PATIENCE = 10.0  # seconds: who has used as many in a row of the table is not repeated
+PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated
 COMPARED = 8  # modules whose results are compared
 
+PEERS = tuple(name for name in CONTENDERS if name != "ours")
 EVERY = tuple(RULES)
 MAIN = ("ties", "tsv+iso-c")
 
@@ -48,6 +51,14 @@ class Plan:
     rules: tuple[str, ...]
     modules: Mapping[str, int | None]
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def restrict(self, rules: Sequence[str], peers: Sequence[str]) -> "Plan":
+        """The same for some rules and contenders."""
+        return dataclasses.replace(
+            self,
+            rules=tuple(rule for rule in self.rules if rule in rules),
+            modules={name: count for name, count in self.modules.items() if name in peers},
+        )
 
     def runs(self, contender: str, rule: str) -> bool:
         """Whether a contender runs a rule."""
@@ -115,20 +126,24 @@ class Runner:
     def record(self) -> dict[str, Any]:
         """The result, for JSON."""
         median = statistics.median(self.seconds)
-        record = {"seconds": median, "min": min(self.seconds), "runs": len(self.seconds)}
+        record: dict[str, Any] = {
+            "seconds": median,
+            "min": min(self.seconds),
+            "runs": len(self.seconds),
+        }
         if self.first is not None:
-            record["compile"] = max(self.first - median, 0.0)
+            record["compile"] = max(self.first - median, 0.0) / self.scale
         if self.scale != 1:
             record["scaled_by"] = self.scale
         return record
 
 
-def measure(shape: Shape, plan: Plan, rules: Sequence[str], repeat: int) -> list[dict[str, Any]]:
+def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
     """Measures a shape: one row of the table a rule."""
     adapters = shape.adapters()
     floor, files = Floor(shape), Files(shape)
     rows = []
-    for rule in (rule for rule in plan.rules if rule in rules):
+    for rule in plan.rules:
         runners = _runners(shape, plan, rule, adapters)
         runners += [Runner("floor", floor), Runner("read", files)]
         for runner in runners:
@@ -191,13 +206,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only", action="append", metavar="SHAPE", help="shapes by name or pattern (tasks-*)"
     )
     parser.add_argument("--rules", default=",".join(EVERY), help="default: %(default)s")
+    parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny modules: does it all run?")
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parent / "results" / f"jax-{jax.__version__}",
+        default=folder(),
         help="folder; default: %(default)s",
     )
     options = parser.parse_args(argv)
@@ -205,17 +221,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.shapes = [
         shape for name, shape in SHAPES.items() if any(fnmatch.fnmatch(name, p) for p in patterns)
     ]
-    options.rules = options.rules.split(",")
-    unknown = sorted(set(options.rules) - set(EVERY))
+    options.rules = list(filter(None, options.rules.split(",")))
+    options.peers = list(filter(None, options.peers.split(",")))
+    unknown = {*options.rules, *options.peers} - {*EVERY, *PEERS}
     if not options.shapes or unknown or options.repeat < 1:
-        parser.error("no such shape or rule, or fewer than one round")
+        parser.error("no such shape, rule or peer, or fewer than one round")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, shows and writes; the exit code."""
     options = parse(argv)
-    if CONTENDERS["torch"].installed:
+    if any(
+        CONTENDERS[name].needs != "jax" and CONTENDERS[name].installed for name in options.peers
+    ):
         import torch
 
         torch.set_num_threads(machine.cores())
@@ -223,13 +242,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for shape in options.shapes:
         shaped = shape.tiny() if options.quick else shape
-        rows += measure(shaped, PLANS[shape.name], options.rules, options.repeat)
+        plan = PLANS[shape.name].restrict(options.rules, options.peers)
+        rows += measure(shaped, plan, options.repeat)
         jax.clear_caches()
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
     described["blas"] = machine.describe()["blas"]  # now that all are loaded
-    result = {"machine": described, "contenders": titles, "rows": rows}
+    result: dict[str, Any] = {"machine": described, "contenders": titles, "rows": rows}
     result["targets"] = report.targets(rows)
-    report.write(result, options.output)
+    sheets = [report.times_sheet(result), report.targets_sheet(result)]
+    publish(options.output / "speed", "Speed of a merge in memory", result, sheets, report.NOTES)
+    if importlib.util.find_spec("matplotlib"):
+        from plot import draw
+
+        draw(result, options.output / "speed.svg")
     met = all(target["met"] for target in result["targets"])
     return 1 if options.check and not met else 0
 

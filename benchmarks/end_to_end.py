@@ -1,0 +1,210 @@
+"""How long does the command line take, from files to files, and how much memory?
+
+    python benchmarks/end_to_end.py [--check]
+    python benchmarks/end_to_end.py --tasks 100 --layers 2 --max-memory 2GiB [--check]
+
+Writes synthetic PEFT adapters in bfloat16, then runs ``coremerge merge`` in fresh processes: with
+an empty compilation cache (cold), and again with what that has left there (again). The adapters
+have just been written, and are read out of the page cache. Writes a table and JSON to
+``benchmarks/results/jax-VERSION``. For POSIX systems.
+"""
+
+# Imports little: Linux counts the memory of the process that starts another one as the other's.
+import argparse
+import json
+import os
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+from publish import Sheet, digits, folder, publish
+
+RULES = ("--rule", "tsv", "--rule", "isotropize")
+GIB = 2**30
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "Ki": 2**10, "Mi": 2**20, "Gi": GIB}
+
+# Seconds and bytes, for this shape, number of adapters and layers.
+WHOLE = ("llama-3-8b", 6, 32)
+TARGETS = {"cold": (10.0, 1.5 * GIB), "again": (6.0, 1.5 * GIB)}
+NOTES = """\
+Wall seconds of the process, median, the fastest in brackets; peak memory is the largest of all
+runs. *cold*: with an empty compilation cache; *again*: a second process with the cache that the
+first has left. Stages are those that the command reports."""
+
+
+def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
+    """The adapters' folders; they are written unless they are there."""
+    size = [f"{name}-{getattr(options, name)}" for name in ("tasks", "layers")]
+    adapters = place / "-".join([options.shape, *size, *["tiny"] * options.tiny])
+    paths = [adapters / f"task{t}" for t in range(options.tasks)]
+    if not all(path.exists() for path in paths):
+        script = Path(__file__).with_name("shapes.py")
+        command = [sys.executable, script, options.shape, adapters]
+        command += ["--tasks", str(options.tasks), "--layers", str(options.layers)]
+        subprocess.run([*command, *["--tiny"] * options.tiny], check=True)
+    return paths
+
+
+def run(arguments: Sequence[str | Path], cache: Path) -> dict[str, Any]:
+    """Runs ``coremerge merge``: its seconds, peak memory in bytes, and what it reports."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", "coremerge_jax", "merge", "--json", *arguments]
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"exit code {process.returncode}: {' '.join(map(str, command))}")
+        output.seek(0)
+        report = json.load(output)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": seconds, "peak": peak, "stages": report.get("seconds", {})}
+
+
+def check_complete(output: Path, source: Path) -> None:
+    """Exits unless a merged adapter has the tensors of one that was merged, to the last byte."""
+    merged, size = _tensors(output)
+    expected, _ = _tensors(source)
+    end = max(entry["data_offsets"][1] for entry in merged.values())
+    if merged.keys() != expected.keys() or size != end:
+        sys.exit(f"{output} is not complete")
+
+
+def _tensors(adapter: Path) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file, and the size of what follows."""
+    path = adapter / "adapter_model.safetensors"
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, path.stat().st_size - 8 - length
+
+
+def measure(options: argparse.Namespace, place: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs of each sort, in turns."""
+    adapters = write_adapters(options, place)
+    runs: dict[str, list[dict[str, Any]]] = {"cold": [], "again": []}
+    limit = ["--max-memory", options.max_memory] if options.max_memory else []
+    for _ in range(options.repeat):
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            for sort in runs:
+                output = Path(scratch) / sort
+                arguments = [*adapters, "-o", output, *RULES, *limit, *options.extra]
+                runs[sort].append(run(arguments, Path(scratch) / "cache"))
+                check_complete(output, adapters[0])
+    return runs
+
+
+def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Medians, and the largest peak."""
+    return {
+        sort: {
+            "seconds": statistics.median(entry["seconds"] for entry in entries),
+            "min": min(entry["seconds"] for entry in entries),
+            "runs": len(entries),
+            "peak_bytes": max(entry["peak"] for entry in entries),
+            "stages": {
+                stage: statistics.median(entry["stages"][stage] for entry in entries)
+                for stage in entries[0]["stages"]
+            },
+        }
+        for sort, entries in runs.items()
+    }
+
+
+def misses(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which targets were missed, in words."""
+    missed = []
+    whole = not options.tiny and (options.shape, options.tasks, options.layers) == WHOLE
+    for sort, entry in found.items():
+        seconds, peak = TARGETS[sort] if whole else (float("inf"), float("inf"))
+        if options.max_memory:
+            peak = min(peak, parse_size(options.max_memory))
+        if entry["seconds"] > seconds:
+            missed.append(f"{sort}: {digits(entry['seconds'])} s, target {seconds:g} s")
+        if entry["peak_bytes"] > peak:
+            missed.append(f"{sort}: {_gib(entry['peak_bytes'])}, target {_gib(peak)}")
+    return missed
+
+
+def parse_size(text: str) -> float:
+    """Bytes of a size such as 2GiB or 500MB."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]i?)?B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 2GiB")
+    return float(match[1]) * UNITS[match[2] or ""]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    """The table."""
+    stages = list(next(iter(found.values()))["stages"])
+    what = f"{options.shape}, {options.layers} layers, T {options.tasks}"
+    rows = [
+        [
+            what,
+            sort,
+            f"{digits(entry['seconds'])} ({digits(entry['min'])})",
+            _gib(entry["peak_bytes"]),
+            *(digits(entry["stages"][stage]) for stage in stages),
+        ]
+        for sort, entry in found.items()
+    ]
+    return Sheet(["adapters", "start", "seconds", "peak memory", *stages], rows)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama-3-8b", help="default: %(default)s")
+    parser.add_argument("--tasks", type=int, default=6, help="adapters; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
+    parser.add_argument("--repeat", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--max-memory", metavar="SIZE", help="passed on, and a target")
+    parser.add_argument("--folder", type=Path, help="keep the adapters here, and use them again")
+    parser.add_argument("--check", action="store_true", help="fail if a target is missed")
+    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser.add_argument("extra", nargs="*", metavar="-- OPTION", help="passed on to the command")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, shows and writes; the exit code."""
+    options = parse(argv)
+    described = machine.describe()
+    with tempfile.TemporaryDirectory(prefix="coremerge-benchmark-") as scratch:
+        found = summarize(measure(options, options.folder or Path(scratch)))
+    missed = misses(options, found)
+    result = {
+        "machine": described,
+        "shape": options.shape,
+        "tasks": options.tasks,
+        "layers": options.layers,
+        "options": [*RULES, *options.extra],
+        "max_memory": options.max_memory,
+        "starts": found,
+        "missed": missed,
+    }
+    stem = options.output / f"end_to_end-tasks-{options.tasks}"
+    publish(stem, "From files to files", result, [sheet(options, found)], NOTES)
+    print("\n".join(missed) or "all targets met")
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

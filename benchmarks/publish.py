@@ -1,0 +1,78 @@
+"""Results to the terminal, to Markdown and to JSON."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import machine
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+class Sheet(NamedTuple):
+    """A table; columns from the third on hold numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def folder() -> Path:
+    """Where results are kept: one folder for each version of jax."""
+    return Path(__file__).parent / "results" / f"jax-{importlib.metadata.version('jax')}"
+
+
+def publish(
+    stem: Path, title: str, result: Mapping[str, Any], sheets: Sequence[Sheet], notes: str
+) -> None:
+    """Prints the tables, and writes ``stem.md`` and ``stem.json``.
+
+    Args:
+        stem: path of the files, without suffix.
+        title: headline of the Markdown file.
+        result: what the JSON file holds; under ``"machine"`` that of `machine.describe`.
+        sheets: the tables.
+        notes: what the columns mean.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000
+    for sheet in sheets:
+        console.print(_rich(sheet))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", machine.summary(result["machine"]), *map(_markdown, sheets), notes]
+    stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
+    stem.with_suffix(".json").write_text(text + "\n")
+    console.print(f"wrote {stem}.*")
+
+
+def digits(seconds: float) -> str:
+    """Seconds with about three digits, without an exponent."""
+    places = 4 if seconds < 0.01 else 3 if seconds < 0.1 else 2 if seconds < 10 else 1
+    return f"{seconds:.{places}f}"
+
+
+def _rich(sheet: Sheet) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(sheet.header):
+        table.add_column(name, justify="left" if column < 2 else "right", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(sheet: Sheet) -> str:
+    rule = ["---"] * 2 + ["---:"] * (len(sheet.header) - 2)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (sheet.header, rule, *sheet.rows))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with four significant digits, for small files."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value

@@ -1,0 +1,127 @@
+"""The benchmarks run, and those who are compared give the same result. Nothing is timed here."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import end_to_end
+import pytest
+import report
+import speed
+
+
+@pytest.fixture
+def run_speed(tmp_path):
+    """Runs tiny modules in one round; the rows of the table by shape and rule."""
+
+    def run(*options):
+        code = speed.main(["--quick", "--repeat", "1", "--output", str(tmp_path), *options])
+        result = json.loads((tmp_path / "speed.json").read_text())
+        assert code == (1 if "--check" in options else 0)
+        assert result["machine"]["packages"]["jax"]
+        assert len((tmp_path / "speed.json").read_bytes()) < 100_000
+        return {(row["shape"], row["rule"]): row for row in result["rows"]}
+
+    return run
+
+
+def test_speed_without_peers_that_are_not_installed(run_speed, tmp_path, capsys):
+    options = ["--only", "vit-b32", "--only", "satur*", "--rules", "ties,tsv+iso-c"]
+    rows = run_speed(*options, "--peers", "jax", "--check")
+    assert set(rows) == {
+        (shape, rule) for shape in ("vit-b32", "saturated") for rule in ("ties", "tsv+iso-c")
+    }
+    for row in rows.values():
+        assert set(row["times"]) == {"ours", "jax", "floor", "read"}
+        assert row["times"]["jax"]["error"] < 1e-6
+        assert row["times"]["ours"]["compile"] > 0
+    table = (tmp_path / "speed.md").read_text()
+    assert "ViT-B/32" in table
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("default")
+def test_speed_with_all_peers(run_speed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torch")
+        pytest.importorskip("peft")
+    rows = run_speed("--only", "vit-b32")
+    rows |= run_speed("--only", "llama-3-8b", "--only", "saturated", "--rules", "ties")
+    for (shape, rule), row in rows.items():
+        times = row["times"]
+        assert times["torch"]["error"] < 1e-6, (shape, rule)
+        assert times["jax"]["error"] < 1e-6, (shape, rule)
+    assert set(rows["vit-b32", "ta"]["times"]) >= {"peft", "full", "knots"}
+    assert rows["vit-b32", "ta"]["times"]["peft"]["error"] < 1e-5
+    assert rows["vit-b32", "tsv"]["times"]["full"]["error"] < 1e-5
+    assert rows["llama-3-8b", "ties"]["times"]["peft"]["scaled_by"] == 2
+    assert "scaled_by" not in rows["llama-3-8b", "ties"]["times"]["torch"]
+
+
+def test_plot(run_speed, tmp_path):
+    plot = pytest.importorskip("plot", exc_type=ImportError)
+    run_speed("--only", "vit-b32", "--only", "tasks-[24]", "--rules", "ties", "--peers", "")
+    result = json.loads((tmp_path / "speed.json").read_text())
+    for name in ("one.svg", "two.svg"):
+        plot.draw(result, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert (tmp_path / "speed.svg").exists()
+
+
+@pytest.mark.parametrize(("ours", "met"), [(1.0, True), (1.3, False)])
+def test_targets(ours, met):
+    times = {"ours": ours, "torch": 8.5, "floor": 0.45}
+    row = {"times": {name: {"seconds": seconds} for name, seconds in times.items()}}
+    named = [("llama-3-8b", "ties"), ("llama-3-8b", "tsv+iso-c")]
+    rows = [row | {"shape": shape, "rule": rule} for shape, rule in named]
+    verdicts = report.targets(rows)
+    assert [target["met"] for target in verdicts] == [met] * 4 + [False] * 2
+    assert [target["value"] for target in verdicts[4:]] == [None] * 2
+
+
+def test_unknown_rule_or_shape():
+    for options in (["--rules", "sum"], ["--only", "gpt"], ["--peers", "mergekit"]):
+        with pytest.raises(SystemExit):
+            speed.main(options)
+
+
+def test_end_to_end(tmp_path, monkeypatch):
+    options = ["--tiny", "--layers", "1", "--tasks", "3", "--repeat", "1", "--check"]
+    folders = ["--folder", str(tmp_path / "adapters"), "--output", str(tmp_path / "results")]
+    assert end_to_end.main([*options, *folders]) == 0
+    result = json.loads((tmp_path / "results" / "end_to_end-tasks-3.json").read_text())
+    assert set(result["starts"]) == {"cold", "again"}
+    for start in result["starts"].values():
+        assert start["peak_bytes"] > 0
+        assert start["stages"]
+
+    def refuse(*_, **__):
+        raise AssertionError("the adapters are there already")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(SystemExit, match="exit code 2"):
+        end_to_end.main([*options, *folders, "--", "--no-such-option"])
+
+
+def test_end_to_end_targets(tmp_path):
+    options = end_to_end.parse(["--max-memory", "2GiB", "--output", str(tmp_path)])
+    found = {
+        "cold": {"seconds": 9.0, "peak_bytes": 1.0 * 2**30},
+        "again": {"seconds": 7.0, "peak_bytes": 1.8 * 2**30},
+    }
+    assert len(end_to_end.misses(options, found)) == 2
+    options.layers = 2
+    assert end_to_end.misses(options, found) == []
+    options.max_memory = "1GB"
+    assert len(end_to_end.misses(options, found)) == 2
+
+
+def test_scripts_tell_what_they_do():
+    for script in (speed, end_to_end):
+        told = subprocess.run(
+            [sys.executable, script.__file__, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "--check" in told.stdout
