@@ -29,7 +29,8 @@ from shapes import SHAPES, Shape
 
 import coremerge_jax as cm
 
-PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated
+PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated,
+LEAST = 3  # unless nothing is scaled: then there are as many rounds, so that the median is one
 COMPARED = 8  # modules whose results are compared
 
 PEERS = tuple(name for name in CONTENDERS if name != "ours")
@@ -112,7 +113,8 @@ class Runner:
 
     def round(self) -> None:
         """Runs once more, unless it has taken long enough."""
-        if sum(self.seconds) / self.scale < PATIENCE:
+        least = LEAST if self.scale == 1 else 1
+        if len(self.seconds) < least or sum(self.seconds) / self.scale < PATIENCE:
             self.seconds.append(self._run())
 
     def _run(self) -> float:
