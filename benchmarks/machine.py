@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,58 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe() -> dict[str, Any]:
-    """The machine, the versions, and the BLAS libraries loaded so far with their threads."""
+BUSY = 0.1
+
+
+class Watch:
+    """How much of the machine other processes use, from now on; Linux only.
+
+    Threads that wait for each other while others have their cores take ten times as long, or
+    longer: PyTorch's do. On a busy machine a comparison shows nothing.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def others(self) -> float | None:
+        """Their share of all cores; None if that is not known."""
+        start, now = self._start, self._read()
+        if start is None or now is None:
+            return None
+        busy, own, wall = (y - x for x, y in zip(start, now, strict=True))
+        if wall < 1:  # /proc/stat counts in hundredths of a second
+            return None
+        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of all processes, of this one and those it has waited for, of the clock."""
+        try:
+            line = Path("/proc/stat").read_text().split("\n", 1)[0]
+        except OSError:
+            return None
+        user, nice, system, _, _, *rest = map(int, line.split()[1:9])
+        busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.monotonic()
+
+
+def is_busy(machine: dict[str, Any]) -> bool:
+    """Whether others used so much that times mean little; says so."""
+    busy = (machine["others"] or 0) > BUSY
+    if busy:
+        share = f"{machine['others']:.0%}"
+        print(f"the machine was busy: others used {share} of it; repeat this", file=sys.stderr)
+    return busy
+
+
+def describe(watch: Watch) -> dict[str, Any]:
+    """The machine, the versions, and the BLAS libraries loaded by now with their threads.
+
+    Args:
+        watch: made before the measurements.
+    """
     return {
+        "others": watch.others(),
         "cpu": _cpu(),
         "cores": cores(),
         "memory_gib": _memory(),
@@ -28,17 +78,18 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "blas": _blas(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
 def summary(machine: dict[str, Any]) -> str:
     """The machine in two sentences."""
+    others = machine["others"]
+    share = "" if others is None else f"; other processes used {others:.0%} of the cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores{memory}, {machine['os']}; load average "
-        f"{machine['load_average']} at the start. Python {machine['python']}, {versions}."
+        f"{machine['cpu']}, {machine['cores']} cores{memory}, {machine['os']}{share}. "
+        f"Python {machine['python']}, {versions}."
     )
 
 

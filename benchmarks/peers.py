@@ -27,7 +27,7 @@ RULES: dict[str, Rule] = {
 }
 PEFT_RULES = {"ta": "svd", "ties": "ties_svd"}
 
-Merged = Mapping[str, cm.LoRA | np.ndarray]  # by module path; dense where the method is
+Merged = Mapping[str, Any]  # by module path: a LoRA, or dense where the method is
 Call = Callable[[], Merged]
 
 
@@ -80,13 +80,15 @@ def _in_torch(space: str, rule: str, adapters: Sequence[cm.Adapter], dtype: str)
     def result(x: Any) -> np.ndarray:
         return x.to(torch.float32).numpy()
 
-    def merge_module(path: str) -> cm.LoRA | np.ndarray:
+    def merge_module(path: str) -> Any:
         loras = [adapter[path] for adapter in adapters]
         a = torch.concatenate([torch.from_numpy(lora.a) for lora in loras])
         b = torch.concatenate([torch.from_numpy(lora.b) for lora in loras], dim=1)
         a, b = (x.to(getattr(torch, dtype)) for x in (a, b))
         merged = paper.SPACES[space](torch, rule, a, b, len(loras))
-        return cm.LoRA(*map(result, merged)) if space == "core" else result(merged)
+        if space == "core":
+            return cm.LoRA(a=result(merged[0]), b=result(merged[1]))
+        return result(merged)
 
     return lambda: {path: merge_module(path) for path in adapters[0]}
 
@@ -105,7 +107,7 @@ def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
         return a.astype(jnp.float32), b.astype(jnp.float32)
 
     def call() -> Merged:
-        merged: dict[str, cm.LoRA | np.ndarray] = {}
+        merged: dict[str, cm.LoRA] = {}
         with jax.enable_x64(True):
             for paths in groups.values():
                 a = np.stack([np.concatenate([x[path].a for x in adapters]) for path in paths])

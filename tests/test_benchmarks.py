@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import end_to_end
+import machine
 import pytest
 import report
 import speed
@@ -89,7 +90,7 @@ def test_unknown_rule_or_shape():
 
 
 def test_end_to_end(tmp_path, monkeypatch):
-    options = ["--tiny", "--layers", "1", "--tasks", "3", "--repeat", "1", "--check"]
+    options = ["--tiny", "--layers", "1", "--tasks", "3", "--repeat", "1"]
     folders = ["--folder", str(tmp_path / "adapters"), "--output", str(tmp_path / "results")]
     assert end_to_end.main([*options, *folders]) == 0
     result = json.loads((tmp_path / "results" / "end_to_end-tasks-3.json").read_text())
@@ -117,6 +118,15 @@ def test_end_to_end_targets(tmp_path):
     assert end_to_end.misses(options, found) == []
     options.max_memory = "1GB"
     assert len(end_to_end.misses(options, found)) == 2
+
+
+def test_a_busy_machine_is_told(capsys):
+    found = machine.describe(machine.Watch())
+    assert found["others"] is None or 0 <= found["others"] <= 1
+    assert not machine.is_busy(found | {"others": None})
+    assert not machine.is_busy(found | {"others": 0.02})
+    assert machine.is_busy(found | {"others": 0.5})
+    assert "50%" in capsys.readouterr().err
 
 
 def test_scripts_tell_what_they_do():
