@@ -196,9 +196,7 @@ class Adapter(Mapping[str, LoRA]):
         shape = jax.ShapeDtypeStruct
         return self.replace(
             modules={
-                path: dataclasses.replace(
-                    lora, a=shape(lora.a.shape, lora.a.dtype), b=shape(lora.b.shape, lora.b.dtype)
-                )
+                path: jax.tree.map(lambda x: shape(x.shape, x.dtype), lora)
                 for path, lora in self.items()
             }
         )

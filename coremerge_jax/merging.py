@@ -1,9 +1,15 @@
 """Merging adapters: a space and a rule over all modules."""
 
+import contextlib
 import dataclasses
 import fnmatch
+import functools
+import os
+import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,14 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coremerge_jax.cost import batch_size
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
-from coremerge_jax.lora import Adapter, Array, LoRA, Metadata, widest
+from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
 from coremerge_jax.precision import computing
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, TiesAbove, as_rule, chain
+from coremerge_jax.rules.base import dense
 from coremerge_jax.spaces import Projection, Space, core
-from coremerge_jax.stack import Stack, label, stack_adapters
+from coremerge_jax.stack import Group, group_modules, label, over_modules
 
 
 def merge(
@@ -36,9 +44,9 @@ def merge(
 ) -> Adapter:
     """Merges adapters of one base model into one adapter.
 
-    Modules of equal signature are merged together by one compiled program. A module that only
-    some adapters have is merged from those. May be called inside a jitted or differentiated
-    function with traced factors.
+    Modules of equal signature are merged by one compiled program. A module that only some
+    adapters have is merged from those. May be called inside a jitted or differentiated function
+    with traced factors.
 
     Args:
         adapters: at least one.
@@ -66,8 +74,54 @@ def merge(
         UnsupportedError: adapters have extras and no policy for them was given.
         ValueError: a parameter is out of range.
     """
+    return merge_stream(
+        adapters,
+        rule,
+        space=space,
+        weights=weights,
+        scale=scale,
+        key=key,
+        precision=precision,
+        extras=extras,
+        allow_mismatch=allow_mismatch,
+    ).collect()
+
+
+def merge_stream(
+    adapters: Sequence[Adapter],
+    rule: Rule | Callable[[jax.Array], jax.Array],
+    *,
+    space: Space | None = None,
+    weights: Sequence[float] | Array | None = None,
+    scale: float | Mapping[str, float] = 1.0,
+    key: jax.Array | None = None,
+    precision: str | None = None,
+    extras: str = "error",
+    allow_mismatch: bool = False,
+    max_memory: int | None = None,
+) -> "MergeStream":
+    """Merges adapters part by part, for those that are larger than memory.
+
+    With adapters from `open_peft` and the stream given to `save_peft`, modules are read, merged
+    and written in batches, at the same time, and memory does not grow with their number.
+
+    Args:
+        adapters: as in `merge`.
+        rule: as in `merge`.
+        space: as in `merge`.
+        weights: as in `merge`.
+        scale: as in `merge`.
+        key: as in `merge`.
+        precision: as in `merge`.
+        extras: as in `merge`.
+        allow_mismatch: as in `merge`.
+        max_memory: bytes that the batches on their way may take together; by default, batches
+            are as large as is good for speed.
+
+    Raises:
+        MemoryError: a single module needs more than ``max_memory``.
+    """
     parts = chain(as_rule(rule))
-    space = space or core()
     if not adapters:
         raise MismatchError("no adapters to merge; expected at least one")
     check_weights(parts, weights, len(adapters))
@@ -80,28 +134,203 @@ def merge(
     if not allow_mismatch:
         check_compatible(present)
     merged_extras, config = merge_extras(present, extras)
-
-    stacks = list(stack_adapters(present))
-    paths = [path for stack in stacks for path in stack.paths]
-    scales = dict(zip(paths, module_scales(paths, scale), strict=True))
-    modules: dict[str, LoRA] = {}
-    factors = [x for stack in stacks for x in (stack.a, stack.b)]
-    traced = [x for x in jax.tree.leaves((parts, weights, scale)) if _is_traced(x)]
-    with computing(precision, *factors, *traced) as dtype:
-        inputs = [_inputs(stack, tasks, weights, scales, dtype) for stack in stacks]
-        settings = [_Settings(stack.ranks, space, dtype) for stack in stacks]
-        if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
-            parts = _with_thresholds(parts, inputs, settings, len(adapters), key)
-        for stack, arrays, fixed in zip(stacks, inputs, settings, strict=True):
-            a, b = stack.like(*_merge_stack(parts, arrays, key, fixed))
-            for i, path in enumerate(stack.paths):
-                kind = next(adapter[path].kind for adapter in present if path in adapter)
-                modules[path] = LoRA(a=a[i], b=b[i], kind=kind)
-    return Adapter(
-        {path: modules[path] for adapter in present for path in adapter},
-        metadata=_metadata(present, config),
-        extras=merged_extras,
+    groups = group_modules(present)
+    paths = [path for group in groups for path in group.paths]
+    job = _Job(
+        adapters=present,
+        places=np.asarray(tasks, np.int32),
+        rule=parts,
+        space=space or core(),
+        weights=weights,
+        scales=dict(zip(paths, module_scales(paths, scale), strict=True)),
+        key=key,
+        precision=precision,
     )
+    workers, batches = 1, groups
+    if not job.traced:
+        workers = _workers()
+        sizes = [batch_size(group, parts, job.space, workers, max_memory) for group in groups]
+        pairs = zip(groups, sizes, strict=True)
+        batches = [batch for group, size in pairs for batch in group.split(size)]
+    return MergeStream(job, batches, workers, _metadata(present, config), merged_extras)
+
+
+class MergeStream:
+    """A merge that happens while it is iterated over: see `merge_stream`."""
+
+    def __init__(
+        self,
+        job: "_Job",
+        batches: list[Group],
+        workers: int,
+        metadata: Metadata,
+        extras: Mapping[str, Array],
+    ) -> None:
+        self._job, self._batches, self._workers = job, batches, workers
+        self._metadata, self._extras = metadata, extras
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, LoRA]]:
+        """The merged modules, some at a time; each exactly once."""
+        job = self._job
+        if any(isinstance(part, Ties) and part.scope == "model" for part in job.rule.rules):
+            job = dataclasses.replace(job, rule=_with_thresholds(job, self._batches, self._workers))
+        for batch, (a, b) in _each(job.merge, self._batches, self._workers):
+            yield job.modules(batch, list(a), list(b))
+
+    def collect(self) -> Adapter:
+        """All of it, in memory."""
+        return self._adapter({path: lora for part in self for path, lora in part.items()})
+
+    @functools.cached_property
+    def outline(self) -> Adapter:
+        """The merged adapter, with shapes and dtypes in place of its factors."""
+        modules: dict[str, LoRA] = {}
+        for batch in self._batches:
+            a, b = (
+                [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * batch.length
+                for x in self._job.shapes(batch)
+            )
+            modules |= self._job.modules(batch, a, b)
+        return self._adapter(modules)
+
+    def _adapter(self, modules: Mapping[str, LoRA]) -> Adapter:
+        order = dict.fromkeys(path for adapter in self._job.outlines for path in adapter)
+        return Adapter(
+            {path: modules[path] for path in order}, metadata=self._metadata, extras=self._extras
+        )
+
+
+def _workers() -> int:
+    """How many batches to work on at once."""
+    if jax.default_backend() != "cpu":
+        return 2  # one is read while the other is computed
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _each(fn: Callable, batches: list[Group], workers: int) -> Iterator[tuple[Group, Any]]:
+    """Each batch in order with ``fn`` of it, computed ahead by threads, but not far ahead."""
+    if workers == 1 or len(batches) == 1:
+        yield from ((batch, fn(batch)) for batch in batches)
+        return
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+
+    def run(batch: Group) -> Any:
+        with jax.default_device(device):
+            return fn(batch)
+
+    ahead: deque[tuple[Group, Future]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="coremerge") as pool:
+        try:
+            for batch in batches:
+                ahead.append((batch, pool.submit(run, batch)))
+                if len(ahead) > workers:
+                    done, future = ahead.popleft()
+                    yield done, future.result()
+            while ahead:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a merge needs to know beside which modules."""
+
+    adapters: Sequence[Adapter]
+    places: np.ndarray  # of the adapters in the list that the user gave
+    rule: Chain
+    space: Space
+    weights: Any
+    scales: Mapping[str, Any]
+    key: jax.Array | None
+    precision: str | None
+
+    @functools.cached_property
+    def outlines(self) -> list[Adapter]:
+        """The adapters without their factors."""
+        return [adapter.outline for adapter in self.adapters]
+
+    @functools.cached_property
+    def first_calls(self) -> "_FirstCalls":
+        return _FirstCalls()
+
+    @functools.cached_property
+    def traced(self) -> list[Any]:
+        """What is traced by a transformation of JAX, of the adapters and of the parameters."""
+        adapters = [x for x in self.adapters if type(x) is Adapter]
+        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
+        return [x for x in leaves if isinstance(x, jax.core.Tracer)]
+
+    def merge(self, batch: Group) -> tuple[Array, ...]:
+        """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
+        with self.prepared(batch, *batch.stack(self.adapters)) as (arrays, settings):
+            return self.like(arrays, _merge_stack(self.rule, arrays, self.key, settings))
+
+    def count(self, batch: Group, **what: Any) -> tuple[jax.Array, jax.Array]:
+        """What `_with_thresholds` needs of a batch."""
+        with self.prepared(batch, *batch.stack(self.adapters)) as (arrays, settings):
+            counts = _count_stack(self.rule, arrays, self.key, settings, **what)
+            return jax.block_until_ready(counts)
+
+    def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Those of what `merge` gives."""
+        with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
+            merge = partial(_merge_stack, settings=settings)
+            return jax.eval_shape(merge, self.rule, arrays, self.key)
+
+    @contextlib.contextmanager
+    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "_Settings"]]:
+        """The inputs of a compiled program, in a scope of the precision to compute in."""
+        tasks = self.places[np.asarray(batch.padded(batch.tasks))]
+        names = [zlib.crc32(path.encode()) for path in batch.padded(batch.paths)]
+        scales = [self.scales[path] for path in batch.padded(batch.paths)]
+        with computing(self.precision, *self.traced) as dtype:
+            weights = None if self.weights is None else jnp.asarray(self.weights, dtype)[tasks]
+            arrays = _Inputs(
+                a=a,
+                b=b,
+                weights=weights,
+                tasks=tasks,  # concrete, inside a user's jit too
+                names=np.asarray(names, np.uint32),
+                scale=jnp.stack([jnp.asarray(scale, dtype) for scale in scales]),
+            )
+            settings = _Settings(batch.ranks, self.space, dtype)
+            with self.first_calls(a.shape, b.shape, settings):
+                yield arrays, settings
+
+    def like(self, arrays: "_Inputs", merged: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+        """As NumPy arrays if the factors came in such."""
+        on_host = isinstance(arrays.a, np.ndarray) and isinstance(arrays.b, np.ndarray)
+        return tuple(map(np.asarray, merged)) if on_host and not self.traced else merged
+
+    def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
+        """The merged modules of a batch by path."""
+        found = {}
+        for path, tasks, x, y in zip(batch.paths, batch.tasks, a, b, strict=False):
+            found[path] = LoRA(a=x, b=y, kind=self.outlines[tasks[0]][path].kind)
+        return found
+
+
+class _FirstCalls:
+    """Lets the first call of each kind finish alone: it compiles what the others then use."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Any, threading.Lock] = {}
+        self._done: set[Any] = set()
+
+    @contextlib.contextmanager
+    def __call__(self, *kind: Any) -> Iterator[None]:
+        if kind in self._done:
+            yield
+            return
+        with self._locks.setdefault(kind, threading.Lock()):
+            yield
+            self._done.add(kind)
 
 
 @flax.struct.dataclass
@@ -110,9 +339,9 @@ class _Inputs:
 
     a: jax.Array  # (L, R, n)
     b: jax.Array  # (L, m, R)
-    weights: jax.Array  # (L, T)
+    weights: jax.Array | None  # (L, T)
     tasks: jax.Array  # (L, T), places in the list that the user gave
-    names: jax.Array  # (L,), hashes of the paths
+    names: Array  # (L,), hashes of the paths
     scale: jax.Array  # (L,)
 
 
@@ -122,29 +351,6 @@ class _Settings(NamedTuple):
     ranks: tuple[int, ...]
     space: Space
     dtype: Any
-
-
-def _inputs(
-    stack: Stack, tasks: list[int], weights: Any, scales: Mapping[str, Any], dtype: Any
-) -> _Inputs:
-    places = np.asarray(tasks, np.int32)[stack.tasks]
-    if weights is None:
-        weights = np.ones(max(tasks) + 1)
-    return _Inputs(
-        a=jnp.asarray(stack.a),
-        b=jnp.asarray(stack.b),
-        weights=jnp.asarray(weights, dtype)[places],
-        tasks=places,  # concrete, inside a user's jit too
-        names=jnp.asarray([zlib.crc32(path.encode()) for path in stack.paths], jnp.uint32),
-        scale=jnp.stack([jnp.asarray(scales[path], dtype) for path in stack.paths]),
-    )
-
-
-def _over_modules(fn: Callable, arrays: _Inputs) -> Any:
-    # LAPACK works through a batch one by one on a CPU; a loop does the same in less memory.
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(fn, arrays)
-    return jax.vmap(fn)(arrays)
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -160,7 +366,7 @@ def _merge_stack(
         a, b = jnp.asarray(lora.a), jnp.asarray(lora.b) * module.scale
         return a.astype(arrays.a.dtype), b.astype(arrays.b.dtype)
 
-    return _over_modules(merge_module, arrays)
+    return over_modules(merge_module, arrays)
 
 
 def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
@@ -169,29 +375,26 @@ def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
 
 def _project(rule: Chain, module: _Inputs, settings: _Settings) -> Projection:
     ranks, space, dtype = settings
-    finest = widest(module.a.dtype, np.dtype(np.float32))
-    return space.project(
-        module.a.astype(dtype),
-        module.b.astype(dtype) * _by_rank(module.weights, ranks)[None, :],
-        ranks,
-        eps=float(jnp.finfo(finest).eps),
-        elementwise=rule.equivariance == Equivariance.ELEMENTWISE,
-    )
+    lora_b = module.b
+    if module.weights is not None:
+        lora_b = lora_b.astype(dtype) * _by_rank(module.weights, ranks)[None, :]
+    elementwise = rule.equivariance == Equivariance.ELEMENTWISE
+    return space.project(module.a, lora_b, ranks, dtype=dtype, elementwise=elementwise)
 
 
 def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> LoRA:
     """A weighted sum needs no space: its coefficients go to the factors."""
     ranks, _, dtype = settings
-    tasks = len(ranks)
-    units = jnp.eye(tasks, dtype=dtype)[:, None, :]
+    units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
-    coefficients = rule(units, context=context)[0] * module.weights
-    a = module.a.astype(dtype)
-    b = module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
+    coefficients = rule(units, context=context)[0]
+    if module.weights is not None:
+        coefficients = coefficients * module.weights
+    a, b = module.a, module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
     m, n = b.shape[0], a.shape[1]
     if sum(ranks) <= min(m, n):
         return LoRA(a=a, b=b)
-    update = matmul(b, a)
+    update = matmul(b, a.astype(dtype))
     if n <= m:
         return LoRA(a=jnp.eye(n, dtype=dtype), b=update)
     return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
@@ -202,55 +405,86 @@ def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
     return jnp.repeat(values, np.asarray(ranks), total_repeat_length=sum(ranks))
 
 
-def _with_thresholds(
-    rule: Chain,
-    inputs: list[_Inputs],
-    settings: list[_Settings],
-    adapters: int,
-    key: jax.Array | None,
-) -> Chain:
-    """Finds the trimming thresholds of a model-wide `ties`, over the cores of all modules."""
-    ties = rule.reducer
+# --- One trimming threshold over all modules -------------------------------------------------
+
+_BITS = 16  # of a magnitude that one pass over the modules settles
+
+
+def _with_thresholds(job: _Job, batches: list[Group], workers: int) -> Chain:
+    """Finds the trimming thresholds of a model-wide `ties`, over the cores of all modules.
+
+    Nonnegative floats are ordered as their bit patterns are. Each pass counts, for every adapter,
+    the next bits of the entries that agree with the threshold in all bits before.
+    """
+    ties = job.rule.reducer
     assert isinstance(ties, Ties)
-    magnitudes: list[list[jax.Array]] = [[] for _ in range(adapters)]
-    sizes = [jnp.zeros((), jnp.int32)] * adapters
-    for arrays, fixed in zip(inputs, settings, strict=True):
-        cores, shapes = _prepare_stack(rule, arrays, key, fixed)
-        for module, row in enumerate(np.asarray(arrays.tasks)):
-            for t, task in enumerate(row):
-                magnitudes[task].append(jnp.abs(cores[module, t]).ravel())
-                sizes[task] += shapes[module, 0] * shapes[module, 1]
-    thresholds = [
-        ties.threshold(jnp.concatenate(parts), size) if parts else jnp.zeros(())
-        for parts, size in zip(magnitudes, sizes, strict=True)
-    ]
-    fitted = TiesAbove(ties=ties, thresholds=jnp.stack(thresholds))
-    return dataclasses.replace(rule, reducer=fitted)
+    adapters = int(job.places.max()) + 1
+    digits: list[jax.Array] = []
+    wanted = jnp.zeros(adapters, jnp.int32)
+    with computing(job.precision, *job.traced) as dtype:
+        width = 8 * dtype.itemsize
+    while len(digits) * _BITS < width:
+        counts = jnp.zeros((adapters, 2**_BITS), jnp.int32)
+        sizes = jnp.zeros(adapters, jnp.int32)
+        count = partial(job.count, digits=tuple(digits), adapters=adapters)
+        for _, (more, larger) in _each(count, batches, workers):
+            counts, sizes = counts + more, sizes + larger
+        with computing(dtype.name, *job.traced):
+            if not digits:
+                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
+                wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
+            up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+            digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)
+            before = jnp.pad(up_to, ((0, 0), (1, 0)))
+            wanted = wanted - jnp.take_along_axis(before, digit[:, None], axis=1)[:, 0]
+            digits.append(digit)
+    with computing(dtype.name, *job.traced):
+        uint = jnp.dtype(f"uint{width}")
+        bits = functools.reduce(lambda x, d: (x << _BITS) | d, [d.astype(uint) for d in digits])
+        thresholds = jax.lax.bitcast_convert_type(bits, dtype)
+    return dataclasses.replace(job.rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
 
 
-@partial(jax.jit, static_argnames="settings")
-def _prepare_stack(
-    rule: Chain, arrays: _Inputs, key: jax.Array | None, settings: _Settings
+@partial(jax.jit, static_argnames=("settings", "adapters"))
+def _count_stack(
+    rule: Chain,
+    arrays: _Inputs,
+    key: jax.Array | None,
+    settings: _Settings,
+    digits: tuple[jax.Array, ...],
+    adapters: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The cores ``(L, T, p, q)`` as the rule that merges gets them, and their shapes."""
+    """How often each next digit occurs in the cores of each adapter, and the cores' sizes."""
+    width = 8 * settings.dtype.itemsize
 
-    def prepare(module: _Inputs) -> tuple[jax.Array, jax.Array]:
+    def digit(bits: jax.Array, place: int) -> jax.Array:
+        return ((bits >> (width - (place + 1) * _BITS)) & (2**_BITS - 1)).astype(jnp.int32)
+
+    def count(row: tuple) -> jax.Array:
+        magnitudes = jnp.abs(dense(row[0])).ravel()
+        bits = jax.lax.bitcast_convert_type(magnitudes, jnp.dtype(f"uint{width}"))
+        agrees = jnp.ones(bits.shape, bool)
+        for place, found in enumerate(digits):
+            agrees &= digit(bits, place) == found[row[1]]
+        counts = jnp.zeros(2**_BITS, jnp.int32)
+        return counts.at[digit(bits, len(digits))].add(agrees.astype(jnp.int32))
+
+    def step(total: tuple, module: _Inputs) -> tuple[tuple, None]:
         projection = _project(rule, module, settings)
         context = Context(shape=projection.shape, tasks=module.tasks)
-        cores = rule.prepare(projection.cores, key=_module_key(key, module), context=context)
-        return cores, projection.shape
+        cores = rule.prepare(projection.factors, key=_module_key(key, module), context=context)
+        counts = total[0].at[module.tasks].add(jax.lax.map(count, (cores, module.tasks)))
+        sizes = total[1].at[module.tasks].add(projection.shape[0] * projection.shape[1])
+        return (counts, sizes), None
 
-    return _over_modules(prepare, arrays)
+    zeros = jnp.zeros((adapters, 2**_BITS), jnp.int32), jnp.zeros(adapters, jnp.int32)
+    return jax.lax.scan(step, zeros, arrays)[0]
 
 
 def _is_zero(weights: Any, t: int) -> bool:
-    if weights is None or _is_traced(weights):
+    if weights is None or isinstance(weights, jax.core.Tracer):
         return False
-    return not _is_traced(weights[t]) and float(weights[t]) == 0
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+    return not isinstance(weights[t], jax.core.Tracer) and float(weights[t]) == 0
 
 
 def check_weights(rule: Chain, weights: Any, adapters: int) -> None:

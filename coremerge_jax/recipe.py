@@ -20,7 +20,8 @@ import yaml
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
-    from coremerge_jax.lora import Adapter, LoRA
+    from coremerge_jax.lora import Adapter
+    from coremerge_jax.merging import MergeStream
     from coremerge_jax.rules import Rule
     from coremerge_jax.spaces import Space
 
@@ -293,17 +294,19 @@ class Recipe:
         rules = tuple(format_rule(parse_rule(text)) for text in self.rules)
         return dataclasses.replace(self, rules=rules, space=format_space(parse_space(self.space)))
 
-    def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
-        """Merges adapters that were read already; what concerns writing is left to the writer.
+    def stream(
+        self, adapters: "Sequence[Adapter]", *, max_memory: int | None = None
+    ) -> "MergeStream":
+        """The merge of opened adapters; what concerns writing is left to the writer.
 
         Raises:
             CoreMergeError: see `coremerge_jax.merge`.
         """
         import jax
 
-        from coremerge_jax.merging import merge
+        from coremerge_jax.merging import merge_stream
 
-        return merge(
+        return merge_stream(
             adapters,
             self.build_rule(),
             space=parse_space(self.space),
@@ -313,25 +316,26 @@ class Recipe:
             precision=self.precision,
             extras=self.extras,
             allow_mismatch=self.allow_mismatch,
+            max_memory=max_memory,
         )
 
-    def plan(self, adapters: "Sequence[Adapter]") -> "Adapter":
-        """What `run` would give, as shapes: checks everything but computes nothing.
+    def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
+        """The merged adapter, in memory.
 
         Raises:
-            CoreMergeError: as `run` does.
+            CoreMergeError: see `coremerge_jax.merge`.
         """
-        import jax
+        return self.stream(adapters).collect()
 
-        # Precision is a matter of the computation; tracing in float64 would need JAX's x64 mode.
-        traced = dataclasses.replace(self, precision=None)
 
-        def run(modules: "list[tuple[LoRA, ...]]") -> "Adapter":
-            pairs = zip(adapters, modules, strict=True)
-            return traced.run([a.replace(modules=dict(zip(a, m, strict=True))) for a, m in pairs])
-
-        # Extras stay concrete: they are averaged by NumPy.
-        return jax.eval_shape(run, [tuple(adapter.values()) for adapter in adapters])
+def parse_size(text: str) -> int:
+    """Bytes from ``2GiB``, ``1.5GB`` or ``800M``."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    try:
+        number, prefix, binary = found.groups() if found else ("", "", "")
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+    except ValueError as error:
+        raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r}") from error
 
 
 def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:

@@ -1,7 +1,9 @@
 """Stacks: modules of one signature, batched along a leading axis."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,56 +14,100 @@ from coremerge_jax.lora import Adapter, Array, LoRA, widest
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Group:
     """Modules with equal shape and equal ranks of the adapters that have them.
 
     Attributes:
         paths: the modules' paths, L of them.
         tasks: int32 ``(L, T)``, which adapters have the module.
-        ranks: the rank of each of them, ``sum(ranks) == R``.
-        a: ``(L, R, n)``, the A factors below each other.
-        b: ``(L, m, R)``, the B factors side by side.
+        shape: ``(m, n)`` of each module.
+        ranks: the rank of each of the T adapters, ``sum(ranks) == R``.
+        length: how many modules its stacks hold: the last one may be repeated at the end, so that
+            all parts of a group are of one length.
     """
 
     paths: tuple[str, ...]
     tasks: np.ndarray
+    shape: tuple[int, int]
     ranks: tuple[int, ...]
-    a: Array
-    b: Array
+    length: int
 
-    def like(self, *results: jax.Array) -> tuple[Array, ...]:
-        """Results as NumPy arrays if the stack came in such, and as they are if not (or traced)."""
-        on_host = isinstance(self.a, np.ndarray) and isinstance(self.b, np.ndarray)
-        if not on_host or any(isinstance(x, jax.core.Tracer) for x in results):
-            return results
-        return tuple(map(np.asarray, results))
+    def padded(self, rows: Sequence) -> list:
+        """One row per module, the last repeated."""
+        return [*rows, *[rows[-1]] * (self.length - len(rows))]
+
+    def split(self, size: int) -> "list[Group]":
+        """Parts of at most ``size`` modules, as equal in number as can be."""
+        parts = -(-len(self.paths) // size)
+        size = -(-len(self.paths) // parts)
+        starts = range(0, len(self.paths), size)
+        return [
+            dataclasses.replace(
+                self, paths=self.paths[i : i + size], tasks=self.tasks[i : i + size], length=size
+            )
+            for i in starts
+        ]
+
+    def shapes(
+        self, outlines: Sequence[Adapter]
+    ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of what `stack` gives."""
+        pairs = zip(self.paths, self.tasks, strict=True)
+        loras = [outlines[t][path] for path, tasks in pairs for t in tasks]
+        (m, n), length, rank = self.shape, self.length, sum(self.ranks)
+        return (
+            jax.ShapeDtypeStruct((length, rank, n), widest(*{x.a.dtype for x in loras})),
+            jax.ShapeDtypeStruct((length, m, rank), widest(*{x.b.dtype for x in loras})),
+        )
+
+    def stack(self, adapters: Sequence[Adapter]) -> tuple[Array, Array]:
+        """The factors: ``(L, R, n)``, the A below each other, and ``(L, m, R)``, the B abreast.
+
+        NumPy arrays where all factors are.
+        """
+        paths: dict[int, list[str]] = {}
+        for path, tasks in zip(self.paths, self.tasks, strict=True):
+            for t in tasks:
+                paths.setdefault(t, []).append(path)
+        read = {t: adapters[t].read(paths[t]) for t in paths}
+        pairs = zip(self.paths, self.tasks, strict=True)
+        rows = self.padded([[read[t][path] for t in tasks] for path, tasks in pairs])
+        a, b = [[x.a for x in row] for row in rows], [[x.b for x in row] for row in rows]
+        return _pile(a, axis=0), _pile(b, axis=1)
 
 
-def stack_adapters(adapters: Sequence[Adapter]) -> Iterator[Stack]:
-    """Groups the modules of all adapters by signature (m, n, ranks) and stacks them.
+def group_modules(adapters: Sequence[Adapter]) -> list[Group]:
+    """Groups the modules of all adapters by signature (m, n, ranks).
 
-    A module that only some adapters have is stacked for those alone.
+    A module that only some adapters have is grouped by the ranks of those alone.
 
     Raises:
         MismatchError: a module has not the same shape, or kind, in all adapters that have it.
     """
+    outlines = [adapter.outline for adapter in adapters]
     groups: dict[tuple, list[tuple[str, tuple[int, ...]]]] = {}
-    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
-        tasks = tuple(t for t, adapter in enumerate(adapters) if path in adapter)
-        loras = [adapters[t][path] for t in tasks]
+    for path in dict.fromkeys(path for adapter in outlines for path in adapter):
+        tasks = tuple(t for t, adapter in enumerate(outlines) if path in adapter)
+        loras = [outlines[t][path] for t in tasks]
         for t, lora in zip(tasks, loras, strict=True):
-            _check_same(adapters, path, tasks[0], t, lora)
+            _check_same(outlines, path, tasks[0], t, lora)
         signature = (loras[0].shape, tuple(lora.rank for lora in loras))
         groups.setdefault(signature, []).append((path, tasks))
-    for (_, ranks), members in groups.items():
-        rows = [[adapters[t][path] for t in tasks] for path, tasks in members]
-        yield Stack(
+    return [
+        Group(
             paths=tuple(path for path, _ in members),
             tasks=np.asarray([tasks for _, tasks in members], np.int32),
+            shape=shape,
             ranks=ranks,
-            a=_pile(lambda lora: lora.a, rows, axis=0),
-            b=_pile(lambda lora: lora.b, rows, axis=1),
+            length=len(members),
         )
+        for (shape, ranks), members in groups.items()
+    ]
+
+
+def over_modules(fn: Callable, arrays: Any) -> Any:
+    """``fn`` of each module: in a loop on CPU, where that takes less memory, else at once."""
+    return jax.lax.map(fn, arrays) if jax.default_backend() == "cpu" else jax.vmap(fn)(arrays)
 
 
 def _check_same(adapters: Sequence[Adapter], path: str, first: int, other: int, lora: LoRA) -> None:
@@ -88,11 +134,20 @@ def label(adapters: Sequence[Adapter], t: int) -> str:
     return f"adapter {name!r}" if name else f"adapter {t}"
 
 
-def _pile(factor: Callable[[LoRA], Array], loras: list[list[LoRA]], axis: int) -> Array:
+def _pile(rows: list[list[Array]], axis: int) -> Array:
     """Joins the factors of each module along the rank axis and stacks the modules."""
-    factors = [[factor(lora) for lora in row] for row in loras]
-    flat = [x for row in factors for x in row]
-    xp = np if all(isinstance(x, np.ndarray) for x in flat) else jnp
+    flat = [x for row in rows for x in row]
     dtype = widest(*{x.dtype for x in flat})
-    rows = [xp.concatenate([xp.asarray(x, dtype) for x in row], axis=axis) for row in factors]
-    return xp.stack(rows)
+    if not all(isinstance(x, np.ndarray) for x in flat):
+        return _pile_on_device(rows, axis, dtype)
+    shape = list(rows[0][0].shape)
+    shape[axis] = sum(x.shape[axis] for x in rows[0])
+    piled = np.empty((len(rows), *shape), dtype)
+    for out, row in zip(piled, rows, strict=True):
+        np.concatenate(row, axis=axis, out=out, casting="unsafe")
+    return piled
+
+
+@partial(jax.jit, static_argnames=("axis", "dtype"))
+def _pile_on_device(rows: list[list[jax.Array]], axis: int, dtype: np.dtype) -> jax.Array:
+    return jnp.stack([jnp.concatenate([x.astype(dtype) for x in row], axis=axis) for row in rows])

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import basis, lapack, matmul, roundoff
 from coremerge_jax.lora import Adapter, LoRA
 from coremerge_jax.precision import computing
-from coremerge_jax.stack import stack_adapters
+from coremerge_jax.stack import group_modules, over_modules
 
 
 def truncate(
@@ -18,8 +18,8 @@ def truncate(
 ) -> tuple[Adapter, dict[str, float]]:
     """Cuts each module to the best approximation of a lower rank.
 
-    The singular values of ΔW = b a come from the r × r product of the triangular factors of b and
-    aᵀ (Eckart and Young, 1936, for why their truncation is best).
+    The singular values of ΔW = b a are those of the product of b and aᵀ in orthonormal bases of
+    their columns (Eckart and Young, 1936, for why their truncation is best).
 
     Args:
         adapter: concrete, not traced.
@@ -41,12 +41,14 @@ def truncate(
         raise ValueError(f"energy={energy}: expected a share in (0, 1]")
     modules: dict[str, LoRA] = {}
     kept: dict[str, float] = {}
-    stacks = list(stack_adapters([adapter]))
-    with computing(None, *(stack.a for stack in stacks)) as dtype:
-        for stack in stacks:
-            a, b, s = _balance(jnp.asarray(stack.a), jnp.asarray(stack.b), dtype)
-            a, b = stack.like(a, b)
-            for i, path in enumerate(stack.paths):
+    with computing(None) as dtype:
+        for group in group_modules([adapter]):
+            a, b = group.stack([adapter])
+            on_host = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+            a, b, s = _balance(jnp.asarray(a), jnp.asarray(b), dtype)
+            if on_host:
+                a, b = np.asarray(a), np.asarray(b)
+            for i, path in enumerate(group.paths):
                 share = _shares(np.asarray(s[i]))
                 r = _directions(share, rank, energy)
                 kept[path] = float(share[r - 1])
@@ -62,14 +64,14 @@ def _balance(a: jax.Array, b: jax.Array, dtype: np.dtype) -> tuple[jax.Array, ja
 
     def balance(factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         lora_a, lora_b = (x.astype(dtype) for x in factors)
-        left, left_r = jnp.linalg.qr(lora_b)
-        right, right_r = jnp.linalg.qr(lora_a.T)
-        u, s, vt = jnp.linalg.svd(matmul(left_r, right_r.T), full_matrices=False)
+        left, left_inner, _, _ = basis(lora_b, roundoff(lora_b), singular=False)
+        right, right_inner, _, _ = basis(lora_a.T, roundoff(lora_a), singular=False)
+        u, s, v = lapack.svd(matmul(left_inner, right_inner.T))
         root = jnp.sqrt(s)[None, :]
-        new_a, new_b = (matmul(right, vt.T) * root).T, matmul(left, u) * root
+        new_a, new_b = right.times(v * root).columns().T, left.times(u * root).columns()
         return new_a.astype(a.dtype), new_b.astype(b.dtype), s
 
-    return jax.lax.map(balance, (a, b))
+    return over_modules(balance, (a, b))
 
 
 def _shares(s: np.ndarray) -> np.ndarray:

@@ -56,7 +56,6 @@ def _coremerge(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's starve each other
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

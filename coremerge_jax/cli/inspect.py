@@ -32,9 +32,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what adapters are, and whether they can be merged."""
-    from coremerge_jax.checkpoint import load_peft
+    from coremerge_jax.checkpoint import open_peft
 
-    adapters = [load_peft(source) for source in sources]
+    adapters = [open_peft(source) for source in sources]
     problem = _problem(adapters)
     described = [_describe(*pair) for pair in zip(sources, adapters, strict=True)]
     if as_json:
@@ -51,7 +51,7 @@ def inspect(
 def _problem(adapters: "Sequence[Adapter]") -> str | None:
     """Why the adapters cannot be merged with default options; None if they can."""
     try:
-        Recipe(rules=("mean",)).plan(adapters)
+        Recipe(rules=("mean",)).stream(adapters)
     except CoreMergeError as error:
         return str(error)
     return None

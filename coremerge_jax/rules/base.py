@@ -10,6 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from coremerge_jax.linalg import Factored
+from coremerge_jax.lora import LoRA
+
 
 class Equivariance(enum.IntEnum):
     """Which changes of basis of the cores a rule commutes with; the larger, the fewer.
@@ -38,12 +41,41 @@ class Context:
     tasks: jax.Array
 
     @classmethod
-    def of(cls, cores: jax.Array) -> "Context":
-        """The context of cores ``(T, p, q)`` that are all there is."""
-        return cls(
-            shape=jnp.asarray(cores.shape[1:], jnp.int32),
-            tasks=jnp.arange(cores.shape[0], dtype=jnp.int32),
-        )
+    def of(cls, cores: "Cores") -> "Context":
+        """The context of cores that are all there is."""
+        tasks, *shape = jax.eval_shape(dense, cores).shape
+        return cls(shape=jnp.asarray(shape, jnp.int32), tasks=jnp.arange(tasks, dtype=jnp.int32))
+
+
+# The cores of all adapters: (T, p, q), or LoRA factors with a leading axis T. One core: without it.
+Cores = jax.Array | LoRA
+
+
+def dense(matrix: jax.Array | LoRA | Factored) -> jax.Array:
+    """A matrix, or several, as an array."""
+    return jnp.asarray(matrix.dense() if isinstance(matrix, LoRA | Factored) else matrix)
+
+
+def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add) -> Any:
+    """The sum over adapters of ``fn(core, ...)``, without the dense cores of all of them at once.
+
+    Args:
+        fn: from one dense core ``(p, q)``, and one row of each of ``per_task``, to arrays.
+        cores: those of all adapters.
+        *per_task: further arrays with a leading axis T.
+        combine: adds what one adapter gives to the total, which starts from zeros.
+    """
+
+    def of_one(row: tuple) -> Any:
+        return fn(dense(row[0]), *row[1:])
+
+    def step(total: Any, row: tuple) -> tuple[Any, None]:
+        return jax.tree.map(combine, total, of_one(row)), None
+
+    rows = (cores, *per_task)
+    shapes = jax.eval_shape(of_one, jax.tree.map(lambda x: x[0], rows))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(step, zeros, rows)[0]
 
 
 class Rule:
@@ -57,18 +89,24 @@ class Rule:
     needs_key: ClassVar[bool] = False
 
     def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
+        self, cores: Cores, *, key: jax.Array | None = None, context: Context | None = None
     ) -> jax.Array:
         """Merges.
 
         Args:
-            cores: ``(T, p, q)``, one matrix per adapter.
+            cores: ``(T, p, q)``, one matrix per adapter, or their low-rank factors.
             key: PRNG key, for rules that draw random numbers.
             context: what is known of the cores; by default, that all of them counts.
 
         Returns:
             ``(p, q)``.
         """
+        return dense(self.merge(cores, key=key, context=context or Context.of(cores)))
+
+    def merge(
+        self, cores: Cores, *, key: jax.Array | None, context: Context
+    ) -> jax.Array | Factored:
+        """Merges: what a rule has to implement. The result may stay in factors."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -83,19 +121,24 @@ class Step(Rule):
 
     Where a chain names no rule that merges, `task_arithmetic` does, after the steps whose natural
     place is ``"before"`` and before those whose place is ``"after"``.
+
+    Attributes:
+        place: ``"before"`` or ``"after"``.
+        factored: whether `apply` takes a `Factored` as well as an array.
     """
 
     place: ClassVar[str]
+    factored: ClassVar[bool] = False
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, shape: jax.Array) -> jax.Array:
+    def apply(self, matrix: Any, *, key: jax.Array | None, shape: jax.Array) -> Any:
         """Maps ``(p, q)`` to ``(p, q)``; ``shape`` is the numerical shape of `Context`."""
         raise NotImplementedError
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
+    def merge(
+        self, cores: Cores, *, key: jax.Array | None, context: Context
+    ) -> jax.Array | Factored:
         """Merges, as the chain of this step and a sum does."""
-        return chain(self)(cores, key=key, context=context)
+        return chain(self).merge(cores, key=key, context=context)
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -121,15 +164,15 @@ class Chain(Rule):
         """Whether any part draws random numbers."""
         return any(rule.needs_key for rule in self.rules)
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
+    def merge(
+        self, cores: Cores, *, key: jax.Array | None, context: Context
+    ) -> jax.Array | Factored:
         """Merges: all parts in order."""
-        context = context or Context.of(cores)
-        return self.finish(self.reduce(cores, key=key, context=context), key, context)
+        merged = self.combine(cores, key=key, context=context)
+        return self.finish(merged, key=key, context=context)
 
-    def prepare(self, cores: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """The steps before the merge: ``(T, p, q)`` to ``(T, p, q)``."""
+    def prepare(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Cores:
+        """The steps before the merge: all cores to all cores."""
         for i, step in enumerate(self.before):
             keys = None
             if step.needs_key:
@@ -139,17 +182,22 @@ class Chain(Rule):
             cores = jax.vmap(apply, (0, None if keys is None else 0))(cores, keys)
         return cores
 
-    def reduce(self, cores: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """The steps before the merge, and the merge: ``(T, p, q)`` to ``(p, q)``."""
+    def combine(
+        self, cores: Cores, *, key: jax.Array | None, context: Context
+    ) -> jax.Array | Factored:
+        """The steps before the merge, and the merge: all cores to one."""
         cores = self.prepare(cores, key=key, context=context)
         reducer_key = _fold(key, len(self.before), self.reducer) if self.reducer.needs_key else None
-        return self.reducer(cores, key=reducer_key, context=context)
+        return self.reducer.merge(cores, key=reducer_key, context=context)
 
-    def finish(self, merged: jax.Array, key: jax.Array | None, context: Context) -> jax.Array:
-        """The steps after the merge: ``(p, q)`` to ``(p, q)``."""
+    def finish(
+        self, merged: jax.Array | Factored, *, key: jax.Array | None, context: Context
+    ) -> jax.Array | Factored:
+        """The steps after the merge: one core to one core."""
         for i, step in enumerate(self.after, start=len(self.before) + 1):
             step_key = _fold(key, i, step) if step.needs_key else None
-            merged = step.apply(merged, key=step_key, shape=context.shape)
+            matrix = merged if step.factored else dense(merged)
+            merged = step.apply(matrix, key=step_key, shape=context.shape)
         return merged
 
     def __repr__(self) -> str:
@@ -157,7 +205,7 @@ class Chain(Rule):
 
 
 def _apply(step: Step, shape: jax.Array) -> Callable:
-    return lambda matrix, key: step.apply(matrix, key=key, shape=shape)
+    return lambda core, key: step.apply(dense(core), key=key, shape=shape)
 
 
 def _fold(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
@@ -204,12 +252,10 @@ class Function(Rule):
         pytree_node=False, default=Equivariance.ELEMENTWISE
     )
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Calls the function."""
         del key, context
-        return self.fn(cores)
+        return self.fn(dense(cores))
 
 
 def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "elementwise") -> Rule:

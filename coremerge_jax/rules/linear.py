@@ -4,7 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.rules.base import Context, Equivariance, Rule
+from coremerge_jax.linalg import matmul
+from coremerge_jax.lora import LoRA
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -13,12 +15,10 @@ class Mean(Rule):
 
     equivariance = Equivariance.LINEAR
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
         del key, context
-        return jnp.mean(cores, axis=0)
+        return total(cores) / len(jax.tree.leaves(cores)[0])
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -32,29 +32,38 @@ class TaskArithmetic(Rule):
     weights: tuple[float, ...] | jax.Array | None = None
     equivariance = Equivariance.LINEAR
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
         del key
-        return jnp.sum(weighted(cores, self.weights, context), axis=0)
+        if self.weights is not None:
+            weights = by_task(self.weights, context)
+            cores = jax.vmap(_scale)(cores, weights.astype(jax.tree.leaves(cores)[0].dtype))
+        return total(cores)
 
 
-def weighted(
-    cores: jax.Array, weights: tuple[float, ...] | jax.Array | None, context: Context | None
-) -> jax.Array:
-    """Each core times its adapter's weight.
+def total(cores: Cores) -> jax.Array:
+    """The sum of all cores."""
+    if not isinstance(cores, LoRA):
+        return jnp.sum(cores, axis=0)
+    b = jnp.moveaxis(jnp.asarray(cores.b), 0, 1)
+    a = jnp.asarray(cores.a)
+    return matmul(b.reshape(len(b), -1), a.reshape(-1, a.shape[-1]))
+
+
+def _scale(core: Cores, weight: jax.Array) -> Cores:
+    return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
+
+
+def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Array:
+    """The values that belong to the adapters at hand.
 
     Raises:
-        ValueError: there is not one weight per adapter.
+        ValueError: there is not one value per adapter.
     """
-    if weights is None:
-        return cores
-    values = jnp.asarray(weights, cores.dtype)
-    tasks = (context or Context.of(cores)).tasks
-    if values.ndim != 1 or values.shape[0] < tasks.shape[0]:
+    values = jnp.asarray(values)
+    if values.ndim != 1 or values.shape[0] < context.tasks.shape[0]:
         raise ValueError(f"weights of shape {values.shape}: expected one per adapter")
-    return cores * values[tasks][:, None, None]
+    return values[context.tasks]
 
 
 mean = Mean

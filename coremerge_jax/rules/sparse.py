@@ -5,8 +5,17 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax import linalg
-from coremerge_jax.rules.base import Context, Equivariance, Rule, Step, check
-from coremerge_jax.rules.linear import weighted
+from coremerge_jax.rules.base import (
+    Context,
+    Cores,
+    Equivariance,
+    Rule,
+    Step,
+    check,
+    dense,
+    fold,
+)
+from coremerge_jax.rules.linear import by_task
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -49,30 +58,37 @@ class Ties(Rule):
                 value, expected = getattr(self, name), " or ".join(map(repr, options))
                 raise ValueError(f"{name}={value!r}: expected {expected}")
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
         del key
-        context = context or Context.of(cores)
         size = context.shape[0] * context.shape[1]
-        threshold = jax.vmap(lambda x: self.threshold(x, size))(jnp.abs(cores))
-        return self.merge_above(threshold, cores, context)
+        thresholds = jax.lax.map(lambda core: self.threshold(jnp.abs(dense(core)), size), cores)
+        return self.merge_above(thresholds, cores, context)
 
-    def merge_above(self, threshold: jax.Array, cores: jax.Array, context: Context) -> jax.Array:
+    def merge_above(self, thresholds: jax.Array, cores: Cores, context: Context) -> jax.Array:
         """Merges what is at least the adapters' thresholds ``(T,)``."""
-        kept = jnp.where(jnp.abs(cores) >= threshold[:, None, None], cores, 0)
-        kept = weighted(kept, self.weights, context)
-        votes = jnp.sign(kept) if self.elect == "count" else kept
-        elected = jnp.sign(jnp.sum(votes, axis=0))
-        agree = jnp.sign(kept) * elected[None] > 0
-        kept = jnp.where(agree, kept, 0)
-        if self.reduce == "max":
-            return elected * jnp.max(jnp.abs(kept), axis=0)
-        total = jnp.sum(kept, axis=0)
-        if self.reduce == "sum":
-            return total
-        return total / jnp.maximum(jnp.sum(agree, axis=0), 1).astype(total.dtype)
+        weights = jnp.ones_like(thresholds)
+        if self.weights is not None:
+            weights = by_task(self.weights, context).astype(thresholds.dtype)
+
+        def trim(core: jax.Array, threshold: jax.Array, weight: jax.Array) -> jax.Array:
+            return jnp.where(jnp.abs(core) >= threshold, core * weight, 0)
+
+        def vote(*row: jax.Array) -> jax.Array:
+            return jnp.sign(trim(*row)) if self.elect == "count" else trim(*row)
+
+        elected = jnp.sign(fold(vote, cores, thresholds, weights))
+
+        def agreeing(*row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            kept = trim(*row)
+            agrees = jnp.sign(kept) * elected > 0
+            return jnp.where(agrees, jnp.abs(kept), 0), agrees.astype(kept.dtype)
+
+        combine = jnp.maximum if self.reduce == "max" else jnp.add
+        merged, number = fold(agreeing, cores, thresholds, weights, combine=combine)
+        if self.reduce == "mean":
+            merged = merged / jnp.maximum(number, 1)
+        return elected * merged
 
     def threshold(self, magnitude: jax.Array, size: jax.Array) -> jax.Array:
         """The trimming threshold of one adapter.
@@ -99,13 +115,11 @@ class TiesAbove(Rule):
     thresholds: jax.Array
     equivariance = Equivariance.ELEMENTWISE
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
         del key
-        context = context or Context.of(cores)
-        thresholds = self.thresholds.astype(cores.dtype)[context.tasks]
+        dtype = jax.tree.leaves(cores)[0].dtype
+        thresholds = self.thresholds.astype(dtype)[context.tasks]
         return self.ties.merge_above(thresholds, cores, context)
 
 

@@ -4,8 +4,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax import linalg
-from coremerge_jax.rules.base import Context, Equivariance, Rule, Step, check
+from coremerge_jax.linalg import (
+    Factored,
+    basis,
+    isotropic,
+    lapack,
+    matmul,
+    polar,
+    roundoff,
+    truncate,
+)
+from coremerge_jax.lora import LoRA
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, Step, check, fold
+from coremerge_jax.rules.linear import total
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -26,23 +37,57 @@ class Tsv(Rule):
 
     equivariance = Equivariance.ORTHOGONAL
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
+        """Merges: all cores to one, as ``u blockdiag(S) vᵀ`` in any bases of the U_t and V_t."""
         del key, context
-        side = min(cores.shape[1:])
-        s = jnp.linalg.svd(jax.lax.stop_gradient(cores), compute_uv=False)
-        ranks = jax.vmap(lambda s: jnp.sum(s > linalg.roundoff(cores[0]) * s[0]))(s)
+        b, a = _thin(cores)
+        left, right, inner = _orthonormal(b, a)
+        side = min(b.shape[1], a.shape[2])
+        s = jax.vmap(lapack.singular_values)(jax.lax.stop_gradient(inner))
+        ranks = jnp.sum(s > roundoff(right) * s[:, :1], axis=1)
         present = jnp.maximum(jnp.sum(ranks > 0), 1)
         limit = jnp.where(jnp.sum(ranks) <= side, side, side // present)
-        ranks = jnp.minimum(ranks, limit).astype(cores.dtype)
+        updates, frames = jax.vmap(truncate)(inner, jnp.minimum(ranks, limit).astype(s.dtype))
 
-        updates, frames = jax.vmap(linalg.truncate)(cores, ranks)
-        left = jnp.einsum("tij,tkj->ik", frames, frames, precision="highest")
-        right = jnp.einsum("tji,tjk->ik", frames, frames, precision="highest")
-        merged = linalg.matmul(linalg.inverse_sqrt(left), jnp.sum(updates, axis=0))
-        return linalg.matmul(merged, linalg.inverse_sqrt(right))
+        frames_t = jnp.swapaxes(frames, 1, 2)
+        bases = matmul(left, matmul(frames, frames_t)), matmul(right, matmul(frames_t, frames))
+        # Stacked, so that both are one batch of decompositions.
+        u, v = jax.vmap(polar)(_pad_rows(*map(_side_by_side, bases)))
+        return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
+
+
+def _thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
+    """Factors ``(T, p, r)`` and ``(T, r, q)``; a dense core is a factor itself."""
+    if isinstance(cores, LoRA):
+        return jnp.asarray(cores.b), jnp.asarray(cores.a)
+    tasks, p, q = cores.shape
+    eye = jnp.broadcast_to(jnp.eye(min(p, q), dtype=cores.dtype), (tasks, min(p, q), min(p, q)))
+    return (eye, cores) if p <= q else (cores, eye)
+
+
+def _orthonormal(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormal ``left (T, p, r)`` and ``right (T, q, r)`` with ``b a = left inner rightᵀ``."""
+    both = _pad_rows(b, jnp.swapaxes(a, 1, 2))
+
+    def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found, coordinates, _, _ = basis(x, roundoff(x), singular=False)
+        return found.columns(), coordinates
+
+    columns, coordinates = jax.vmap(jax.vmap(orthonormal))(both)
+    inner = matmul(coordinates[0], jnp.swapaxes(coordinates[1], 1, 2))
+    return columns[0, :, : b.shape[1]], columns[1, :, : a.shape[2]], inner
+
+
+def _side_by_side(x: jax.Array) -> jax.Array:
+    """``(T, p, r)`` to ``(p, T r)``."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+
+
+def _pad_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Stacks two arrays after giving them as many rows each, with zeros."""
+    rows = max(x.shape[-2], y.shape[-2])
+    before = ((0, 0),) * (x.ndim - 2)
+    return jnp.stack([jnp.pad(z, (*before, (0, rows - z.shape[-2]), (0, 0))) for z in (x, y)])
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -66,18 +111,18 @@ class Cart(Rule):
         whole = isinstance(self.rank, int)
         check("rank", self.rank, lambda x: x >= 1 if whole else 0 < x <= 1, expected)
 
-    def __call__(
-        self, cores: jax.Array, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
-        """Merges ``(T, p, q)`` to ``(p, q)``."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
         del key
+        dtype = jax.tree.leaves(cores)[0].dtype
         rank = jnp.asarray(self.rank)
         if not jnp.issubdtype(rank.dtype, jnp.integer):
-            side = jnp.min((context or Context.of(cores)).shape).astype(cores.dtype)
-            rank = jnp.ceil(rank.astype(cores.dtype) * side)
-        mean = jnp.mean(cores, axis=0)
-        deviations, _ = jax.vmap(linalg.truncate, (0, None))(cores - mean[None], rank)
-        return mean + jnp.asarray(self.scale, cores.dtype) * jnp.sum(deviations, axis=0)
+            side = jnp.min(context.shape).astype(dtype)
+            rank = jnp.ceil(rank.astype(dtype) * side)
+        tasks = len(jax.tree.leaves(cores)[0])
+        mean = total(cores) / tasks
+        deviations = fold(lambda core: truncate(core - mean, rank)[0], cores)
+        return mean + jnp.asarray(self.scale, dtype) * deviations
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -91,11 +136,14 @@ class Isotropize(Step):
 
     equivariance = Equivariance.ORTHOGONAL
     place = "after"
+    factored = True
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, shape: jax.Array) -> jax.Array:
+    def apply(
+        self, matrix: jax.Array | Factored, *, key: jax.Array | None, shape: jax.Array
+    ) -> jax.Array:
         """Maps ``(p, q)`` to ``(p, q)``."""
         del key, shape
-        return linalg.isotropic(matrix)
+        return isotropic(matrix)
 
 
 tsv = Tsv

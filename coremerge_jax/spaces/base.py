@@ -1,14 +1,20 @@
 """What a merge space is: where the updates of one module are merged, and the way back."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import Basis, Factored, matmul
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules import Chain, Context, Rule, chain
+from coremerge_jax.rules.base import Cores, dense
+
+# Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
+# values; beyond it, rounding of the merged B would show, and A is made orthonormal.
+_SPREAD = 4.0
 
 
 @flax.struct.dataclass
@@ -18,19 +24,36 @@ class Projection:
     ``u`` and ``v`` have orthonormal columns, up to columns of zeros behind the numerical shape.
 
     Attributes:
-        cores: ``(T, p, q)``, the updates in the merge space.
+        factors: the cores, ``(T, p, q)`` or as low-rank factors.
         shape: int32 ``(2,)``, the numerical shape: rows and columns of the cores beyond it are
             zero.
-        u: ``(m, p)``, or None for the identity.
-        v: ``(n, q)``, or None for the identity.
+        left: the basis of ``u: (m, p)``, or None for the identity.
+        right: the basis of ``v: (n, q)``, or None for the identity.
         gain: ``(p,)``, or None for ones.
+        spread: that of the singular values of the stacked A factors, see `linalg.basis`.
     """
 
-    cores: jax.Array
+    factors: Cores
     shape: jax.Array
-    u: jax.Array | None = None
-    v: jax.Array | None = None
+    left: Basis | None = None
+    right: Basis | None = None
     gain: jax.Array | None = None
+    spread: jax.Array | None = None
+
+    @property
+    def cores(self) -> jax.Array:
+        """``(T, p, q)``, the updates in the merge space."""
+        return dense(self.factors)
+
+    @property
+    def u(self) -> jax.Array | None:
+        """``(m, p)``, or None for the identity."""
+        return None if self.left is None else self.left.columns()
+
+    @property
+    def v(self) -> jax.Array | None:
+        """``(n, q)``, or None for the identity."""
+        return None if self.right is None else self.right.columns()
 
     def merge(
         self, rule: Rule, *, key: jax.Array | None = None, tasks: jax.Array | None = None
@@ -46,11 +69,11 @@ class Projection:
             tasks: int32 ``(T,)``, which adapters these are; by default 0 to T - 1.
         """
         if tasks is None:
-            tasks = jnp.arange(self.cores.shape[0], dtype=jnp.int32)
+            tasks = jnp.arange(len(jax.tree.leaves(self.factors)[0]), dtype=jnp.int32)
         context = Context(shape=self.shape, tasks=tasks)
         rule = rule if isinstance(rule, Chain) else chain(rule)
-        merged = self._weigh(rule.reduce(self.cores, key=key, context=context))
-        return self._expand(rule.finish(merged, key, context))
+        merged = rule.combine(self.factors, key=key, context=context)
+        return self._expand(rule.finish(self._weigh(merged), key=key, context=context))
 
     def lift(self, merged: jax.Array) -> LoRA:
         """The update that a matrix of the merge space stands for.
@@ -63,16 +86,26 @@ class Projection:
         """
         return self._expand(self._weigh(merged))
 
-    def _weigh(self, merged: jax.Array) -> jax.Array:
-        return merged if self.gain is None else self.gain[:, None] * merged
+    def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
+        return merged if self.gain is None else self.gain[:, None] * dense(merged)
 
-    def _expand(self, merged: jax.Array) -> LoRA:
-        p, q = merged.shape
-        u = jnp.eye(p, dtype=merged.dtype) if self.u is None else self.u
-        v = jnp.eye(q, dtype=merged.dtype) if self.v is None else self.v
-        if q <= p:
-            return LoRA(a=v.T, b=merged if self.u is None else matmul(u, merged))
-        return LoRA(a=merged if self.v is None else matmul(merged, v.T), b=u)
+    def _expand(self, merged: jax.Array | Factored) -> LoRA:
+        core = dense(merged)
+        p, q = core.shape
+        u = self.left or Basis(None, jnp.eye(p, dtype=core.dtype))
+        v = self.right or Basis(None, jnp.eye(q, dtype=core.dtype))
+        if q > p:
+            return LoRA(a=v.times(core.T).columns().T, b=u.columns())
+        if self.spread is None or v.x is None:
+            return LoRA(a=v.columns().T, b=u.times(core).columns())
+        lora_a, keep = v.x.T, self.spread <= _SPREAD
+
+        def orthonormal() -> jax.Array:
+            return matmul(v.frame.T, lora_a.astype(core.dtype)).astype(lora_a.dtype)
+
+        a = jax.lax.cond(keep, lambda: lora_a, orthonormal)
+        inner = jnp.where(keep, matmul(core, v.frame.T), core)
+        return LoRA(a=a, b=u.times(inner).columns())
 
 
 class Space(Protocol):
@@ -84,7 +117,7 @@ class Space(Protocol):
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        eps: float | None = None,
+        dtype: Any = None,
         elementwise: bool = True,
     ) -> Projection:
         """Brings the updates of one module into the merge space.
@@ -93,20 +126,29 @@ class Space(Protocol):
             lora_a: ``(R, n)``, the A factors of all adapters below each other.
             lora_b: ``(m, R)``, the B factors side by side.
             ranks: the rank of each adapter, ``sum(ranks) == R``; static.
-            eps: relative rounding error of the factors' entries; by default the machine epsilon
-                of their dtype. Directions within it of zero are dropped from the bases.
+            dtype: what to compute in; by default that of the factors. Directions within rounding
+                errors of the factors as they are given are dropped from the bases.
             elementwise: whether the rule looks at single entries; for other rules the space may
                 choose cheaper coordinates that give the same merged update.
         """
         ...
 
 
-def split(stacked: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
-    """Splits the columns ``(p, R)`` by adapter: ``(T, p, max(ranks))``, padded with zeros."""
-    width = max(ranks)
-    padded = jnp.pad(stacked, ((0, 0), (0, 1)))
-    columns, start = [], 0
-    for rank in ranks:
-        columns.append([start + i if i < rank else sum(ranks) for i in range(width)])
-        start += rank
-    return jnp.moveaxis(padded[:, jnp.asarray(columns)], 1, 0)
+def split(a: jax.Array, b: jax.Array, ranks: tuple[int, ...]) -> LoRA:
+    """Splits stacked factors ``(R, q)`` and ``(p, R)`` by adapter.
+
+    Returns:
+        Factors ``(T, max(ranks), q)`` and ``(T, p, max(ranks))``, padded with zeros.
+    """
+    width, starts = max(ranks), np.cumsum((0, *ranks))
+    if len(set(ranks)) == 1:
+        a_parts, b_parts = a.reshape(-1, width, a.shape[1]), b.reshape(len(b), -1, width)
+    else:
+        places = [
+            [start + i if i < rank else sum(ranks) for i in range(width)]
+            for start, rank in zip(starts[:-1], ranks, strict=True)
+        ]
+        index = np.asarray(places)
+        a_parts = jnp.pad(a, ((0, 1), (0, 0)))[index]
+        b_parts = jnp.pad(b, ((0, 0), (0, 1)))[:, index]
+    return LoRA(a=a_parts, b=jnp.moveaxis(b_parts, 1, 0))

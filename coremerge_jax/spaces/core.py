@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from coremerge_jax import linalg
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import basis
+from coremerge_jax.lora import widest
 from coremerge_jax.spaces.base import Projection, split
 
 
@@ -19,6 +21,8 @@ class Core:
     vectors of B and the right singular vectors of A, and the cores are
 
         M_t = (Uᵀ B_t)(A_t V),        ΔW_t = U M_t Vᵀ.
+
+    Rules that are not elementwise merge alike in every basis of these spaces.
 
     U has ``p = min(m, R)`` columns and V has ``q = min(n, R)``. Where the stacks have a smaller
     numerical rank, the last columns and the cores' entries there are zero.
@@ -37,28 +41,25 @@ class Core:
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        eps: float | None = None,
+        dtype: Any = None,
         elementwise: bool = True,
     ) -> Projection:
-        """See `Space.project`; core space has one basis for all rules."""
-        del elementwise
-        rtol = self._rtol(lora_a, eps)
-        u, p = _basis(lora_b, rtol)
-        v, q = _basis(lora_a.T, rtol)
-        left = split(matmul(u.T, lora_b), ranks)
-        right = split(matmul(lora_a, v).T, ranks)
-        cores = jnp.einsum("tir,tjr->tij", left, right, precision="highest")
-        return Projection(cores=cores, shape=jnp.stack([p, q]), u=u, v=v)
+        """See `Space.project`; elementwise rules get singular vectors, others any basis."""
+        dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
+        rtol = self._rtol(lora_a, dtype)
+        left, b, p, _ = basis(lora_b, rtol, singular=elementwise, dtype=dtype)
+        right, a, q, spread = basis(lora_a.T, rtol, singular=elementwise, dtype=dtype)
+        return Projection(
+            factors=split(a.T, b, ranks),
+            shape=jnp.stack([p, q]),
+            left=left,
+            right=right,
+            spread=spread,
+        )
 
-    def _rtol(self, stacked: jax.Array, eps: float | None) -> float:
+    def _rtol(self, lora_a: jax.Array, dtype: Any) -> float:
         if self.rtol is not None:
             return self.rtol
-        own = float(jnp.finfo(stacked.dtype).eps)
-        return math.sqrt(stacked.shape[0]) * ((own if eps is None else eps) + 8 * own)
-
-
-def _basis(x: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array]:
-    """Left singular vectors of ``x: (m, R)``, those of null directions zero, and their number."""
-    u, s, _ = linalg.svd(x)
-    live = linalg.in_range(s, rtol)
-    return jnp.where(live[None, :], u, 0), jnp.sum(live, dtype=jnp.int32)
+        given, computed = widest(lora_a.dtype, np.dtype(np.float32)), dtype
+        eps = float(jnp.finfo(given).eps) + 8 * float(jnp.finfo(computed).eps)
+        return math.sqrt(lora_a.shape[0]) * eps

@@ -1,10 +1,12 @@
 """Full space: the updates themselves."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from coremerge_jax.lora import widest
 from coremerge_jax.spaces.base import Projection, split
 
 
@@ -18,11 +20,12 @@ class Full:
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        eps: float | None = None,
+        dtype: Any = None,
         elementwise: bool = True,
     ) -> Projection:
         """See `Space.project`."""
-        del eps, elementwise
-        left, right = split(lora_b, ranks), split(lora_a.T, ranks)
-        updates = jnp.einsum("tir,tjr->tij", left, right, precision="highest")
-        return Projection(cores=updates, shape=jnp.asarray(updates.shape[1:], jnp.int32))
+        del elementwise
+        dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
+        lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)
+        shape = jnp.asarray([lora_b.shape[0], lora_a.shape[1]], jnp.int32)
+        return Projection(factors=split(lora_a, lora_b, ranks), shape=shape)

@@ -1,12 +1,12 @@
 """KnOTS space (Stoica et al., arXiv 2410.19735)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax import linalg
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import basis, inverse, matmul, roundoff
 from coremerge_jax.spaces.base import Projection
 from coremerge_jax.spaces.core import Core
 
@@ -34,27 +34,29 @@ class Knots:
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        eps: float | None = None,
+        dtype: Any = None,
         elementwise: bool = True,
     ) -> Projection:
         """See `Space.project`; elementwise rules see all n columns, others those of core space."""
-        core = Core().project(lora_a, lora_b, ranks, eps=eps)
-        assert core.u is not None
-        assert core.v is not None
+        core = Core().project(lora_a, lora_b, ranks, dtype=dtype, elementwise=False)
+        assert core.left is not None
+        assert core.right is not None
         tasks, p, q = core.cores.shape
-        u, s, vt = linalg.svd(jnp.moveaxis(core.cores, 0, 1).reshape(p, tasks * q))
-        live = linalg.in_range(s, linalg.roundoff(core.cores[0]))
-        s = jnp.where(live, s, 0)
-        cores = jnp.moveaxis(jnp.where(live[:, None], vt, 0).reshape(-1, tasks, q), 1, 0)
-        if self.scaled:
-            cores = cores * s[None, :, None]
+        joined = jnp.moveaxis(core.cores, 0, 1).reshape(p, tasks * q)
+        turn, rows, size, _ = basis(joined, roundoff(core.cores), singular=True)
+        squares = jnp.sum(rows**2, axis=1)
+        gain = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+        if not self.scaled:
+            rows = rows * inverse(gain)[:, None]
+        cores = jnp.moveaxis(rows.reshape(-1, tasks, q), 1, 0)
         if elementwise:
-            cores = matmul(cores, core.v.T)
+            cores = matmul(cores, core.right.columns().T)
         columns = jnp.asarray(lora_a.shape[1], jnp.int32) if elementwise else core.shape[1]
         return Projection(
-            cores=cores,
-            shape=jnp.stack([jnp.sum(live, dtype=jnp.int32), columns]),
-            u=matmul(core.u, jnp.where(live[None, :], u, 0)),
-            v=None if elementwise else core.v,
-            gain=None if self.scaled else s,
+            factors=cores,
+            shape=jnp.stack([size, columns]),
+            left=core.left.times(turn.columns()),
+            right=None if elementwise else core.right,
+            gain=None if self.scaled else gain,
+            spread=None if elementwise else core.spread,
         )

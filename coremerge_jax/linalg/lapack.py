@@ -1,0 +1,72 @@
+"""Decompositions of one matrix at a time on CPU, so that they cannot wait for each other.
+
+Some releases of JAX (0.9.2 among them) split a *batched* LAPACK call among the threads of XLA's
+pool, and block the thread that asked until the others are done. Where that thread is one of the
+pool itself, as in a program that is busy enough, all threads come to wait and the process hangs
+for ever. Calls on one matrix do their work where they are. So `jax.vmap` of the functions here is
+a loop on CPU, which is as fast, as LAPACK works through a batch one by one anyway, and a batched
+call elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from coremerge_jax.linalg.blas import use_one_thread
+
+use_one_thread()  # here, so that no program can come to decompositions without it
+
+
+def _one_by_one_on_cpu(fn: Callable) -> Callable:
+    wrapped = jax.custom_batching.custom_vmap(fn)
+
+    @wrapped.def_vmap
+    def batched(size: int, in_batched: list, x: jax.Array) -> tuple[Any, Any]:
+        del size, in_batched  # of one argument
+        out = jax.lax.platform_dependent(
+            x, cpu=lambda x: jax.lax.map(wrapped, x), default=jax.vmap(fn)
+        )
+        return out, jax.tree.map(lambda _: True, out)
+
+    return wrapped
+
+
+@_one_by_one_on_cpu
+def cholesky(x: jax.Array) -> jax.Array:
+    """The lower factor of a symmetric positive definite matrix, NaN if it is not."""
+    return jnp.linalg.cholesky(x, symmetrize_input=False)
+
+
+@_one_by_one_on_cpu
+def inverse_lower(x: jax.Array) -> jax.Array:
+    """The inverse of a lower triangular matrix."""
+    eye = jnp.eye(len(x), dtype=x.dtype)
+    return jax.scipy.linalg.solve_triangular(x, eye, lower=True)
+
+
+@_one_by_one_on_cpu
+def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
+    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+    return values[::-1], vectors[:, ::-1]
+
+
+@_one_by_one_on_cpu
+def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``u (p, k)``, descending ``s (k,)`` and ``v (q, k)``, with ``k = min(p, q)``."""
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, vt.T
+
+
+@_one_by_one_on_cpu
+def triangular(x: jax.Array) -> jax.Array:
+    """The upper triangular factor of the QR decomposition of a tall matrix."""
+    return jnp.linalg.qr(x, mode="r")
+
+
+@_one_by_one_on_cpu
+def singular_values(x: jax.Array) -> jax.Array:
+    """Descending ``(k,)``."""
+    return jnp.linalg.svd(x, compute_uv=False)

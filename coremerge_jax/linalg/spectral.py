@@ -1,0 +1,192 @@
+"""Functions of the singular values."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from coremerge_jax.linalg import lapack
+from coremerge_jax.linalg.basic import (
+    GRAM_CONDITION,
+    complement,
+    fast_or_robust,
+    gram_pays,
+    in_range,
+    inverse,
+    matmul,
+    roundoff,
+)
+
+
+@flax.struct.dataclass
+class Factored:
+    """The matrix ``u @ blockdiag(blocks) @ vᵀ``.
+
+    Attributes:
+        u: ``(p, T r)``.
+        blocks: ``(T, r, r)``.
+        v: ``(q, T r)``.
+    """
+
+    u: jax.Array
+    blocks: jax.Array
+    v: jax.Array
+
+    def dense(self) -> jax.Array:
+        """The matrix itself."""
+        return matmul(_times_blocks(self.u, self.blocks), self.v.T)
+
+
+def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
+    """``x @ blockdiag(blocks)``."""
+    tasks, rank, _ = blocks.shape
+    columns = x.reshape(len(x), tasks, rank)
+    product = jnp.einsum("pti,tij->ptj", columns, blocks, precision="highest")
+    return product.reshape(x.shape)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> jax.Array:
+    """``u @ diag(f) @ vᵀ`` for each row f of ``fn(s, *params)``, with ``x = u @ diag(s) @ vᵀ``.
+
+    The derivative is exact also where singular values coincide: Daleckii and Krein's divided
+    differences, in the form for singular values (Noferini, "A formula for the Fréchet derivative
+    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017).
+
+    Args:
+        fn: maps the descending singular values ``(k,)`` to ``(c, k)``, c replacements for them; it
+            must send numerically zero values to zero.
+        x: ``(p, q)``. Nearly free where it is factored and the columns of its u and v that
+            matter are orthonormal, which is found out here.
+        *params: what else ``fn`` depends on.
+
+    Returns:
+        ``(c, p, q)``.
+    """
+    if isinstance(x, Factored):
+        return _map_factored(fn, x, params)
+    u, s, v = _decompose(x)
+    return _reassemble(u, fn(s, *params), v)
+
+
+def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``u (p, k)``, descending ``s`` and ``v (q, k)`` with ``x = u @ diag(s) @ vᵀ``."""
+    if not gram_pays(x):
+        return lapack.svd(x)
+    return fast_or_robust(_by_gram, lapack.svd)(x)
+
+
+def _by_gram(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    if x.shape[0] < x.shape[1]:
+        (v, s, u), exact = _by_gram(x.T)
+        return (u, s, v), exact
+    squares, v = lapack.eigh(matmul(x.T, x))
+    s = jnp.sqrt(jnp.abs(squares))
+    exact = squares[-1] * GRAM_CONDITION**2 > squares[0]
+    return (matmul(x, v) * inverse(s)[None, :], s, v), exact
+
+
+def _map_factored(fn: Callable, x: Factored, params: tuple) -> jax.Array:
+    def of_blocks(x: Factored, params: tuple) -> tuple[jax.Array, jax.Array]:
+        left, s, right = jax.vmap(lapack.svd)(x.blocks)
+        u, v = _times_blocks(x.u, left), _times_blocks(x.v, right)
+        order = jnp.argsort(-s.ravel())
+        u, s, v = u[:, order], s.ravel()[order], v[:, order]
+        live = in_range(s, roundoff(u)).astype(s.dtype)
+        error = [matmul(w.T, w) * jnp.outer(live, live) - jnp.diag(live) for w in (u, v)]
+        tolerance = max(1e-8, 64 * float(jnp.finfo(s.dtype).eps))
+        orthonormal = jnp.max(jnp.abs(jnp.stack(error))) < tolerance
+        return _reassemble(u, fn(s, *params), v), orthonormal
+
+    def of_dense(x: Factored, params: tuple) -> jax.Array:
+        u, s, v = lapack.svd(x.dense())
+        return _reassemble(u, fn(s, *params), v)
+
+    return fast_or_robust(of_blocks, of_dense)(x, params)
+
+
+def _reassemble(u: jax.Array, f: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.vmap(lambda f: matmul(u * f[None, :], v.T))(f)
+
+
+@spectral_map.defjvp
+def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+    x, *params = primals
+    if isinstance(x, Factored):
+        dense, ddense = jax.jvp(Factored.dense, (x,), (tangents[0],))
+        return _spectral_map_jvp_dense(fn, (dense, *params), (ddense, *tangents[1:]))
+    return _spectral_map_jvp_dense(fn, primals, tangents)
+
+
+def _spectral_map_jvp_dense(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+    x, *params = primals
+    dx, *dparams = tangents
+    u, s, v = lapack.svd(x)
+    dxv, dxu = matmul(dx, v), matmul(dx.T, u)
+    dp = matmul(u.T, dxv)
+    f, df = jax.jvp(fn, (s, *params), (jnp.diagonal(dp), *dparams))
+    slope = jax.jacfwd(fn)(s, *params)
+    gap = s[:, None] - s[None, :]
+    close = jnp.abs(gap) <= float(jnp.finfo(x.dtype).eps) ** 0.5 * s[0]
+
+    def tangent(f: jax.Array, df: jax.Array, slope: jax.Array) -> jax.Array:
+        limit = jnp.diagonal(slope)[:, None] - slope
+        even = jnp.where(close, limit, (f[:, None] - f[None, :]) / jnp.where(close, 1, gap))
+        odd = (f[:, None] + f[None, :]) * inverse(s[:, None] + s[None, :])
+        inner = (even * (dp + dp.T) + odd * (dp - dp.T)) / 2
+        inner = inner - jnp.diag(jnp.diagonal(inner)) + jnp.diag(df)
+        ratio = (f * inverse(s))[None, :]
+        outer = matmul(complement(u, dxv) * ratio, v.T)
+        outer += matmul(u * ratio, complement(v, dxu).T)
+        return matmul(matmul(u, inner), v.T) + outer
+
+    return _reassemble(u, f, v), jax.vmap(tangent)(f, df, slope)
+
+
+def truncate(x: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cuts ``x`` to its leading singular directions.
+
+    Directions whose singular value equals the last one kept are kept too: which of them to drop
+    would be an arbitrary choice.
+
+    Args:
+        x: ``(p, q)``.
+        rank: how many; may be traced.
+
+    Returns:
+        The best approximation of ``x`` of that rank, and its partial isometry: the same with
+        every nonzero singular value replaced by one. Both ``(p, q)``.
+    """
+    rtol = jnp.asarray(roundoff(x), x.dtype)
+    update, frame = spectral_map(_leading, x, jnp.asarray(rank, x.dtype), rtol)
+    return update, frame
+
+
+def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array) -> jax.Array:
+    first = jnp.arange(s.shape[0], dtype=s.dtype) < rank
+    last = jnp.min(jnp.where(first, s, jnp.inf))
+    kept = (s >= last * (1 - rtol)) & in_range(s, rtol)
+    return jnp.stack([jnp.where(kept, s, 0), kept.astype(s.dtype)])
+
+
+def polar(x: jax.Array) -> jax.Array:
+    """``x`` with each of its (numerically) nonzero singular values replaced by one."""
+    return spectral_map(_ones, x, jnp.asarray(roundoff(x), x.dtype))[0]
+
+
+def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:
+    return in_range(s, rtol).astype(s.dtype)[None]
+
+
+def isotropic(x: jax.Array | Factored) -> jax.Array:
+    """``x`` with each of its (numerically) nonzero singular values replaced by their mean."""
+    rtol = roundoff(x.u if isinstance(x, Factored) else x)
+    return spectral_map(_flat, x, jnp.asarray(rtol, jax.tree.leaves(x)[0].dtype))[0]
+
+
+def _flat(s: jax.Array, rtol: jax.Array) -> jax.Array:
+    live = in_range(s, rtol)
+    mean = jnp.sum(jnp.where(live, s, 0)) / jnp.maximum(jnp.sum(live), 1).astype(s.dtype)
+    return jnp.where(live, mean, 0)[None]
