@@ -1,0 +1,331 @@
+"""How exact is a merge? Every rule against singular value decompositions in float64.
+
+    python benchmarks/accuracy.py [--check]
+
+Stacked factors of condition numbers up to 1e8 (within tasks and between them), duplicates, mixed
+ranks and more ranks than rows are merged by the library, and by the definitions of the rules'
+docstrings, written with `numpy.linalg.svd`. Prints the relative error of the dense updates.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+from publish import Sheet, folder, publish
+
+import coremerge_jax as cm
+
+TARGET = 1e-6  # in float64
+CONDITIONS = (1.0, 1e2, 1e4, 1e6, 1e8)
+DENSITY, SHARE = 0.2, 0.08  # of TIES and CART
+
+Array = np.ndarray
+Factors = list[tuple[Array, Array]]  # A (r, n) and B (m, r) of each task
+
+NOTES = f"""\
+Relative error ‖ours − reference‖ / ‖reference‖ of the dense update; target in float64: at most
+{TARGET:.0e}. *κ*: condition number of the stacked factor that is named, the other one is Gaussian.
+In brackets, where it is above 1e-8: how far the reference itself moves when the last bits of the
+factors do; no program in that precision can be expected to come closer. For float32 the factors
+are rounded to float32 first, and the reference, computed in float64, drops what is below
+rounding errors of float32. TIES depends on the singular vectors of the stacks: where singular
+values coincide (κ = 1, duplicates) it has no one answer, and is left out."""
+
+
+# --- The definitions -------------------------------------------------------------------------
+
+
+def in_range(x: Array, rtol: float) -> tuple[Array, Array, Array]:
+    """The singular triplets ``u (p, k)``, ``s``, ``v (q, k)`` above ``rtol`` times the largest."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    live = s > rtol * s[0]
+    return u[:, live], s[live], vt[live].T
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Core-space merges (arXiv 2509.17786, section 4) as equations.
+
+    Attributes:
+        eps: of the precision that is to be compared; what is below its rounding errors is zero.
+    """
+
+    eps: float
+
+    def merge(self, rule: str, factors: Factors) -> Array:
+        """The dense update ``(m, n)``."""
+        if rule == "mean":
+            return sum(b @ a for a, b in factors) / len(factors)
+        a = np.concatenate([a for a, _ in factors])
+        b = np.concatenate([b for _, b in factors], axis=1)
+        side, rtol = min(len(a), len(b), a.shape[1]), 9 * math.sqrt(len(a)) * self.eps
+        u, v = in_range(b, rtol)[0], in_range(a, rtol)[2]
+        cores = np.stack([(u.T @ b) @ (a @ v) for a, b in factors])
+        merged = {
+            "ties": lambda: self.ties(cores),
+            "tsv": lambda: self.tsv(cores, side),
+            "cart": lambda: self.cart(cores),
+            "iso-c": lambda: self.isotropize(cores.sum(axis=0)),
+            "tsv+iso-c": lambda: self.isotropize(self.tsv(cores, side)),
+        }[rule]()
+        return u @ merged @ v.T
+
+    def triplets(self, x: Array) -> tuple[Array, Array, Array]:
+        """The nonzero singular triplets."""
+        return in_range(x, max(x.shape) * self.eps)
+
+    def polar(self, x: Array) -> Array:
+        """Nonzero singular values become one."""
+        u, _, v = self.triplets(x)
+        return u @ v.T
+
+    def isotropize(self, x: Array) -> Array:
+        """Nonzero singular values become their mean."""
+        return self.triplets(x)[1].mean() * self.polar(x)
+
+    def ties(self, cores: Array) -> Array:
+        """Trim, elect signs, average what agrees."""
+        size = cores[0].size
+        flat = np.sort(np.abs(cores).reshape(len(cores), -1))
+        threshold = flat[:, size - int(size * DENSITY) - 1]
+        kept = np.where(np.abs(cores) >= threshold[:, None, None], cores, 0)
+        agrees = kept * np.sign(kept.sum(axis=0)) > 0
+        return np.where(agrees, kept, 0).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
+
+    def tsv(self, cores: Array, side: int) -> Array:
+        """Singular vectors of the tasks, made orthogonal across tasks.
+
+        Args:
+            cores: those of all tasks.
+            side: of core space before empty directions are dropped, min(m, n, R).
+        """
+        found = [self.triplets(core) for core in cores]
+        if sum(len(s) for _, s, _ in found) > side:
+            k = side // len(found)
+            found = [(u[:, :k], s[:k], v[:, :k]) for u, s, v in found]
+        u, v = (self.polar(np.concatenate([f[i] for f in found], axis=1)) for i in (0, 2))
+        return u * np.concatenate([s for _, s, _ in found]) @ v.T
+
+    def cart(self, cores: Array) -> Array:
+        """The mean, and low-rank deviations from it."""
+        mean, k = cores.mean(axis=0), math.ceil(SHARE * min(cores.shape[1:]))
+        parts = [np.linalg.svd(core - mean, full_matrices=False) for core in cores]
+        return mean + sum((u[:, :k] * s[:k]) @ vt[:k] for u, s, vt in parts)
+
+
+RULES: dict[str, tuple[str, Any]] = {
+    "mean": ("mean", cm.mean()),
+    "ties": ("TIES", cm.ties(density=DENSITY)),
+    "tsv": ("TSV", cm.tsv()),
+    "cart": ("CART", cm.cart(rank=SHARE)),
+    "iso-c": ("Iso-C", cm.isotropize()),
+    "tsv+iso-c": ("TSV + Iso-C", cm.chain(cm.tsv(), cm.isotropize())),
+}
+
+
+# --- What is merged --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Factors to merge.
+
+    Attributes:
+        title: what is special about them.
+        size: ``(m, n)`` and the ranks of the tasks.
+        condition: of the special stack; None where it is what comes.
+        make: from a generator and the size, B or A factors, by task, of the special stack.
+        of: ``"B"``, ``"A"`` or both.
+    """
+
+    title: str
+    m: int
+    n: int
+    ranks: tuple[int, ...]
+    make: Callable
+    of: str = ""
+    condition: float | None = None
+
+    @property
+    def unique(self) -> bool:
+        """Whether no singular values of the stacks coincide."""
+        return self.condition != 1 and self.make is not _duplicates
+
+    def factors(self, seed: int = 0) -> Factors:
+        """Float64, seeded."""
+        rng = np.random.default_rng(seed)
+        stacks = {}
+        for name, size in (("A", self.n), ("B", self.m)):
+            make = self.make if name in self.of or not self.of else _gaussian
+            parts = make(rng, size, self.ranks)
+            special = self.condition is not None and name in self.of
+            stacks[name] = _with_condition(parts, self.condition) if special else parts
+        return [(a.T.copy(), b) for a, b in zip(stacks["A"], stacks["B"], strict=True)]
+
+
+def _gaussian(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
+    return [rng.standard_normal((size, rank)) / math.sqrt(size) for rank in ranks]
+
+
+def _decaying(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
+    """Each task's singular values fall off exponentially."""
+    mixes = [np.linalg.qr(rng.standard_normal((rank, rank)))[0] for rank in ranks]
+    parts = _gaussian(rng, size, ranks)
+    return [
+        x * np.geomspace(1, 1e-2, x.shape[1]) @ mix for x, mix in zip(parts, mixes, strict=True)
+    ]
+
+
+def _nearly_equal(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
+    """Each task is the first one and a little more."""
+    first, *others = _gaussian(rng, size, ranks)
+    return [first, *(first + 1e-2 * x for x in others)]
+
+
+def _duplicates(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
+    """The last task is the first one again."""
+    parts = _gaussian(rng, size, ranks)
+    return [*parts[:-1], parts[0]]
+
+
+def _with_condition(parts: Sequence[Array], condition: float) -> list[Array]:
+    """The same with powers of the stack's singular values that give it a condition number."""
+    u, s, vt = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
+    s = (s / s[0]) ** (math.log(condition) / math.log(s[0] / s[-1]))
+    return np.split(u * s @ vt, np.cumsum([x.shape[1] for x in parts])[:-1], axis=1)
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    sizes = {
+        "": (200, 160, (16,) * 5),
+        ", R > m, n": (200, 160, (48,) * 5),
+        ", small": (24, 20, (4,) * 3),
+    }
+    found = []
+    for suffix, size in sizes.items():
+        for what, make in (("decaying", _decaying), ("nearly equal", _nearly_equal)):
+            for of in ("B", "A"):
+                conditions = CONDITIONS[1 if make is _nearly_equal else 0 :]
+                found += [Case(f"{what} {of}{suffix}", *size, make, of, k) for k in conditions]
+        found.append(Case(f"Gaussian{suffix}", *size, _gaussian))
+        found.append(Case(f"duplicates{suffix}", *size, _duplicates))
+    found.append(Case("mixed ranks", 200, 160, (4, 8, 16, 24, 32), _gaussian))
+    return found
+
+
+# --- Comparison ------------------------------------------------------------------------------
+
+
+def measure(which: Sequence[Case], precision: str) -> list[dict[str, Any]]:
+    """The errors of all rules on these cases: one row a case."""
+    eps = float(np.finfo(precision).eps)
+    inputs = [[(a.astype(precision), b.astype(precision)) for a, b in c.factors()] for c in which]
+    rows = [
+        {"case": c.title, "condition": c.condition, "precision": precision, "rules": {}}
+        for c in which
+    ]
+    reference = Reference(eps)
+    for rule, (_, merge_rule) in RULES.items():
+        for chosen in _of_equal_tasks(which):
+            merged = _merge([inputs[i] for i in chosen], merge_rule, precision)
+            for i, update in zip(chosen, merged, strict=True):
+                if rule == "ties" and not which[i].unique:
+                    continue
+                doubles = [(a.astype(float), b.astype(float)) for a, b in inputs[i]]
+                expected = reference.merge(rule, doubles)
+                moved = reference.merge(rule, _jitter(doubles, eps))
+                rows[i]["rules"][rule] = {
+                    "error": _distance(update, expected),
+                    "sensitivity": _distance(moved, expected),
+                }
+    return rows
+
+
+def _of_equal_tasks(which: Sequence[Case]) -> list[list[int]]:
+    """Cases that fit into the same adapters, as their modules."""
+    found: dict[int, list[int]] = {}
+    for i, case in enumerate(which):
+        found.setdefault(len(case.ranks), []).append(i)
+    return list(found.values())
+
+
+def _merge(inputs: Sequence[Factors], rule: cm.rules.Rule, precision: str) -> list[Array]:
+    adapters = [
+        cm.Adapter({str(i): cm.LoRA(*factors[t]) for i, factors in enumerate(inputs)})
+        for t in range(len(inputs[0]))
+    ]
+    merged = cm.merge(adapters, rule, precision=precision)
+    loras = [merged[str(i)] for i in range(len(inputs))]
+    return [np.asarray(x.b, float) @ np.asarray(x.a, float) for x in loras]
+
+
+def _jitter(factors: Factors, eps: float) -> Factors:
+    """Changes the last bit of the factors."""
+    rng = np.random.default_rng(1)
+    return [
+        tuple(x * (1 + eps / 2 * rng.choice([-1, 1], x.shape)) for x in pair)  # type: ignore[misc]
+        for pair in factors
+    ]
+
+
+def _distance(x: Array, y: Array) -> float:
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
+    """The table of one precision."""
+    header = [rows[0]["precision"], "κ", *(title for title, _ in RULES.values())]
+    return Sheet(header, [_row(row) for row in rows])
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    condition = "" if row["condition"] is None else f"{row['condition']:.0e}"
+    return [row["case"], condition, *(_cell(row["rules"].get(rule)) for rule in RULES)]
+
+
+def _cell(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return ""
+    moves = f" ({entry['sensitivity']:.0e})" if entry["sensitivity"] > 1e-8 else ""
+    return f"{entry['error']:.0e}{moves}"
+
+
+def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which float64 results miss the target."""
+    return [
+        f"{RULES[rule][0]}, {row['case']}, κ {row['condition']}: {entry['error']:.1e}"
+        for row in rows
+        for rule, entry in row["rules"].items()
+        if row["precision"] == "float64" and not entry["error"] <= TARGET
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, shows and writes; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--check", action="store_true", help="fail if float64 misses the target")
+    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    watch = machine.Watch()
+    which = [case for case in cases() if options.only in case.title]
+    if not which:
+        parser.error(f"no such case: {options.only!r}")
+    tables = [measure(which, precision) for precision in ("float64", "float32")]
+    rows = [row for table in tables for row in table]
+    missed = misses(rows)
+    result = {"machine": machine.describe(watch), "rows": rows, "missed": missed}
+    publish(options.output / "accuracy", "Accuracy", result, [sheet(t) for t in tables], NOTES)
+    print("\n".join(missed) or f"all within {TARGET:.0e}")
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
