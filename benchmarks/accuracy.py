@@ -211,9 +211,12 @@ def cases() -> list[Case]:
     found = []
     for suffix, size in sizes.items():
         for what, make in (("decaying", _decaying), ("nearly equal", _nearly_equal)):
-            for of in ("B", "A"):
+            for of in ("B", "AB"):
                 conditions = CONDITIONS[1 if make is _nearly_equal else 0 :]
-                found += [Case(f"{what} {of}{suffix}", *size, make, of, k) for k in conditions]
+                found += [
+                    Case(f"{what} {' and '.join(of)}{suffix}", *size, make, of, k)
+                    for k in conditions
+                ]
         found.append(Case(f"Gaussian{suffix}", *size, _gaussian))
         found.append(Case(f"duplicates{suffix}", *size, _duplicates))
     found.append(Case("mixed ranks", 200, 160, (4, 8, 16, 24, 32), _gaussian))

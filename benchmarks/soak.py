@@ -1,0 +1,325 @@
+"""Does a merge ever hang? Thousands of merges on 1, 2 and 4 cores, with a limit on each.
+
+    python benchmarks/soak.py [--merges 10000] [--cores 1 2 4] [--seed 0] [--control]
+
+For each number of cores, a process of its own merges in seeded random order: many signatures,
+rules and spaces; from several threads at once; inside jitted programs that do other work, under
+`jax.vmap` and `jax.grad`. A step that takes too long ends that process, with the Python stack of
+each thread. Results are compared with those of the first time, as another way to fail.
+
+``--control`` shows that hangs would be found: plain `jax.vmap(jnp.linalg.svd)` from several
+threads, which hangs in some releases of JAX (0.9.2 among them) within seconds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+from publish import Sheet, digits, folder, publish
+
+import coremerge_jax as cm
+from coremerge_jax.linalg import matmul
+
+PATIENCE = 120  # seconds for a step; a compiling one takes a few
+TOLERANCE = 1e-4  # of results from those of the first time; threads may add in another order
+NOTES = """\
+Each row is a fresh process with XLA's thread pool of that size (the environment variable `NPROC`),
+and on no more cores than that. A merge is one call of `cm.merge`, or one projection and merge
+under `jax.vmap`; adapters have one to eight modules."""
+
+KEY = jax.random.key(0)
+TSV, ISO, TIES, CART, MEAN = cm.tsv(), cm.isotropize(), cm.ties(), cm.cart(rank=2), cm.mean()
+TSV_ISO = cm.chain(TSV, ISO)
+DARE_TIES = cm.chain(cm.dare(), cm.ties())
+
+
+# --- What is done, in the process that may hang ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Adapters of modules that are alike."""
+
+    m: int
+    n: int
+    ranks: tuple[int, ...]
+    modules: int
+
+    def __str__(self) -> str:
+        return f"{self.modules} × ({self.m}, {self.n}), ranks {self.ranks}"
+
+    @functools.cache  # noqa: B019  # signatures live as long as the process
+    def adapters(self, dtype: str = "float32") -> list[cm.Adapter]:
+        """One for each rank."""
+        rng = np.random.default_rng(self.m)
+        return [
+            cm.Adapter(
+                {
+                    f"layers.{i}": cm.LoRA(
+                        a=rng.standard_normal((rank, self.n)).astype(dtype),
+                        b=rng.standard_normal((self.m, rank)).astype(dtype),
+                    )
+                    for i in range(self.modules)
+                }
+            )
+            for rank in self.ranks
+        ]
+
+
+TINY = Signature(12, 9, (2, 3, 1), 4)
+SMALL = Signature(24, 20, (4, 4, 4), 1)
+FULL = Signature(16, 12, (8, 8, 8), 8)  # R > m, n
+MIDDLE = Signature(48, 40, (6, 6, 12, 12), 3)
+LARGE = Signature(96, 80, (8,) * 6, 4)
+LARGE_FULL = Signature(64, 48, (16,) * 5, 2)  # R > m, n
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One thing to do.
+
+    Attributes:
+        name: for messages.
+        call: does it, and gives arrays.
+        merges: as how many merges it counts.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    merges: int = 1
+
+
+def steps(quick: bool) -> list[Step]:
+    """All that are taken at random, or those with fewer programs to compile."""
+    plain = [
+        _plain(LARGE, TSV),
+        _plain(LARGE, TIES),
+        _plain(MIDDLE, TSV_ISO),
+        _plain(TINY, TIES),
+    ]
+    if not quick:
+        plain += [
+            _plain(LARGE, TSV_ISO),
+            _plain(LARGE_FULL, TSV),
+            _plain(LARGE_FULL, DARE_TIES),
+            _plain(LARGE_FULL, ISO),
+            _plain(LARGE, CART),
+            _plain(LARGE, TIES, cm.knots()),
+            _plain(LARGE, ISO, cm.full()),
+            _plain(MIDDLE, DARE_TIES),
+            _plain(MIDDLE, cm.ties(scope="model")),
+            _plain(MIDDLE, TSV, cm.knots()),
+            *(_plain(shape, rule) for shape in (SMALL, FULL) for rule in (TSV_ISO, CART, MEAN)),
+            _plain(TINY, MEAN),
+            _plain(TINY, TSV_ISO, cm.knots()),
+            _plain(FULL, DARE_TIES, cm.full()),
+        ]
+    jitted = [_in_jit(LARGE, TSV_ISO), _vmapped(LARGE, TSV), _gradient(SMALL, TSV_ISO)]
+    if not quick:
+        jitted += [_in_jit(MIDDLE, TIES), _vmapped(MIDDLE, TIES), _gradient(MIDDLE, TIES)]
+    groups = [plain[i : i + 4] for i in range(0, len(plain), 4)]
+    together = [_together([*group, step]) for group, step in zip(groups, jitted, strict=False)]
+    return [*plain, *jitted, *together, _together([plain[0]] * 4), _together(jitted)]
+
+
+def _plain(shape: Signature, rule: cm.rules.Rule, space: Any = None) -> Step:
+    name = f"{rule} in {space or cm.core()} of {shape}"
+    return Step(name, lambda: cm.merge(shape.adapters(), rule, space=space, key=KEY))
+
+
+def _in_jit(shape: Signature, rule: cm.rules.Rule) -> Step:
+    """A merge beside products and decompositions that do not depend on it."""
+
+    @jax.jit
+    def program(adapters: Sequence[cm.Adapter], x: jax.Array) -> tuple:
+        square = matmul(x, x.T)
+        values = [jnp.linalg.eigh(square + i)[0] for i in range(3)]
+        merged = cm.merge(adapters, rule)
+        return merged, values, functools.reduce(matmul, [square / len(x)] * 8)
+
+    x = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    return Step(f"jit: {rule} of {shape}", lambda: program(shape.adapters(), x))
+
+
+def _vmapped(shape: Signature, rule: cm.rules.Rule) -> Step:
+    """Projections and merges of several modules at once, in float64."""
+
+    @jax.jit
+    @jax.vmap
+    def program(a: jax.Array, b: jax.Array) -> cm.LoRA:
+        return cm.core().project(a, b, shape.ranks).merge(rule)
+
+    def call() -> Any:
+        adapters = shape.adapters("float64")
+        paths = list(adapters[0])
+        a = np.stack([np.concatenate([x[path].a for x in adapters]) for path in paths])
+        b = np.stack([np.concatenate([x[path].b for x in adapters], axis=1) for path in paths])
+        with jax.enable_x64(True):
+            return program(a, b)
+
+    return Step(f"vmap: {rule} of {shape}", call)
+
+
+def _gradient(shape: Signature, rule: cm.rules.Rule) -> Step:
+    @jax.jit
+    @jax.grad
+    def program(weights: jax.Array, adapters: Sequence[cm.Adapter]) -> jax.Array:
+        merged = cm.merge(adapters, rule, weights=weights)
+        return sum(jnp.sum(jnp.square(matmul(x.b, x.a))) for x in merged.values())
+
+    weights = np.linspace(0.5, 1, len(shape.ranks), dtype=np.float32)
+    return Step(f"grad: {rule} of {shape}", lambda: program(weights, shape.adapters()))
+
+
+def _together(which: Sequence[Step]) -> Step:
+    """Steps from as many threads at once."""
+
+    def call() -> list[Any]:
+        with ThreadPoolExecutor(len(which)) as pool:
+            return list(pool.map(lambda step: jax.block_until_ready(step.call()), which))
+
+    name = f"at once: {'; '.join(step.name for step in which)}"
+    return Step(name, call, sum(step.merges for step in which))
+
+
+def control() -> list[Step]:
+    """What hangs where JAX splits batched decompositions among the threads that asked for them."""
+    program = jax.jit(lambda x: jax.vmap(jnp.linalg.svd)(x))
+    rng = np.random.default_rng(0)
+    stacks = [rng.standard_normal((16, size, size)).astype(np.float32) for size in (64, 48)]
+    parts = [Step(f"batch {x.shape}", functools.partial(program, x)) for x in stacks]
+    return [_together(parts * 4)]
+
+
+def soak(options: argparse.Namespace) -> None:
+    """Takes steps until there were enough merges; prints each before it is taken."""
+    rng = np.random.default_rng(options.seed)
+    every = control() if options.control else steps(options.quick)
+    first: dict[int, list[np.ndarray]] = {}
+    done, order = 0, list(range(len(every)))  # each once, so that all is compiled
+    start = time.perf_counter()
+    while done < options.merges:
+        i = order.pop() if order else int(rng.integers(len(every)))
+        faulthandler.dump_traceback_later(options.patience, exit=True)
+        print(done, f"{time.perf_counter() - start:.1f}", every[i].name, sep="\t", flush=True)
+        found = [np.asarray(x) for x in jax.tree.leaves(every[i].call())]
+        _compare(every[i], found, first.setdefault(i, found))
+        done += every[i].merges
+    faulthandler.cancel_dump_traceback_later()
+    print(done, f"{time.perf_counter() - start:.1f}", "", sep="\t", flush=True)
+
+
+def _compare(step: Step, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        if not np.allclose(x, y, rtol=0, atol=TOLERANCE * float(np.abs(y).max())):
+            raise AssertionError(f"{step.name}: not what it was the first time")
+
+
+# --- Who watches -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def visible(cores: int) -> Iterator[None]:
+    """Lets processes that are started meanwhile use no more cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def run(cores: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """Soaks in a process of its own; what came of it."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
+    environment = os.environ | {"NPROC": str(cores)}
+    with visible(cores):
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    with process, ThreadPoolExecutor(1) as pool:
+        errors = pool.submit(process.stderr.read)  # type: ignore[union-attr]
+        last, shown = ["0", "0", "start"], 0
+        for line in process.stdout:  # type: ignore[union-attr]
+            last = line.rstrip("\n").split("\t")
+            if int(last[0]) >= shown + 1000:
+                shown = int(last[0])
+                print(f"{cores} cores: {last[0]} merges, {last[1]} s", file=sys.stderr, flush=True)
+        code, said = process.wait(), errors.result()
+    hung = "Timeout (" in said  # what faulthandler says
+    record = {"cores": cores, "merges": int(last[0]), "seconds": float(last[1]), "hangs": int(hung)}
+    return record if code == 0 else record | {"step": last[2], "error": said[-4000:]}
+
+
+def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
+    """The table."""
+    return Sheet(
+        ["cores", "outcome", "merges", "seconds", "hangs"],
+        [
+            [
+                str(row["cores"]),
+                "failed" if "error" in row else "done",
+                str(row["merges"]),
+                digits(row["seconds"]),
+                str(row["hangs"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--merges", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="few programs to compile")
+    parser.add_argument("--control", action="store_true", help="what is known to hang")
+    parser.add_argument(
+        "--patience", type=int, default=PATIENCE, help="seconds for a step; default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Soaks, shows and writes; the exit code is 1 if anything hung or failed."""
+    options = parse(argv)
+    if options.child:
+        soak(options)
+        return 0
+    watch = machine.Watch()
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("merges", "seed", "patience")]
+    arguments += [f"--{name}" for name in ("quick", "control") if getattr(options, name)]
+    rows = []
+    for cores in options.cores:
+        rows.append(run(cores, arguments))
+        if "error" in rows[-1]:
+            print(f"{cores} cores: {rows[-1]['step']}\n{rows[-1]['error']}", file=sys.stderr)
+    result = {"machine": machine.describe(watch), "seed": options.seed, "rows": rows}
+    name = "soak-control" if options.control else "soak"
+    publish(options.output / name, "Soak", result, [sheet(rows)], NOTES)
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
