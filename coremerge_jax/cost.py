@@ -1,7 +1,17 @@
-"""What a merge costs: operations and memory, from shapes alone."""
+"""What a merge costs: operations, memory and time, from shapes alone."""
 
-from coremerge_jax.rules import Chain, Equivariance
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.linalg import lapack, matmul
+from coremerge_jax.rules import Chain, Equivariance, Ties
 from coremerge_jax.rules.base import Function
+from coremerge_jax.rules.spectral import Cart, Isotropize, Tsv
 from coremerge_jax.spaces import Space
 from coremerge_jax.spaces.full import Full
 from coremerge_jax.stack import Group
@@ -10,24 +20,72 @@ from coremerge_jax.stack import Group
 _BATCH_BYTES = 64 * 2**20
 
 
-def module_bytes(group: Group, rule: Chain, space: Space) -> tuple[int, int]:
-    """Memory that a module takes while it is merged.
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What merging some modules costs.
 
-    Returns:
-        Bytes of its factors and its result, which all modules of a batch take at once, and of
-        the work on it, which only one at a time takes (on CPU).
+    Attributes:
+        modules: how many.
+        products: floating-point operations in products with the factors.
+        core: floating-point operations in R × R space, mostly decompositions.
+        read: bytes of factors, in float32.
+        written: bytes of merged factors, in float32.
+        held: bytes in memory for each module of a batch.
+        work: bytes in memory beside them while a batch is merged.
     """
-    (m, n), total, tasks = group.shape, sum(group.ranks), len(group.ranks)
-    stays = 2 * 4 * total * (m + n)
+
+    modules: int
+    products: float
+    core: float
+    read: int
+    written: int
+    held: int
+    work: int
+
+
+def cost(group: Group, rule: Chain, space: Space) -> Cost:
+    """The cost of the modules of a group, from leading terms.
+
+    Decompositions are counted as 9 d³ operations for eigenvectors, 22 d³ for singular vectors, and
+    2 d³ / 3 for a Cholesky factor and its inverse (Golub and Van Loan, Matrix Computations, 4th
+    ed., sections 4.2, 5.5 and 8.3). An entry of a core counts as one operation for each time that
+    it is looked at.
+    """
+    (m, n), total, tasks, number = group.shape, sum(group.ranks), len(group.ranks), len(group.paths)
+    linear = rule.equivariance == Equivariance.LINEAR
+    merged = total if total <= min(m, n) else min(m, n)
     p, q = (m, n) if isinstance(space, Full) else (min(m, total), min(n, total))
-    dense = rule.equivariance != Equivariance.LINEAR and _is_dense(rule)
-    work = 8 * (3 * total * (m + n) + (3 * tasks if dense else 0) * p * q + 24 * p * q)
-    return stays, work
+    entries, side = p * q, min(p, q)
+    products = 0.0 if linear else 2 * total**2 * (m + n) + 2 * m * total * merged
+    core = 0.0
+    if not linear:
+        elementwise = rule.equivariance == Equivariance.ELEMENTWISE
+        core += (9 if elementwise else 2 / 3) * (min(m, total) ** 3 + min(n, total) ** 3)
+        core += sum(_rule_operations(part, group.ranks, entries, side) for part in rule.rules)
+    dense = bool(rule.before) or isinstance(rule.reducer, Function)
+    cores = 0 if linear else 12 * max(entries, side * total) + 3 * tasks * dense * entries
+    return Cost(
+        modules=number,
+        products=number * products,
+        core=number * core,
+        read=4 * number * total * (m + n),
+        written=4 * number * merged * (m + n),
+        held=4 * (2 * total + merged) * (m + n),
+        work=8 * (2 * (total + merged) * (m + n) + cores),
+    )
 
 
-def _is_dense(rule: Chain) -> bool:
-    """Whether the dense cores of all adapters are needed at once."""
-    return bool(rule.before) or isinstance(rule.reducer, Function)
+def _rule_operations(rule: object, ranks: Sequence[int], entries: int, side: int) -> float:
+    tasks, width = len(ranks), max(ranks)
+    if isinstance(rule, Tsv):
+        return 2 * (9 + 6) * side**3 + tasks * (4 * side * width**2 + 60 * width**3)
+    if isinstance(rule, Cart):
+        return tasks * (9 + 6) * side**3
+    if isinstance(rule, Isotropize):
+        return (9 + 6) * side**3
+    if isinstance(rule, Ties):
+        return tasks * (64 + 6 * width) * entries
+    return tasks * 10 * entries
 
 
 def batch_size(
@@ -38,11 +96,79 @@ def batch_size(
     Raises:
         MemoryError: one module does not fit.
     """
-    stays, work = module_bytes(group, rule, space)
-    fair = -(-len(group.paths) // (2 * workers))
-    if max_memory is None:
-        return max(1, min(_BATCH_BYTES // stays, fair))
-    each = max_memory // (workers + 1) - work
-    if each < stays:
-        raise MemoryError(f"needs {stays + work}")
-    return max(1, min(each // stays, _BATCH_BYTES // stays, fair))
+    one = cost(group, rule, space)
+    size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers)))
+    if max_memory is not None:
+        room = max_memory // (workers + 1) - one.work
+        if room < one.held:
+            needed = (workers + 1) * (one.held + one.work)
+            raise MemoryError(
+                f"module {group.paths[0]!r} ({group.shape[0]} x {group.shape[1]}, ranks adding up "
+                f"to {sum(group.ranks)}) needs {needed / 2**20:.0f} MiB for {workers + 1} batches "
+                f"on their way; {max_memory / 2**20:.0f} MiB are allowed"
+            )
+        size = min(size, room // one.held)
+    return max(1, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How fast a machine is, in operations and bytes per second of one worker.
+
+    Attributes:
+        products: in products like those with the factors.
+        core: in decompositions.
+        copies: bytes copied in memory.
+        compilation: seconds to compile one program of one rule.
+    """
+
+    products: float
+    core: float
+    copies: float
+    compilation: float
+
+    @classmethod
+    def measure(cls, workers: int) -> "Machine":
+        """Tries it out, in about a second, on the device that JAX uses."""
+        rng = np.random.default_rng(0)
+        double = jax.default_backend() != "tpu"
+        with jax.enable_x64(double):
+            dtype = jnp.float64 if double else jnp.float32
+            rows = jnp.asarray(rng.standard_normal((4, 96, 4096)), dtype)
+            square = jnp.asarray(rng.standard_normal((8, 96, 96)), dtype)
+            square = square + jnp.swapaxes(square, 1, 2)
+            gram = jax.jit(lambda x: matmul(x, jnp.swapaxes(x, 1, 2)))
+            eigh = jax.jit(lambda x: jax.vmap(lapack.eigh)(x))
+            start = time.perf_counter()
+            jax.block_until_ready((gram(rows), eigh(square)))
+            compilation = time.perf_counter() - start
+            products = 2 * 4 * 96**2 * 4096 / _seconds(lambda: gram(rows)) / workers
+            core = 9 * 8 * 96**3 / _seconds(lambda: eigh(square))
+        block = np.ones(2**24, np.float32)
+        copies = block.nbytes / _seconds(block.copy) / workers
+        return cls(products, core, copies, 4 * compilation)
+
+
+def _seconds(fn: Callable) -> float:
+    """The shortest of a few runs."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def expected_seconds(
+    costs: Sequence[Cost], rule: Chain, machine: Machine, workers: int, programs: int
+) -> dict[str, float]:
+    """Seconds of each stage, if it were alone; reading, merging and writing overlap."""
+    memory = machine.copies * workers
+    return {
+        "compile": programs * len(rule.rules) * machine.compilation,
+        "read": sum(2 * x.read for x in costs) / memory,
+        "products": sum(x.products for x in costs) / machine.products / workers,
+        "core": sum(x.core for x in costs) / machine.core / workers,
+        "copies": sum(2 * x.read + 2 * x.written for x in costs) / memory,
+        "write": sum(3 * x.written for x in costs) / memory,
+    }

@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import os
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.cost import batch_size
+from coremerge_jax.cost import Cost, batch_size, cost
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
@@ -173,6 +174,28 @@ class MergeStream:
         """The number of parts."""
         return len(self._batches)
 
+    @property
+    def workers(self) -> int:
+        """How many parts are worked on at once."""
+        return self._workers
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Seconds that all workers together have spent so far, by what they did."""
+        return dict(self._job.seconds)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the parts on their way take together, at most."""
+        return (self._workers + 1) * max(
+            one.held * batch.length + one.work
+            for one, batch in zip(self.costs(), self._batches, strict=True)
+        )
+
+    def costs(self) -> list[Cost]:
+        """The cost of each part, in the order of the parts."""
+        return [cost(batch, self._job.rule, self._job.space) for batch in self._batches]
+
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """The merged modules, some at a time; each exactly once."""
         job = self._job
@@ -256,8 +279,9 @@ class _Job:
         return [adapter.outline for adapter in self.adapters]
 
     @functools.cached_property
-    def first_calls(self) -> "_FirstCalls":
-        return _FirstCalls()
+    def seconds(self) -> dict[str, float]:
+        """Seconds of reading and of merging."""
+        return {"read": 0.0, "merge": 0.0}
 
     @functools.cached_property
     def traced(self) -> list[Any]:
@@ -268,12 +292,37 @@ class _Job:
 
     def merge(self, batch: Group) -> tuple[Array, ...]:
         """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
-        with self.prepared(batch, *batch.stack(self.adapters)) as (arrays, settings):
-            return self.like(arrays, _merge_stack(self.rule, arrays, self.key, settings))
+        start = time.perf_counter()
+        a, b = batch.stack(self.adapters)
+        between = time.perf_counter()
+        with (
+            self.prepared(batch, a, b) as (arrays, settings),
+            _first_calls(self.rule, a, b, settings),
+        ):
+            merged = self._merge_stack(arrays, settings)
+        self.seconds["read"] += between - start
+        self.seconds["merge"] += time.perf_counter() - between
+        return merged
+
+    def _merge_stack(self, arrays: "_Inputs", settings: "_Settings") -> tuple[Any, ...]:
+        merge = partial(_merge_stack, self.rule, arrays, self.key, settings)
+        if self.traced:
+            return merge()[:2]
+        a, b, good = merge(keep_a=True)
+        if not np.asarray(good).all():
+            a, b, _ = merge()
+        elif a is None:
+            a = arrays.a
+        on_host = isinstance(arrays.a, np.ndarray) and isinstance(arrays.b, np.ndarray)
+        return (np.asarray(a), np.asarray(b)) if on_host else (a, b)
 
     def count(self, batch: Group, **what: Any) -> tuple[jax.Array, jax.Array]:
         """What `_with_thresholds` needs of a batch."""
-        with self.prepared(batch, *batch.stack(self.adapters)) as (arrays, settings):
+        a, b = batch.stack(self.adapters)
+        with (
+            self.prepared(batch, a, b) as (arrays, settings),
+            _first_calls(self.rule, a, b, settings),
+        ):
             counts = _count_stack(self.rule, arrays, self.key, settings, **what)
             return jax.block_until_ready(counts)
 
@@ -281,7 +330,7 @@ class _Job:
         """Those of what `merge` gives."""
         with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
             merge = partial(_merge_stack, settings=settings)
-            return jax.eval_shape(merge, self.rule, arrays, self.key)
+            return jax.eval_shape(merge, self.rule, arrays, self.key)[:2]
 
     @contextlib.contextmanager
     def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "_Settings"]]:
@@ -290,23 +339,18 @@ class _Job:
         names = [zlib.crc32(path.encode()) for path in batch.padded(batch.paths)]
         scales = [self.scales[path] for path in batch.padded(batch.paths)]
         with computing(self.precision, *self.traced) as dtype:
-            weights = None if self.weights is None else jnp.asarray(self.weights, dtype)[tasks]
+            # Not jnp for what is concrete: each of its operations is a small program to compile.
+            xp: Any = jnp if self.traced else np
+            weights = None if self.weights is None else xp.asarray(self.weights, dtype)[tasks]
             arrays = _Inputs(
                 a=a,
                 b=b,
                 weights=weights,
                 tasks=tasks,  # concrete, inside a user's jit too
                 names=np.asarray(names, np.uint32),
-                scale=jnp.stack([jnp.asarray(scale, dtype) for scale in scales]),
+                scale=xp.stack([xp.asarray(scale, dtype) for scale in scales]),
             )
-            settings = _Settings(batch.ranks, self.space, dtype)
-            with self.first_calls(a.shape, b.shape, settings):
-                yield arrays, settings
-
-    def like(self, arrays: "_Inputs", merged: tuple[jax.Array, ...]) -> tuple[Any, ...]:
-        """As NumPy arrays if the factors came in such."""
-        on_host = isinstance(arrays.a, np.ndarray) and isinstance(arrays.b, np.ndarray)
-        return tuple(map(np.asarray, merged)) if on_host and not self.traced else merged
+            yield arrays, _Settings(batch.ranks, self.space, dtype)
 
     def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
         """The merged modules of a batch by path."""
@@ -324,13 +368,17 @@ class _FirstCalls:
         self._done: set[Any] = set()
 
     @contextlib.contextmanager
-    def __call__(self, *kind: Any) -> Iterator[None]:
+    def __call__(self, rule: Chain, a: Array, b: Array, settings: "_Settings") -> Iterator[None]:
+        kind = (jax.tree.structure(rule), a.shape, a.dtype, b.shape, b.dtype, settings)
         if kind in self._done:
             yield
             return
         with self._locks.setdefault(kind, threading.Lock()):
             yield
             self._done.add(kind)
+
+
+_first_calls = _FirstCalls()
 
 
 @flax.struct.dataclass
@@ -340,7 +388,7 @@ class _Inputs:
     a: jax.Array  # (L, R, n)
     b: jax.Array  # (L, m, R)
     weights: jax.Array | None  # (L, T)
-    tasks: jax.Array  # (L, T), places in the list that the user gave
+    tasks: Any  # (L, T), places in the list that the user gave; NumPy
     names: Array  # (L,), hashes of the paths
     scale: jax.Array  # (L,)
 
@@ -353,18 +401,39 @@ class _Settings(NamedTuple):
     dtype: Any
 
 
-@partial(jax.jit, static_argnames="settings")
+@partial(jax.jit, static_argnames=("settings", "keep_a"))
 def _merge_stack(
-    rule: Chain, arrays: _Inputs, key: jax.Array | None, settings: _Settings
-) -> tuple[jax.Array, jax.Array]:
-    def merge_module(module: _Inputs) -> tuple[jax.Array, jax.Array]:
+    rule: Chain,
+    arrays: _Inputs,
+    key: jax.Array | None,
+    settings: _Settings,
+    *,
+    keep_a: bool | None = None,
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """The merged A and B of each module, and whether these are good.
+
+    With ``keep_a``, the A factors are those of ``arrays`` where that can be: then the first result
+    is None, and the last says whether it should be.
+    """
+
+    def merge_module(module: _Inputs) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        good: bool | jax.Array = True
         if rule.equivariance == Equivariance.LINEAR:
-            lora = _merge_linear(rule, module, settings)
+            lora, kept = _merge_linear(rule, module, settings)
         else:
             projection = _project(rule, module, settings)
-            lora = projection.merge(rule, key=_module_key(key, module), tasks=module.tasks)
-        a, b = jnp.asarray(lora.a), jnp.asarray(lora.b) * module.scale
-        return a.astype(arrays.a.dtype), b.astype(arrays.b.dtype)
+            good = projection.keeps_a
+            kept = bool(keep_a) and good is not False
+            lora = projection.merge(
+                rule,
+                key=_module_key(key, module),
+                tasks=module.tasks,
+                keep_a=True if kept else None,
+            )
+        b = (jnp.asarray(lora.b) * module.scale).astype(arrays.b.dtype)
+        if keep_a and kept:
+            return None, b, jnp.asarray(good)
+        return jnp.asarray(lora.a).astype(arrays.a.dtype), b, jnp.asarray(True)
 
     return over_modules(merge_module, arrays)
 
@@ -382,8 +451,8 @@ def _project(rule: Chain, module: _Inputs, settings: _Settings) -> Projection:
     return space.project(module.a, lora_b, ranks, dtype=dtype, elementwise=elementwise)
 
 
-def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> LoRA:
-    """A weighted sum needs no space: its coefficients go to the factors."""
+def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> tuple[LoRA, bool]:
+    """A weighted sum needs no space: its coefficients go to the factors. And whether A is kept."""
     ranks, _, dtype = settings
     units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
@@ -393,11 +462,11 @@ def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> LoRA:
     a, b = module.a, module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
     m, n = b.shape[0], a.shape[1]
     if sum(ranks) <= min(m, n):
-        return LoRA(a=a, b=b)
+        return LoRA(a=a, b=b), True
     update = matmul(b, a.astype(dtype))
     if n <= m:
-        return LoRA(a=jnp.eye(n, dtype=dtype), b=update)
-    return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
+        return LoRA(a=jnp.eye(n, dtype=dtype), b=update), False
+    return LoRA(a=update, b=jnp.eye(m, dtype=dtype)), False
 
 
 def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:

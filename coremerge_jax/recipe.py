@@ -22,7 +22,7 @@ from coremerge_jax.errors import RecipeError
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
     from coremerge_jax.merging import MergeStream
-    from coremerge_jax.rules import Rule
+    from coremerge_jax.rules import Chain, Rule
     from coremerge_jax.spaces import Space
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -271,7 +271,7 @@ class Recipe:
         adapters = tuple(_relative_to(path.parent, name) for name in recipe.adapters)
         return dataclasses.replace(recipe, adapters=adapters)
 
-    def build_rule(self) -> "Rule":
+    def build_rule(self) -> "Chain":
         """The rules as one rule."""
         from coremerge_jax.rules import chain
 
@@ -333,7 +333,9 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
         number, prefix, binary = found.groups() if found else ("", "", "")
-        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+        return int(
+            float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+        )
     except ValueError as error:
         raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r}") from error
 

@@ -1,6 +1,7 @@
 """Stacks: modules of one signature, batched along a leading axis."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ class Group:
     ranks: tuple[int, ...]
     length: int
 
-    def padded(self, rows: Sequence) -> list:
+    def padded(self, rows: Any) -> list:
         """One row per module, the last repeated."""
         return [*rows, *[rows[-1]] * (self.length - len(rows))]
 
@@ -142,10 +143,18 @@ def _pile(rows: list[list[Array]], axis: int) -> Array:
         return _pile_on_device(rows, axis, dtype)
     shape = list(rows[0][0].shape)
     shape[axis] = sum(x.shape[axis] for x in rows[0])
-    piled = np.empty((len(rows), *shape), dtype)
+    piled = _empty((len(rows), *shape), dtype)
     for out, row in zip(piled, rows, strict=True):
         np.concatenate(row, axis=axis, out=out, casting="unsafe")
     return piled
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX on CPU uses where it is: what is not aligned so is copied first."""
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @partial(jax.jit, static_argnames=("axis", "dtype"))

@@ -25,21 +25,133 @@ def matrix(s, shape, seed=0):
     return (left * np.asarray(s)) @ right.T
 
 
-@shapes
-@spectra
-def test_svd_is_one(s, shape):
-    x = matrix(s, shape)
+def conditioned(rng, shape, condition):
+    return matrix(np.geomspace(1, 1 / condition, min(shape)), shape, rng.integers(99))
+
+
+# Small matrices are decomposed directly, larger ones through their Gram matrices where these are
+# precise enough: see linalg.
+CONDITIONS = [1.5, 1e3, 1e6, 1e8]
+SIZES = [(6, 4), (4, 6), (70, 40), (40, 70)]
+sizes = pytest.mark.parametrize("shape", SIZES, ids=str)
+conditions = pytest.mark.parametrize("condition", CONDITIONS)
+kinds = pytest.mark.parametrize("singular", [True, False], ids=["singular", "any"])
+
+
+def on_whole_basis(singular):
+    def fn(x):
+        found, coordinates, _, _ = linalg.basis(x, 1e-12, singular=singular)
+        return found.columns(), coordinates
+
+    return fn
+
+
+@sizes
+@conditions
+@kinds
+def test_a_basis_is_orthonormal_and_spans(singular, condition, shape):
+    x = conditioned(np.random.default_rng(0), shape, condition)
     with jax.enable_x64(True):
-        u, values, vt = linalg.svd(jnp.asarray(x))
-        np.testing.assert_allclose(values, s, atol=1e-12)
-        np.testing.assert_allclose((u * values[None]) @ vt, x, atol=1e-12)
+        found, coordinates, size, spread = linalg.basis(jnp.asarray(x), 1e-12, singular=singular)
+        u = np.asarray(found.columns())
+        noise = 1e-15 * condition + 1e-8 * (condition < 1e4)
+        np.testing.assert_allclose(u.T @ u, np.eye(len(u.T)), atol=100 * noise)
+        np.testing.assert_allclose(u @ coordinates, x, atol=1e-12)
+        np.testing.assert_allclose(u.T @ x, coordinates, atol=100 * noise)
+        assert size == min(shape)
+        assert 1 <= spread <= 1.01 * condition
+        if singular:
+            squares = coordinates @ coordinates.T
+            np.testing.assert_allclose(squares, np.diag(np.diagonal(squares)), atol=1e-10)
+            assert (np.diff(np.diagonal(squares)) <= 0).all()
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(70, 40), (40, 70), (6, 4)], ids=str)
+def test_a_basis_ends_at_the_numerical_rank(singular, shape):
+    x = matrix([3.0, 2.0, 1.0], shape)
+    with jax.enable_x64(True):
+        found, coordinates, size, _ = linalg.basis(jnp.asarray(x), 1e-12, singular=singular)
+        u = found.columns()
+        assert size == 3
+        np.testing.assert_array_equal(u[:, 3:], 0)
+        np.testing.assert_array_equal(coordinates[3:], 0)
+        np.testing.assert_allclose(u @ coordinates, x, atol=1e-12)
+
+
+def test_a_batch_is_merged_as_its_matrices_are():
+    """Some of a batch take the fast way and some the robust one, at two levels of vmap."""
+    rng = np.random.default_rng(0)
+    x = np.stack([conditioned(rng, (60, 40), c) for c in (2, 1e7, 10, 1e3)]).reshape(2, 2, 60, 40)
+    with jax.enable_x64(True):
+        for fn in (lambda x: on_whole_basis(True)(x)[1], linalg.isotropic, linalg.polar):
+            batched = jax.vmap(jax.vmap(fn))(jnp.asarray(x))
+            for i in np.ndindex(2, 2):
+                single = fn(jnp.asarray(x[i]))
+                np.testing.assert_allclose(abs(batched[i]), abs(single), atol=1e-9)
+
+
+@sizes
+@conditions
+def test_spectral_maps_are_those_of_the_singular_values(condition, shape):
+    x = conditioned(np.random.default_rng(0), shape, condition)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    with jax.enable_x64(True):
+        x = jnp.asarray(x)
+        for found, expected in (
+            (linalg.polar(x), u @ vt),
+            (linalg.isotropic(x), s.mean() * u @ vt),
+            (linalg.truncate(x, 2)[0], (u[:, :2] * s[:2]) @ vt[:2]),
+        ):
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error <= 1e-6
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
+def test_factored_matrices_are_mapped_as_dense_ones(overlap):
+    """Also where the factors are not orthonormal, so that the blocks tell nothing."""
+    rng = np.random.default_rng(0)
+    left, right = orthogonal(rng, 8)[:, :6], orthogonal(rng, 7)[:, :6]
+    left = np.concatenate([left[:, :3], overlap * left[:, :3] + (1 - overlap) * left[:, 3:]], 1)
+    blocks = rng.standard_normal((2, 3, 3))
+    with jax.enable_x64(True):
+        x = linalg.Factored(jnp.asarray(left), jnp.asarray(blocks), jnp.asarray(right))
+        np.testing.assert_allclose(linalg.isotropic(x), linalg.isotropic(x.dense()), atol=1e-9)
+        tangent = jax.tree.map(lambda y: jnp.asarray(rng.standard_normal(y.shape)), x)
+        _, found = jax.jvp(linalg.isotropic, (x,), (tangent,))
+        _, expected = jax.jvp(lambda x: linalg.isotropic(x.dense()), (x,), (tangent,))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@kinds
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_derivatives_of_bases_are_those_of_finite_differences(singular, shape):
+    """For functions of the basis that its choice does not change, and of singular vectors."""
+    rng = np.random.default_rng(1)
+    x, dx = conditioned(rng, shape, 3.0), rng.standard_normal(shape)
+    y = rng.standard_normal((shape[0], 3))
+
+    def fn(x):
+        u, coordinates = on_whole_basis(singular)(x)
+        projected = linalg.matmul(u, linalg.matmul(u.T, jnp.asarray(y)))
+        squares = linalg.matmul(coordinates, coordinates.T)
+        return projected, jnp.diagonal(squares) if singular else linalg.matmul(u, coordinates)
+
+    with jax.enable_x64(True):
+        step = 1e-6
+        ahead, back = fn(jnp.asarray(x + step * dx)), fn(jnp.asarray(x - step * dx))
+        _, tangents = jax.jvp(fn, (jnp.asarray(x),), (jnp.asarray(dx),))
+        for one, other, tangent in zip(ahead, back, tangents, strict=True):
+            difference = (one - other) / (2 * step)
+            scale = max(np.linalg.norm(difference), 1)
+            assert np.linalg.norm(tangent - difference) <= 1e-6 * scale
 
 
 MAPS = {
     "isotropic": linalg.isotropic,
     "truncate": lambda x: linalg.truncate(x, 1)[0],
     "partial isometry": lambda x: linalg.truncate(x, 9)[1],
-    "inverse square root": lambda x: linalg.inverse_sqrt(linalg.matmul(x, x.T)),
+    "polar": linalg.polar,
 }
 
 

@@ -56,6 +56,8 @@ def _coremerge(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
+    # Else XLA lists, with every program from its cache, processor features that it would prefer.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -81,7 +83,7 @@ def _report(error: Exception) -> int:
         where = f"{error.filename}: " if error.filename else ""
         text, code = f"{where}{error.strerror or error}", 1
     elif isinstance(error, MemoryError):
-        text, code = "out of memory", 1
+        text, code = str(error) or "out of memory", 1
     else:
         raise error
     if text:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,12 @@ from coremerge_jax.cli.console import (
     print_json,
     print_table,
 )
+from coremerge_jax.cli.runtime import (
+    compile_seconds,
+    keep_compiled_programs,
+    room_for_batches,
+    taken_by_program,
+)
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.recipe import (
     DTYPES,
@@ -26,11 +32,13 @@ from coremerge_jax.recipe import (
     PRECISIONS,
     Recipe,
     parse_scale,
+    parse_size,
     parse_weights,
 )
 
 if TYPE_CHECKING:
-    from coremerge_jax.lora import Adapter
+    from coremerge_jax.lora import Adapter, LoRA
+    from coremerge_jax.merging import MergeStream
 
 EPILOG = """[bold]Examples[/]
 
@@ -158,8 +166,20 @@ def merge(
             help="Take adapters and options from a file; those given here replace them.",
         ),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        _run(
+            metavar="SIZE",
+            help="Memory that the whole process may take, such as 2GiB. Default: what is good for "
+            "speed; it does not grow with the number of modules.",
+        ),
+    ] = None,
     dry_run: Annotated[
-        bool, _run("--dry-run", help="Check everything, show what would be done, write nothing.")
+        bool,
+        _run(
+            "--dry-run",
+            help="Check everything, show what would be done and what it would cost, write nothing.",
+        ),
     ] = False,
     force: Annotated[bool, _run("--force", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, _run("--json", help="Print the result as JSON.")] = False,
@@ -185,75 +205,116 @@ def merge(
         raise RecipeError("no adapters: name their folders, or give a recipe that does")
     if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
-    report = _report(recipe, output, force=force, dry_run=dry_run)
+    room = parse_size(max_memory) if max_memory else None
+    report = _report(recipe, output, room, force=force, dry_run=dry_run)
     if as_json:
         return print_json(report)
     return _show(report)
 
 
-def _report(recipe: Recipe, output: Path | None, *, force: bool, dry_run: bool) -> dict[str, Any]:
+def _report(
+    recipe: Recipe, output: Path | None, max_memory: int | None, *, force: bool, dry_run: bool
+) -> dict[str, Any]:
     """Does the work and tells about it. What can fail early is checked first."""
-    from coremerge_jax.checkpoint import check_output
+    from coremerge_jax.checkpoint import check_output, open_peft
 
     recipe.check()
     if output is not None:
         check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
-    adapters = _read(recipe, stage)
+    with stage("open"):
+        keep_compiled_programs()
+        adapters = [open_peft(source) for source in recipe.adapters]
+        room = None if max_memory is None else room_for_batches(max_memory)
+        stream = recipe.stream(adapters, max_memory=room)
     if output is None or dry_run:
-        report = _plan(recipe, adapters, stage)
+        report = _plan(recipe, adapters, stream, stage)
     else:
-        report = _write(recipe, adapters, output, force, stage)
+        report = _write(recipe, adapters, stream, output, force, stage)
     return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
 
 
-def _plan(recipe: Recipe, adapters: "list[Adapter]", stage: Stages) -> dict[str, Any]:
+def _plan(
+    recipe: Recipe, adapters: "list[Adapter]", stream: "MergeStream", stage: Stages
+) -> dict[str, Any]:
     import jax.numpy as jnp
 
+    from coremerge_jax.cost import Machine, expected_seconds
+
     with stage("check"):
-        merged = recipe.plan(adapters)
-    ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
+        merged = stream.outline
+        ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
+        signatures = _signatures(adapters, merged, ranks)
+    with stage("measure the machine"):
+        machine = Machine.measure(stream.workers)
+    costs, programs = stream.costs(), len(signatures)
     size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
+    seconds = expected_seconds(costs, recipe.build_rule(), machine, stream.workers, programs)
     return {
         "bytes": size * jnp.dtype(recipe.dtype).itemsize,
-        "signatures": _signatures(adapters, merged, ranks),
+        "signatures": signatures,
+        "cost": {
+            "operations": {
+                "products": sum(one.products for one in costs),
+                "core": sum(one.core for one in costs),
+            },
+            "bytes": {
+                "read": sum(one.read for one in costs),
+                "written": sum(one.written for one in costs),
+            },
+            "memory": taken_by_program() + stream.memory,
+            "programs": programs,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        },
     }
 
 
 def _write(
-    recipe: Recipe, adapters: "list[Adapter]", output: Path, force: bool, stage: Stages
+    recipe: Recipe,
+    adapters: "list[Adapter]",
+    stream: "MergeStream",
+    output: Path,
+    force: bool,
+    stage: Stages,
 ) -> dict[str, Any]:
-    import jax
+    from coremerge_jax.checkpoint import open_peft, save_peft
 
-    from coremerge_jax.checkpoint import save_peft
-    from coremerge_jax.truncation import truncate
-
-    energy_kept: dict[str, float] = {}
-    with stage("merge"):
-        merged = jax.block_until_ready(recipe.run(adapters))
-        if recipe.rank or recipe.energy:
-            merged, energy_kept = truncate(merged, rank=recipe.rank, energy=recipe.energy)
-    with stage("write"):
-        card = _provenance(recipe, adapters)
-        save_peft(merged, output, dtype=recipe.dtype, force=force, card=card)
-    ranks = {path: lora.rank for path, lora in merged.items()}
+    with compile_seconds() as compiled, stage("merge", total=len(stream)) as advance:
+        kept = save_peft(
+            _Watched(stream, advance),
+            output,
+            dtype=recipe.dtype,
+            rank=recipe.rank,
+            energy=recipe.energy,
+            force=force,
+            card=_provenance(recipe, adapters),
+        )
+    stage.seconds["compile"] = round(compiled["compile"], 3)
+    written = open_peft(output).outline
+    ranks = {path: written[path].rank for path in stream.outline}
     return {
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "signatures": _signatures(adapters, merged, ranks),
-        "energy_kept": energy_kept,
+        "signatures": _signatures(adapters, stream.outline, ranks),
+        "energy_kept": kept or {},
     }
 
 
-def _read(recipe: Recipe, stage: Stages) -> "list[Adapter]":
-    from coremerge_jax.checkpoint import load_peft
+@dataclasses.dataclass
+class _Watched:
+    """A stream that tells of each part."""
 
-    adapters = []
-    with stage("read", total=len(recipe.adapters)) as advance:
-        for source in recipe.adapters:
-            adapters.append(load_peft(source))
-            advance()
-    return adapters
+    stream: "MergeStream"
+    advance: Callable[[], None]
+
+    @property
+    def outline(self) -> "Adapter":
+        return self.stream.outline
+
+    def __iter__(self) -> "Iterator[Mapping[str, LoRA]]":
+        for part in self.stream:
+            yield part
+            self.advance()
 
 
 def _provenance(recipe: Recipe, adapters: "Sequence[Adapter]") -> dict[str, Any]:
@@ -275,8 +336,9 @@ def _signatures(
 ) -> list[dict[str, Any]]:
     """One entry for all modules of equal shape and ranks."""
     groups = defaultdict(list)
+    outlines = [adapter.outline for adapter in adapters]
     for path, lora in merged.items():
-        ranks_in = tuple(adapter[path].rank for adapter in adapters if path in adapter)
+        ranks_in = tuple(adapter[path].rank for adapter in outlines if path in adapter)
         groups[lora.shape, ranks_in].append(path)
     return [
         {"shape": shape, "ranks_in": ranks_in, "ranks_out": {path: ranks[path] for path in paths}}
@@ -302,7 +364,30 @@ def _show(report: Mapping[str, Any]) -> None:
     rules = " + ".join(recipe["rules"])
     merge = f"{len(recipe['adapters'])} adapters by {rules} in {recipe['space']} space"
     if "output" in report:
-        seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report["seconds"].items())
-        typer.echo(f"merged {merge}; {seconds}\nwrote {report['output']} ({size})")
+        seconds = report["seconds"]
+        typer.echo(
+            f"merged {merge} in {seconds['open'] + seconds['merge']:.1f} s, of which "
+            f"{seconds['compile']:.1f} s went to compiling\nwrote {report['output']} ({size})"
+        )
     else:
+        _show_cost(report["cost"])
         typer.echo(f"would merge {merge}, and write at most {size}; nothing was written")
+
+
+def _show_cost(cost: Mapping[str, Any]) -> None:
+    operations, data = cost["operations"], cost["bytes"]
+    amounts = {
+        "compile": f"{cost['programs']} programs, once",
+        "read": decimal(data["read"]),
+        "products": f"{operations['products'] / 1e9:.3g} GFLOP",
+        "core": f"{operations['core'] / 1e9:.3g} GFLOP",
+        "copies": decimal(2 * (data["read"] + data["written"])),
+        "write": decimal(data["written"]),
+    }
+    rows = [(name, amounts[name], f"{value:.2f}") for name, value in cost["seconds"].items()]
+    columns = ("stage", "amount", "expected seconds")
+    print_table(columns, rows, right=columns[1:])
+    typer.echo(
+        f"expected memory {decimal(cost['memory'])}; stages overlap, and programs that are kept "
+        "from an earlier merge are not compiled again"
+    )

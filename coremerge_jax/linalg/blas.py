@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import scipy.linalg.cython_lapack  # noqa: F401  # loads OpenBLAS, as JAX does
+import scipy.linalg.cython_lapack  # loads OpenBLAS, as JAX does
 from threadpoolctl import ThreadpoolController
 
 

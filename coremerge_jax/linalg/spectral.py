@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basic import (
     GRAM_CONDITION,
+    GRAM_SIZE,
     complement,
     fast_or_robust,
     gram_pays,
@@ -171,9 +172,52 @@ def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array) -> jax.Array:
     return jnp.stack([jnp.where(kept, s, 0), kept.astype(s.dtype)])
 
 
+@jax.custom_jvp
 def polar(x: jax.Array) -> jax.Array:
-    """``x`` with each of its (numerically) nonzero singular values replaced by one."""
-    return spectral_map(_ones, x, jnp.asarray(roundoff(x), x.dtype))[0]
+    """``x`` with each of its (numerically) nonzero singular values replaced by one.
+
+    By Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
+    Matrices, 2008, section 8.3), where the singular values are near enough for it.
+    """
+    if max(x.shape) <= GRAM_SIZE:
+        return _polar_by_svd(x)
+    return fast_or_robust(_polar_by_products, _polar_by_svd)(x)
+
+
+@polar.defjvp
+def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
+    (x,), (dx,) = primals, tangents
+    rtol = jnp.asarray(roundoff(x), x.dtype)
+    value, tangent = _spectral_map_jvp_dense(_ones, (x, rtol), (dx, jnp.zeros_like(rtol)))
+    return value[0], tangent[0]
+
+
+def _polar_by_svd(x: jax.Array) -> jax.Array:
+    u, s, v = lapack.svd(x)
+    return matmul(jnp.where(in_range(s, roundoff(x))[None, :], u, 0), v.T)
+
+
+def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if x.shape[0] > x.shape[1]:
+        value, exact = _polar_by_products(x.T)
+        return value.T, exact
+    gram = matmul(x, x.T)
+    # At least the largest eigenvalue, at most a few times it; the iteration converges below 3.
+    bound = jnp.sqrt(jnp.linalg.norm(matmul(gram, gram)))
+    small = float(jnp.finfo(x.dtype).eps) ** 0.5
+
+    def step(state: tuple) -> tuple:
+        x, _, count = state
+        gram = matmul(x, x.T)
+        error = jnp.max(jnp.abs(gram - jnp.eye(len(x), dtype=x.dtype)))
+        return 1.5 * x - 0.5 * matmul(gram, x), error, count + 1
+
+    def goes_on(state: tuple) -> jax.Array:
+        return (state[1] > small) & (state[2] < 12)
+
+    start = x * jnp.sqrt(1.9 / bound), jnp.full_like(bound, jnp.inf), jnp.asarray(0, jnp.int32)
+    value, error, _ = jax.lax.while_loop(goes_on, step, start)
+    return value, error <= small  # before the last step, which squares it
 
 
 def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:

@@ -47,10 +47,16 @@ class Tsv(Rule):
         ranks = jnp.sum(s > roundoff(right) * s[:, :1], axis=1)
         present = jnp.maximum(jnp.sum(ranks > 0), 1)
         limit = jnp.where(jnp.sum(ranks) <= side, side, side // present)
-        updates, frames = jax.vmap(truncate)(inner, jnp.minimum(ranks, limit).astype(s.dtype))
+        kept = jnp.minimum(ranks, limit).astype(s.dtype)
 
-        frames_t = jnp.swapaxes(frames, 1, 2)
-        bases = matmul(left, matmul(frames, frames_t)), matmul(right, matmul(frames_t, frames))
+        def cut() -> tuple[jax.Array, ...]:
+            updates, frames = jax.vmap(truncate)(inner, kept)
+            frames_t = jnp.swapaxes(frames, 1, 2)
+            left_kept = matmul(left, matmul(frames, frames_t))
+            return updates, left_kept, matmul(right, matmul(frames_t, frames))
+
+        whole = jnp.all(kept >= inner.shape[1])
+        updates, *bases = jax.lax.cond(whole, lambda: (inner, left, right), cut)
         # Stacked, so that both are one batch of decompositions.
         u, v = jax.vmap(polar)(_pad_rows(*map(_side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])

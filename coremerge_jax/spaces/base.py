@@ -55,8 +55,24 @@ class Projection:
         """``(n, q)``, or None for the identity."""
         return None if self.right is None else self.right.columns()
 
+    @property
+    def keeps_a(self) -> bool | jax.Array:
+        """Whether merged factors can have the A factors of the adapters as their A.
+
+        That is exact, and cheaper than any other, unless rounding errors of the merged B would
+        grow too much with it.
+        """
+        if self.spread is None or self.right is None or self.right.x is None:
+            return False
+        return self.spread <= _SPREAD
+
     def merge(
-        self, rule: Rule, *, key: jax.Array | None = None, tasks: jax.Array | None = None
+        self,
+        rule: Rule,
+        *,
+        key: jax.Array | None = None,
+        tasks: jax.Array | None = None,
+        keep_a: bool | None = None,
     ) -> LoRA:
         """Merges the cores and lifts the result.
 
@@ -67,13 +83,16 @@ class Projection:
             rule: the merge rule.
             key: PRNG key, for rules that draw random numbers.
             tasks: int32 ``(T,)``, which adapters these are; by default 0 to T - 1.
+            keep_a: whether the result has the A factors of the adapters; by default, where it
+                should: see `keeps_a`.
         """
         if tasks is None:
             tasks = jnp.arange(len(jax.tree.leaves(self.factors)[0]), dtype=jnp.int32)
         context = Context(shape=self.shape, tasks=tasks)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = rule.combine(self.factors, key=key, context=context)
-        return self._expand(rule.finish(self._weigh(merged), key=key, context=context))
+        merged = rule.finish(self._weigh(merged), key=key, context=context)
+        return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
 
     def lift(self, merged: jax.Array) -> LoRA:
         """The update that a matrix of the merge space stands for.
@@ -84,28 +103,29 @@ class Projection:
         Returns:
             Factors of rank ``min(p, q)``.
         """
-        return self._expand(self._weigh(merged))
+        return self._expand(self._weigh(merged), self.keeps_a)
 
     def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
         return merged if self.gain is None else self.gain[:, None] * dense(merged)
 
-    def _expand(self, merged: jax.Array | Factored) -> LoRA:
+    def _expand(self, merged: jax.Array | Factored, keep_a: bool | jax.Array) -> LoRA:
         core = dense(merged)
         p, q = core.shape
         u = self.left or Basis(None, jnp.eye(p, dtype=core.dtype))
         v = self.right or Basis(None, jnp.eye(q, dtype=core.dtype))
         if q > p:
             return LoRA(a=v.times(core.T).columns().T, b=u.columns())
-        if self.spread is None or v.x is None:
+        if v.x is None or keep_a is False:
             return LoRA(a=v.columns().T, b=u.times(core).columns())
-        lora_a, keep = v.x.T, self.spread <= _SPREAD
+        kept, on_a = v.x.T, matmul(core, v.frame.T)
+        if keep_a is True:
+            return LoRA(a=kept, b=u.times(on_a).columns())
 
         def orthonormal() -> jax.Array:
-            return matmul(v.frame.T, lora_a.astype(core.dtype)).astype(lora_a.dtype)
+            return matmul(v.frame.T, kept.astype(core.dtype)).astype(kept.dtype)
 
-        a = jax.lax.cond(keep, lambda: lora_a, orthonormal)
-        inner = jnp.where(keep, matmul(core, v.frame.T), core)
-        return LoRA(a=a, b=u.times(inner).columns())
+        a = jax.lax.cond(keep_a, lambda: kept, orthonormal)
+        return LoRA(a=a, b=u.times(jnp.where(keep_a, on_a, core)).columns())
 
 
 class Space(Protocol):

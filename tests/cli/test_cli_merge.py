@@ -117,7 +117,7 @@ def test_table(coremerge, adapters, save, tmp_path):
     assert "1: query 6 × 8 1, 2, 3 ×2 6" in lines
     assert "1: value 6 × 8 2, 3 ×2 6" in lines
     assert "1: odd 3 × 3 1 1" in lines
-    assert lines[-2].startswith("merged 4 adapters by mean in core space; read ")
+    assert lines[-2].startswith("merged 4 adapters by mean in core space in ")
     assert lines[-1].startswith(f"wrote {tmp_path / 'out'} (")
 
 
@@ -125,7 +125,7 @@ def test_json(coremerge, adapters, tmp_path):
     report = json.loads(coremerge("merge", *adapters, "-o", tmp_path / "out", "--json").out)
     assert report["output"] == str(tmp_path / "out")
     assert report["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
-    assert set(report["seconds"]) == {"read", "merge", "write"}
+    assert set(report["seconds"]) == {"open", "merge", "compile"}
     assert report["recipe"] == Recipe(adapters=tuple(map(str, adapters))).to_dict()
 
 
@@ -218,3 +218,24 @@ def test_replaces_only_with_force(coremerge, adapters, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert coremerge("merge", *adapters, "-o", out, "--force").code == 0
     assert (out / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_dry_run_tells_the_cost(coremerge, adapters):
+    result = coremerge("merge", *adapters, "--dry-run", "--json")
+    cost = json.loads(result.out)["cost"]
+    assert cost["programs"] == 2
+    assert min(cost["operations"].values()) > 0
+    assert cost["bytes"]["read"] == 4 * 8 * ((6 + 8) * 2 + 8 + 5)
+    assert set(cost["seconds"]) == {"compile", "read", "products", "core", "copies", "write"}
+    assert "expected memory" in coremerge("merge", *adapters, "--dry-run").out
+
+
+def test_memory_is_limited(coremerge, adapters, tmp_path):
+    out = tmp_path / "out"
+    refused = coremerge("merge", *adapters, "-o", out, "--max-memory", "1MB")
+    assert refused.code == 2
+    assert "give more" in refused.err
+    refused = coremerge("merge", *adapters, "-o", out, "--max-memory", "much")
+    assert (refused.code, "must be like 2GiB" in refused.err) == (2, True)
+    assert coremerge("merge", *adapters, "-o", out, "--max-memory", "64GiB").code == 0
+    assert_same(load_peft(out), Recipe().run(loaded(adapters)), 1e-6)

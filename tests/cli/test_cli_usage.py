@@ -105,7 +105,7 @@ def test_debug_shows_the_traceback(coremerge, monkeypatch):
 
 
 def test_bug_is_not_hidden(coremerge, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.checkpoint.load_peft", lambda source: len(source) / 0)
+    monkeypatch.setattr("coremerge_jax.checkpoint.open_peft", lambda source: len(source) / 0)
     with pytest.raises(ZeroDivisionError):
         coremerge("inspect", "a")
 
