@@ -7,8 +7,8 @@ rules and spaces; from several threads at once; inside jitted programs that do o
 `jax.vmap` and `jax.grad`. A step that takes too long ends that process, with the Python stack of
 each thread. Results are compared with those of the first time, as another way to fail.
 
-``--control`` shows that hangs would be found: plain `jax.vmap(jnp.linalg.svd)` from several
-threads, which hangs in some releases of JAX (0.9.2 among them) within seconds.
+``--control`` shows that hangs would be found: without the library's precaution, batches go to
+LAPACK as JAX sends them, which hangs in some releases of JAX (0.9.2 among them).
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 from publish import Sheet, digits, folder, publish
 
 import coremerge_jax as cm
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import lapack, matmul
 
 PATIENCE = 120  # seconds for a step; a compiling one takes a few
 TOLERANCE = 1e-4  # of results from those of the first time; threads may add in another order
@@ -196,19 +196,19 @@ def _together(which: Sequence[Step]) -> Step:
     return Step(name, call, sum(step.merges for step in which))
 
 
-def control() -> list[Step]:
-    """What hangs where JAX splits batched decompositions among the threads that asked for them."""
-    program = jax.jit(lambda x: jax.vmap(jnp.linalg.svd)(x))
-    rng = np.random.default_rng(0)
-    stacks = [rng.standard_normal((16, size, size)).astype(np.float32) for size in (64, 48)]
-    parts = [Step(f"batch {x.shape}", functools.partial(program, x)) for x in stacks]
-    return [_together(parts * 4)]
+def control() -> None:
+    """Undoes what keeps decompositions from waiting for each other."""
+    for name, function in vars(lapack).items():
+        if isinstance(function, jax.custom_batching.custom_vmap):
+            setattr(lapack, name, function.fun)
 
 
 def soak(options: argparse.Namespace) -> None:
     """Takes steps until there were enough merges; prints each before it is taken."""
     rng = np.random.default_rng(options.seed)
-    every = control() if options.control else steps(options.quick)
+    if options.control:
+        control()
+    every = steps(options.quick)
     first: dict[int, list[np.ndarray]] = {}
     done, order = 0, list(range(len(every)))  # each once, so that all is compiled
     start = time.perf_counter()
@@ -249,7 +249,9 @@ def visible(cores: int) -> Iterator[None]:
 def run(cores: int, arguments: Sequence[str]) -> dict[str, Any]:
     """Soaks in a process of its own; what came of it."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
-    environment = os.environ | {"NPROC": str(cores)}
+    # The library has to limit the threads of BLAS itself.
+    environment = {name: x for name, x in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment |= {"NPROC": str(cores), "JAX_PLATFORMS": "cpu"}
     with visible(cores):
         process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -294,7 +296,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few programs to compile")
     parser.add_argument("--control", action="store_true", help="what is known to hang")
     parser.add_argument(
-        "--patience", type=int, default=PATIENCE, help="seconds for a step; default: %(default)s"
+        "--patience", type=float, default=PATIENCE, help="seconds for a step; default: %(default)s"
     )
     parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
