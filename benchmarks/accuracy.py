@@ -17,13 +17,15 @@ from typing import Any
 
 import machine
 import numpy as np
+import paper
+import peers
 from publish import Sheet, folder, publish
+from report import RULE_TITLES
 
 import coremerge_jax as cm
 
 TARGET = 1e-6  # in float64
 CONDITIONS = (1.0, 1e2, 1e4, 1e6, 1e8)
-DENSITY, SHARE = 0.2, 0.08  # of TIES and CART
 
 Array = np.ndarray
 Factors = list[tuple[Array, Array]]  # A (r, n) and B (m, r) of each task
@@ -68,9 +70,9 @@ class Reference:
         u, v = in_range(b, rtol)[0], in_range(a, rtol)[2]
         cores = np.stack([(u.T @ b) @ (a @ v) for a, b in factors])
         merged = {
-            "ties": lambda: self.ties(cores),
+            "ties": lambda: paper.ties(np, cores, 0),
             "tsv": lambda: self.tsv(cores, side),
-            "cart": lambda: self.cart(cores),
+            "cart": lambda: paper.cart(np, cores, 0),
             "iso-c": lambda: self.isotropize(cores.sum(axis=0)),
             "tsv+iso-c": lambda: self.isotropize(self.tsv(cores, side)),
         }[rule]()
@@ -89,15 +91,6 @@ class Reference:
         """Nonzero singular values become their mean."""
         return self.triplets(x)[1].mean() * self.polar(x)
 
-    def ties(self, cores: Array) -> Array:
-        """Trim, elect signs, average what agrees."""
-        size = cores[0].size
-        flat = np.sort(np.abs(cores).reshape(len(cores), -1))
-        threshold = flat[:, size - int(size * DENSITY) - 1]
-        kept = np.where(np.abs(cores) >= threshold[:, None, None], cores, 0)
-        agrees = kept * np.sign(kept.sum(axis=0)) > 0
-        return np.where(agrees, kept, 0).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
-
     def tsv(self, cores: Array, side: int) -> Array:
         """Singular vectors of the tasks, made orthogonal across tasks.
 
@@ -112,21 +105,9 @@ class Reference:
         u, v = (self.polar(np.concatenate([f[i] for f in found], axis=1)) for i in (0, 2))
         return u * np.concatenate([s for _, s, _ in found]) @ v.T
 
-    def cart(self, cores: Array) -> Array:
-        """The mean, and low-rank deviations from it."""
-        mean, k = cores.mean(axis=0), math.ceil(SHARE * min(cores.shape[1:]))
-        parts = [np.linalg.svd(core - mean, full_matrices=False) for core in cores]
-        return mean + sum((u[:, :k] * s[:k]) @ vt[:k] for u, s, vt in parts)
 
-
-RULES: dict[str, tuple[str, Any]] = {
-    "mean": ("mean", cm.mean()),
-    "ties": ("TIES", cm.ties(density=DENSITY)),
-    "tsv": ("TSV", cm.tsv()),
-    "cart": ("CART", cm.cart(rank=SHARE)),
-    "iso-c": ("Iso-C", cm.isotropize()),
-    "tsv+iso-c": ("TSV + Iso-C", cm.chain(cm.tsv(), cm.isotropize())),
-}
+RULES = {"mean": cm.mean()} | {name: rule for name, rule in peers.RULES.items() if name != "ta"}
+TITLES = RULE_TITLES | {"mean": "mean"}
 
 
 # --- What is merged --------------------------------------------------------------------------
@@ -235,7 +216,7 @@ def measure(which: Sequence[Case], precision: str) -> list[dict[str, Any]]:
         for c in which
     ]
     reference = Reference(eps)
-    for rule, (_, merge_rule) in RULES.items():
+    for rule, merge_rule in RULES.items():
         for chosen in _of_equal_tasks(which):
             merged = _merge([inputs[i] for i in chosen], merge_rule, precision)
             for i, update in zip(chosen, merged, strict=True):
@@ -284,7 +265,7 @@ def _distance(x: Array, y: Array) -> float:
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
     """The table of one precision."""
-    header = [rows[0]["precision"], "κ", *(title for title, _ in RULES.values())]
+    header = [rows[0]["precision"], "κ", *(TITLES[rule] for rule in RULES)]
     return Sheet(header, [_row(row) for row in rows])
 
 
@@ -303,7 +284,7 @@ def _cell(entry: dict[str, float] | None) -> str:
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which float64 results miss the target."""
     return [
-        f"{RULES[rule][0]}, {row['case']}, κ {row['condition']}: {entry['error']:.1e}"
+        f"{TITLES[rule]}, {row['case']}, κ {row['condition']}: {entry['error']:.1e}"
         for row in rows
         for rule, entry in row["rules"].items()
         if row["precision"] == "float64" and not entry["error"] <= TARGET
