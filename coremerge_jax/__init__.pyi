@@ -2,7 +2,7 @@ from . import checkpoint, demo, linalg, rules, spaces
 from .checkpoint import load_peft, open_peft, save_peft
 from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
 from .lora import Adapter, Kind, LoRA, Metadata
-from .merging import merge
+from .merging import MergeStream, merge, merge_stream
 from .rules import (
     cart,
     chain,
@@ -25,6 +25,7 @@ __all__ = [
     "FormatError",
     "Kind",
     "LoRA",
+    "MergeStream",
     "Metadata",
     "MismatchError",
     "RecipeError",
@@ -43,6 +44,7 @@ __all__ = [
     "load_peft",
     "mean",
     "merge",
+    "merge_stream",
     "open_peft",
     "rules",
     "save_peft",

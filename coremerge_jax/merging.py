@@ -323,7 +323,8 @@ class _Job:
             self.prepared(batch, a, b) as (arrays, settings),
             _first_calls(self.rule, a, b, settings),
         ):
-            counts = _count_stack(self.rule, arrays, self.key, settings, **what)
+            once = np.arange(batch.length) < len(batch.paths)
+            counts = _count_stack(self.rule, arrays, self.key, settings, once, **what)
             return jax.block_until_ready(counts)
 
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -520,10 +521,14 @@ def _count_stack(
     arrays: _Inputs,
     key: jax.Array | None,
     settings: _Settings,
+    once: jax.Array,
     digits: tuple[jax.Array, ...],
     adapters: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """How often each next digit occurs in the cores of each adapter, and the cores' sizes."""
+    """How often each next digit occurs in the cores of each adapter, and the cores' sizes.
+
+    Modules count where ``once: (L,)`` is true: not those that only fill up the stack.
+    """
     width = 8 * settings.dtype.itemsize
 
     def digit(bits: jax.Array, place: int) -> jax.Array:
@@ -538,16 +543,18 @@ def _count_stack(
         counts = jnp.zeros(2**_BITS, jnp.int32)
         return counts.at[digit(bits, len(digits))].add(agrees.astype(jnp.int32))
 
-    def step(total: tuple, module: _Inputs) -> tuple[tuple, None]:
+    def step(total: tuple, row: tuple[_Inputs, jax.Array]) -> tuple[tuple, None]:
+        module, counted = row[0], row[1].astype(jnp.int32)
         projection = _project(rule, module, settings)
         context = Context(shape=projection.shape, tasks=module.tasks)
         cores = rule.prepare(projection.factors, key=_module_key(key, module), context=context)
-        counts = total[0].at[module.tasks].add(jax.lax.map(count, (cores, module.tasks)))
-        sizes = total[1].at[module.tasks].add(projection.shape[0] * projection.shape[1])
+        found = counted * jax.lax.map(count, (cores, module.tasks))
+        counts = total[0].at[module.tasks].add(found)
+        sizes = total[1].at[module.tasks].add(counted * jnp.prod(projection.shape, dtype=jnp.int32))
         return (counts, sizes), None
 
     zeros = jnp.zeros((adapters, 2**_BITS), jnp.int32), jnp.zeros(adapters, jnp.int32)
-    return jax.lax.scan(step, zeros, arrays)[0]
+    return jax.lax.scan(step, zeros, (arrays, once))[0]
 
 
 def _is_zero(weights: Any, t: int) -> bool:
