@@ -39,7 +39,8 @@ TOLERANCE = 1e-4  # of results from those of the first time; threads may add in 
 NOTES = """\
 Each row is a fresh process with XLA's thread pool of that size (the environment variable `NPROC`),
 and on no more cores than that. A merge is one call of `cm.merge`, or one projection and merge
-under `jax.vmap`; adapters have one to eight modules."""
+under `jax.vmap`; adapters have one to eight modules. *longest step*: seconds, without the first
+time that each is taken, which compiles."""
 
 KEY = jax.random.key(0)
 TSV, ISO, TIES, CART, MEAN = cm.tsv(), cm.isotropize(), cm.ties(), cm.cart(rank=2), cm.mean()
@@ -258,28 +259,62 @@ def run(cores: int, arguments: Sequence[str]) -> dict[str, Any]:
         )
     with process, ThreadPoolExecutor(1) as pool:
         errors = pool.submit(process.stderr.read)  # type: ignore[union-attr]
-        last, shown = ["0", "0", "start"], 0
+        progress = Progress(cores)
         for line in process.stdout:  # type: ignore[union-attr]
-            last = line.rstrip("\n").split("\t")
-            if int(last[0]) >= shown + 1000:
-                shown = int(last[0])
-                print(f"{cores} cores: {last[0]} merges, {last[1]} s", file=sys.stderr, flush=True)
+            progress.note(line)
         code, said = process.wait(), errors.result()
     hung = "Timeout (" in said  # what faulthandler says
-    record = {"cores": cores, "merges": int(last[0]), "seconds": float(last[1]), "hangs": int(hung)}
-    return record if code == 0 else record | {"step": last[2], "error": said[-4000:]}
+    record = {
+        "cores": cores,
+        "merges": progress.merges,
+        "seconds": progress.seconds,
+        "longest": progress.longest,
+        "hangs": int(hung),
+    }
+    return record if code == 0 else record | {"step": progress.step, "error": said[-4000:]}
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a soaking process tells.
+
+    Attributes:
+        cores: for messages.
+        merges: how many are done.
+        seconds: how long they took.
+        step: what is done now.
+        longest: seconds of the longest step, first times (which compile) apart.
+    """
+
+    cores: int
+    merges: int = 0
+    seconds: float = 0.0
+    step: str = "start"
+    longest: float = 0.0
+    _seen: set[str] = dataclasses.field(default_factory=set)
+
+    def note(self, line: str) -> None:
+        """Reads a line: merges, seconds and the next step."""
+        merges, seconds, step = line.rstrip("\n").split("\t")
+        if self.step in self._seen:
+            self.longest = max(self.longest, round(float(seconds) - self.seconds, 1))
+        if int(merges) // 1000 > self.merges // 1000:
+            print(f"{self.cores} cores: {merges} merges, {seconds} s", file=sys.stderr, flush=True)
+        self._seen.add(self.step)
+        self.merges, self.seconds, self.step = int(merges), float(seconds), step
 
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
     """The table."""
     return Sheet(
-        ["cores", "outcome", "merges", "seconds", "hangs"],
+        ["cores", "outcome", "merges", "seconds", "longest step", "hangs"],
         [
             [
                 str(row["cores"]),
                 "failed" if "error" in row else "done",
                 str(row["merges"]),
                 digits(row["seconds"]),
+                str(row["longest"]),
                 str(row["hangs"]),
             ]
             for row in rows
