@@ -6,7 +6,6 @@ import fnmatch
 import functools
 import os
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,11 +179,6 @@ class MergeStream:
         return self._workers
 
     @property
-    def seconds(self) -> Mapping[str, float]:
-        """Seconds that all workers together have spent so far, by what they did."""
-        return dict(self._job.seconds)
-
-    @property
     def memory(self) -> int:
         """Bytes that the parts on their way take together, at most."""
         return (self._workers + 1) * max(
@@ -279,11 +273,6 @@ class _Job:
         return [adapter.outline for adapter in self.adapters]
 
     @functools.cached_property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of reading and of merging."""
-        return {"read": 0.0, "merge": 0.0}
-
-    @functools.cached_property
     def traced(self) -> list[Any]:
         """What is traced by a transformation of JAX, of the adapters and of the parameters."""
         adapters = [x for x in self.adapters if type(x) is Adapter]
@@ -292,17 +281,12 @@ class _Job:
 
     def merge(self, batch: Group) -> tuple[Array, ...]:
         """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
-        start = time.perf_counter()
         a, b = batch.stack(self.adapters)
-        between = time.perf_counter()
         with (
             self.prepared(batch, a, b) as (arrays, settings),
             _first_calls(self.rule, a, b, settings),
         ):
-            merged = self._merge_stack(arrays, settings)
-        self.seconds["read"] += between - start
-        self.seconds["merge"] += time.perf_counter() - between
-        return merged
+            return self._merge_stack(arrays, settings)
 
     def _merge_stack(self, arrays: "_Inputs", settings: "_Settings") -> tuple[Any, ...]:
         merge = partial(_merge_stack, self.rule, arrays, self.key, settings)

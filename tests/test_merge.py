@@ -205,3 +205,16 @@ def test_dare_drops_its_share_and_keeps_the_mean():
     dropped = cm.dare(drop=0.3)(cores, key=jax.random.key(0)) / 2
     np.testing.assert_allclose(jnp.mean(dropped), 1, atol=0.02)
     np.testing.assert_allclose(np.unique(dropped), [0, 0.5 / 0.7, 1 / 0.7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 14), (14, 8), (8, 9), (14, 15)], ids=str)
+@pytest.mark.parametrize("space", [cm.core(), cm.knots(scaled=True), cm.full()], ids=repr)
+@pytest.mark.parametrize("equivariance", ["orthogonal", "elementwise"])
+def test_a_sum_is_the_sum_of_updates_however_the_ranks_fit(equivariance, space, shape):
+    """Ranks that add up to less or more than m, n or both; through the space, as a function."""
+    adapters = random_adapters({"q": shape}, (4, 6))
+    rule = cm.from_function(lambda cores: cores.sum(axis=0), equivariance)
+    merged = cm.merge(adapters, rule, space=space)
+    assert_same(merged, {"q": sum(dense(adapter["q"]) for adapter in adapters)}, 1e-9)
+    if not isinstance(space, type(cm.full())):
+        assert merged["q"].rank <= min(*shape, 10)

@@ -29,8 +29,9 @@ class Tsv(Rule):
         merged = U (UᵀU)^{-1/2} · diag(S_1, …, S_T) · (VᵀV)^{-1/2} Vᵀ
                = P^{-1/2} (Σ_t U_t S_t V_tᵀ) Q^{-1/2},    P = Σ_t U_t U_tᵀ,    Q = Σ_t V_t V_tᵀ.
 
-    The second form, used here, does not depend on the choice of singular vectors. Inverses are
-    pseudo-inverses: directions that no task uses stay unused. k_t is the rank r_t of M_t where
+    The second form shows that the choice of singular vectors does not matter: any orthonormal bases
+    of their spans do, with a full block in place of S_t, and are what is computed with. Inverses
+    are pseudo-inverses: directions that no task uses stay unused. k_t is the rank r_t of M_t where
     Σ_t r_t ≤ min(p, q), and ⌊min(p, q) / T⌋ otherwise; the authors' code takes the latter
     always, which selects arbitrary null vectors where it exceeds r_t.
     """

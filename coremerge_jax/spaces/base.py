@@ -62,7 +62,8 @@ class Projection:
         That is exact, and cheaper than any other, unless rounding errors of the merged B would
         grow too much with it.
         """
-        if self.spread is None or self.right is None or self.right.x is None:
+        rows, columns = jax.eval_shape(dense, self.factors).shape[1:]
+        if self.spread is None or self.right is None or self.right.x is None or columns > rows:
             return False
         return self.spread <= _SPREAD
 
