@@ -46,10 +46,9 @@ class Cost:
 def cost(group: Group, rule: Chain, space: Space) -> Cost:
     """The cost of the modules of a group, from leading terms.
 
-    Decompositions are counted as 9 d³ operations for eigenvectors, 22 d³ for singular vectors, and
-    2 d³ / 3 for a Cholesky factor and its inverse (Golub and Van Loan, Matrix Computations, 4th
-    ed., sections 4.2, 5.5 and 8.3). An entry of a core counts as one operation for each time that
-    it is looked at.
+    Eigenvectors are counted as 9 d³ operations, a Cholesky factor and its inverse as 2 d³ / 3
+    (Golub and Van Loan, Matrix Computations, 4th ed., sections 4.2 and 8.3), and all else as if it
+    went its fast way.
     """
     (m, n), total, tasks, number = group.shape, sum(group.ranks), len(group.ranks), len(group.paths)
     linear = rule.equivariance == Equivariance.LINEAR
@@ -119,7 +118,8 @@ class Machine:
         products: in products like those with the factors.
         core: in decompositions.
         copies: bytes copied in memory.
-        compilation: seconds to compile one program of one rule.
+        compilation: seconds to compile one program of one rule, a guess from those of two small
+            programs.
     """
 
     products: float

@@ -284,7 +284,7 @@ class _Job:
         a, b = batch.stack(self.adapters)
         with (
             self.prepared(batch, a, b) as (arrays, settings),
-            _first_calls(self.rule, a, b, settings),
+            _first_calls("merge", self.rule, a, b, settings),
         ):
             return self._merge_stack(arrays, settings)
 
@@ -305,7 +305,7 @@ class _Job:
         a, b = batch.stack(self.adapters)
         with (
             self.prepared(batch, a, b) as (arrays, settings),
-            _first_calls(self.rule, a, b, settings),
+            _first_calls("count", self.rule, a, b, settings),
         ):
             once = np.arange(batch.length) < len(batch.paths)
             counts = _count_stack(self.rule, arrays, self.key, settings, once, **what)
@@ -353,8 +353,10 @@ class _FirstCalls:
         self._done: set[Any] = set()
 
     @contextlib.contextmanager
-    def __call__(self, rule: Chain, a: Array, b: Array, settings: "_Settings") -> Iterator[None]:
-        kind = (jax.tree.structure(rule), a.shape, a.dtype, b.shape, b.dtype, settings)
+    def __call__(
+        self, program: str, rule: Chain, a: Array, b: Array, settings: "_Settings"
+    ) -> Iterator[None]:
+        kind = (program, jax.tree.structure(rule), a.shape, a.dtype, b.shape, b.dtype, settings)
         if kind in self._done:
             yield
             return

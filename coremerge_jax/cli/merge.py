@@ -223,7 +223,6 @@ def _report(
         check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
     with stage("open"):
-        keep_compiled_programs()
         adapters = [open_peft(source) for source in recipe.adapters]
         room = None if max_memory is None else room_for_batches(max_memory)
         stream = recipe.stream(adapters, max_memory=room)
@@ -279,6 +278,7 @@ def _write(
 ) -> dict[str, Any]:
     from coremerge_jax.checkpoint import open_peft, save_peft
 
+    keep_compiled_programs()
     with compile_seconds() as compiled, stage("merge", total=len(stream)) as advance:
         kept = save_peft(
             _Watched(stream, advance),

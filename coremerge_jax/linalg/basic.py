@@ -67,13 +67,13 @@ def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
 
     @chosen.def_vmap
     def batched(size: int, in_batched: list, *args: Any) -> tuple[Any, Any]:
-        result = fast_or_robust(jax.vmap(fast), jax.vmap(robust))(*spread(size, in_batched, args))
+        result = fast_or_robust(jax.vmap(fast), jax.vmap(robust))(*_repeat(size, in_batched, args))
         return result, jax.tree.map(lambda _: True, result)
 
     return chosen
 
 
-def spread(size: int, in_batched: Any, args: Any) -> Any:
+def _repeat(size: int, in_batched: Any, args: Any) -> Any:
     """Repeats what is not batched, for the rules of `jax.custom_batching.custom_vmap`."""
 
     def one(x: jax.Array, is_batched: bool) -> jax.Array:

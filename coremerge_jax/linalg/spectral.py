@@ -102,10 +102,14 @@ def _map_factored(fn: Callable, x: Factored, params: tuple) -> jax.Array:
         return _reassemble(u, fn(s, *params), v), orthonormal
 
     def of_dense(x: Factored, params: tuple) -> jax.Array:
-        u, s, v = lapack.svd(x.dense())
-        return _reassemble(u, fn(s, *params), v)
+        return _map_by_svd(fn, x.dense(), *params)
 
     return fast_or_robust(of_blocks, of_dense)(x, params)
+
+
+def _map_by_svd(fn: Callable, x: jax.Array, *params: jax.Array) -> jax.Array:
+    u, s, v = lapack.svd(x)
+    return _reassemble(u, fn(s, *params), v)
 
 
 def _reassemble(u: jax.Array, f: jax.Array, v: jax.Array) -> jax.Array:
@@ -193,8 +197,7 @@ def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 
 def _polar_by_svd(x: jax.Array) -> jax.Array:
-    u, s, v = lapack.svd(x)
-    return matmul(jnp.where(in_range(s, roundoff(x))[None, :], u, 0), v.T)
+    return _map_by_svd(_ones, x, jnp.asarray(roundoff(x), x.dtype))[0]
 
 
 def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
