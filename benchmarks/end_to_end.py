@@ -4,9 +4,9 @@
     python benchmarks/end_to_end.py --tasks 100 --layers 2 --max-memory 2GiB [--check]
 
 Writes synthetic PEFT adapters in bfloat16, then runs ``coremerge merge`` in fresh processes: with
-an empty compilation cache (cold), and again with what that has left there (again). The adapters
-have just been written, and are read out of the page cache. Writes a table and JSON to
-``benchmarks/results/jax-VERSION``. For POSIX systems.
+an empty compilation cache (cold), and again with what that has left there (again), and holds both
+against what ``--dry-run`` expects. The adapters have just been written, and are read out of the
+page cache. Writes tables and JSON to ``benchmarks/results/jax-VERSION``. For POSIX systems.
 """
 
 # Imports little: Linux counts the memory of the process that starts another one as the other's.
@@ -37,7 +37,9 @@ TARGETS = {"cold": (10.0, 1.5 * GIB), "again": (6.0, 1.5 * GIB)}
 NOTES = """\
 Wall seconds of the process, median, the fastest in brackets; peak memory is the largest of all
 runs. *cold*: with an empty compilation cache; *again*: a second process with the cache that the
-first has left. Stages are those that the command reports."""
+first has left. Stages are those that the command reports. *expected*: what the command says
+beforehand with `--dry-run`, from rates that it measures in a second. Reading, merging and writing
+overlap, so that a merge should take between its longest stage and all of them together."""
 
 
 def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
@@ -54,7 +56,7 @@ def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
 
 
 def run(arguments: Sequence[str | Path], cache: Path) -> dict[str, Any]:
-    """Runs ``coremerge merge``: its seconds, peak memory in bytes, and what it reports."""
+    """Runs ``coremerge merge``: its seconds, peak memory in bytes, stages and expected cost."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-m", "coremerge_jax", "merge", "--json", *arguments]
@@ -69,7 +71,8 @@ def run(arguments: Sequence[str | Path], cache: Path) -> dict[str, Any]:
         output.seek(0)
         report = json.load(output)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "peak": peak, "stages": report.get("seconds", {})}
+    told = {"stages": report["seconds"], "cost": report.get("cost")}
+    return {"seconds": seconds, "peak": peak, **told}
 
 
 def check_complete(output: Path, source: Path) -> None:
@@ -91,19 +94,22 @@ def _tensors(adapter: Path) -> tuple[dict[str, Any], int]:
     return header, path.stat().st_size - 8 - length
 
 
-def measure(options: argparse.Namespace, place: Path) -> dict[str, list[dict[str, Any]]]:
-    """Runs of each sort, in turns."""
+def measure(
+    options: argparse.Namespace, place: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Runs of each sort, in turns; and what they were expected to cost."""
     adapters = write_adapters(options, place)
     runs: dict[str, list[dict[str, Any]]] = {"cold": [], "again": []}
     limit = ["--max-memory", options.max_memory] if options.max_memory else []
+    arguments = [*adapters, *RULES, *limit, *options.extra]
+    expected = run([*arguments, "--dry-run"], place / "cache")["cost"]
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             for sort in runs:
                 output = Path(scratch) / sort
-                arguments = [*adapters, "-o", output, *RULES, *limit, *options.extra]
-                runs[sort].append(run(arguments, Path(scratch) / "cache"))
+                runs[sort].append(run([*arguments, "-o", output], Path(scratch) / "cache"))
                 check_complete(output, adapters[0])
-    return runs
+    return runs, expected
 
 
 def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -167,6 +173,21 @@ def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -
     return Sheet(["adapters", "start", "seconds", "peak memory", *stages], rows)
 
 
+def expectations(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any]) -> Sheet:
+    """The table of what was expected, and what was."""
+    seconds = dict(expected["seconds"])
+    compiling = seconds.pop("compile")
+    stages, peak = found["again"]["stages"], found["cold"]["peak_bytes"]
+    merging = stages["merge"] - stages["compile"]
+    span = f"{digits(max(seconds.values()))} to {digits(sum(seconds.values()))}"
+    rows = [
+        ["compile, s", "cold", digits(compiling), digits(found["cold"]["stages"]["compile"])],
+        ["read, merge and write, s", "again", span, digits(merging)],
+        ["peak memory", "cold", _gib(expected["memory"]), _gib(peak)],
+    ]
+    return Sheet(["what", "start", "expected", "measured"], rows)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     watch = machine.Watch()
     with tempfile.TemporaryDirectory(prefix="coremerge-benchmark-") as scratch:
-        found = summarize(measure(options, options.folder or Path(scratch)))
+        runs, expected = measure(options, options.folder or Path(scratch))
+    found = summarize(runs)
     missed = misses(options, found)
     described = machine.describe(watch)
     result = {
@@ -199,10 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "options": [*RULES, *options.extra],
         "max_memory": options.max_memory,
         "starts": found,
+        "expected": expected,
         "missed": missed,
     }
     stem = options.output / f"end_to_end-tasks-{options.tasks}"
-    publish(stem, "From files to files", result, [sheet(options, found)], NOTES)
+    sheets = [sheet(options, found), expectations(found, expected)]
+    publish(stem, "From files to files", result, sheets, NOTES)
     print("\n".join(missed) or "all targets met")
     met = not machine.is_busy(described) and not missed
     return 1 if options.check and not met else 0

@@ -28,6 +28,7 @@ from publish import folder, publish
 from shapes import SHAPES, Shape
 
 import coremerge_jax as cm
+from coremerge_jax.cost import Machine, expected_seconds
 
 PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated,
 LEAST = 3  # unless nothing is scaled: then there are as many rounds, so that the median is one
@@ -144,6 +145,7 @@ def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
     """Measures a shape: one row of the table a rule."""
     adapters = shape.adapters()
     floor, files = Floor(shape), Files(shape)
+    rates = Machine.measure(machine.cores())
     rows = []
     for rule in plan.rules:
         runners = _runners(shape, plan, rule, adapters)
@@ -156,12 +158,22 @@ def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
                 runner.round()
         times = {runner.name: runner.record() for runner in runners}
         _compare(rule, runners, times)
+        times["model"] = {"seconds": _expected(rule, adapters, rates)}
         times["floor"] |= {"gflop": floor.flop / 1e9, "libraries": floor.libraries}
         times["read"]["bytes"] = files.bytes
         rows.append(_describe(shape) | {"rule": rule, "times": times})
         print(report.progress(rows[-1]), file=sys.stderr, flush=True)
     files.remove()
     return rows
+
+
+def _expected(rule: str, adapters: Sequence[cm.Adapter], rates: Machine) -> float:
+    """Seconds that the cost model expects of us, without compiling and files."""
+    stream = cm.merge_stream(adapters, RULES[rule])
+    seconds = expected_seconds(
+        stream.costs(), cm.chain(RULES[rule]), rates, stream.workers, programs=0
+    )
+    return sum(seconds[stage] for stage in ("products", "core", "copies"))
 
 
 def _runners(shape: Shape, plan: Plan, rule: str, adapters: Sequence[cm.Adapter]) -> list[Runner]:

@@ -34,7 +34,7 @@ def test_speed_without_peers_that_are_not_installed(run_speed, tmp_path, capsys)
         (shape, rule) for shape in ("vit-b32", "saturated") for rule in ("ties", "tsv+iso-c")
     }
     for row in rows.values():
-        assert set(row["times"]) == {"ours", "jax", "floor", "read"}
+        assert set(row["times"]) == {"ours", "jax", "floor", "read", "model"}
         assert row["times"]["jax"]["error"] < 1e-6
         assert row["times"]["ours"]["compile"] > 0
     table = (tmp_path / "speed.md").read_text()
@@ -79,8 +79,26 @@ def test_targets(ours, met):
     named = [("llama-3-8b", "ties"), ("llama-3-8b", "tsv+iso-c")]
     rows = [row | {"shape": shape, "rule": rule} for shape, rule in named]
     verdicts = report.targets(rows)
-    assert [target["met"] for target in verdicts] == [met] * 4 + [False] * 2
-    assert [target["value"] for target in verdicts[4:]] == [None] * 2
+    assert [target["met"] for target in verdicts] == [met] * 4 + [False] * 4
+    assert [target["value"] for target in verdicts[4:]] == [None] * 4
+
+
+@pytest.mark.parametrize(("ours", "met"), [(9.0, True), (11.0, False)])
+def test_growth_is_held_against_the_cost_model(ours, met):
+    rows = [
+        {
+            "shape": shape,
+            "rule": "ties",
+            "times": {name: {"seconds": seconds} for name, seconds in times.items()},
+        }
+        for shape, times in (
+            ("tasks-8", {"ours": 0.1, "model": 0.2}),
+            ("tasks-100", {"ours": ours, "model": 20.0}),
+        )
+    ]
+    verdict = report.targets(rows)[-1]
+    assert verdict["met"] == met
+    assert verdict["value"] == pytest.approx(ours / 10)
 
 
 def test_unknown_rule_or_shape():

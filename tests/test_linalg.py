@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coremerge_jax import linalg
+from coremerge_jax.linalg import lapack
 
 SPECTRA = {
     "distinct": [3.0, 2.0, 1.0, 0.5],
@@ -193,6 +194,19 @@ def test_forward_and_reverse_derivatives_agree(s, shape):
 def test_truncation_keeps_what_it_cannot_tell_apart():
     x = jnp.diag(jnp.array([3.0, 2.0, 2.0, 1.0]))
     np.testing.assert_allclose(linalg.truncate(x, 2)[0], jnp.diag(jnp.array([3.0, 2, 2, 0])))
+
+
+@pytest.mark.parametrize("seed", [1427, 1897])
+def test_svd_where_divide_and_conquer_fails(seed):
+    """LAPACK's gesdd does not converge on these."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((200, 90)) * np.geomspace(1, 1e-3, 90)) @ rng.standard_normal(
+        (90, 170)
+    )
+    with jax.enable_x64(True):
+        u, s, v = jax.jit(lapack.svd)(jnp.asarray(x))
+        np.testing.assert_allclose((u * s) @ v.T, x, atol=1e-12)
+        np.testing.assert_allclose(lapack.singular_values(jnp.asarray(x)), s, atol=1e-12)
 
 
 @given(

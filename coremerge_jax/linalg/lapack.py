@@ -9,6 +9,7 @@ call elsewhere.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @_one_by_one_on_cpu
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``u (p, k)``, descending ``s (k,)`` and ``v (q, k)``, with ``k = min(p, q)``."""
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = _svd(x, compute_uv=True)
     return u, s, vt.T
 
 
@@ -69,4 +70,17 @@ def triangular(x: jax.Array) -> jax.Array:
 @_one_by_one_on_cpu
 def singular_values(x: jax.Array) -> jax.Array:
     """Descending ``(k,)``."""
-    return jnp.linalg.svd(x, compute_uv=False)
+    return _svd(x, compute_uv=False)
+
+
+def _svd(x: jax.Array, compute_uv: bool) -> Any:
+    """Of one matrix. Divide and conquer, LAPACK's fast way, can fail: then by QR iterations."""
+    svd = partial(jax.lax.linalg.svd, full_matrices=False, compute_uv=compute_uv)
+
+    def on_cpu(x: jax.Array) -> Any:
+        found = svd(x)
+        converged = jnp.isfinite(jnp.sum(jax.tree.leaves(found)[0]))
+        by_qr = partial(svd, x, algorithm=jax.lax.linalg.SvdAlgorithm.QR)
+        return jax.lax.cond(converged, lambda: found, by_qr)
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=svd)

@@ -33,7 +33,8 @@ class Tsv(Rule):
     of their spans do, with a full block in place of S_t, and are what is computed with. Inverses
     are pseudo-inverses: directions that no task uses stay unused. k_t is the rank r_t of M_t where
     Σ_t r_t ≤ min(p, q), and ⌊min(p, q) / T⌋ otherwise; the authors' code takes the latter
-    always, which selects arbitrary null vectors where it exceeds r_t.
+    always, which selects arbitrary null vectors where it exceeds r_t. (p, q) is the shape of the
+    cores as they are, in core space min(m, R) × min(n, R), not their numerical shape.
     """
 
     equivariance = Equivariance.ORTHOGONAL
