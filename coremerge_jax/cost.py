@@ -26,8 +26,8 @@ class Cost:
 
     Attributes:
         modules: how many.
-        products: floating-point operations in products with the factors.
-        core: floating-point operations in R × R space, mostly decompositions.
+        products: floating-point operations in products of matrices.
+        core: all other floating-point operations, mostly decompositions of R × R matrices.
         read: bytes of factors, in float32.
         written: bytes of merged factors, in float32.
         held: bytes in memory for each module of a batch.
@@ -55,12 +55,16 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
     merged = total if total <= min(m, n) else min(m, n)
     p, q = (m, n) if isinstance(space, Full) else (min(m, total), min(n, total))
     entries, side = p * q, min(p, q)
-    products = 0.0 if linear else 2 * total**2 * (m + n) + 2 * m * total * merged
-    core = 0.0
+    products = core = 0.0
     if not linear:
+        products += 2 * total**2 * (m + n) + 2 * m * total * merged
         elementwise = rule.equivariance == Equivariance.ELEMENTWISE
         core += (9 if elementwise else 2 / 3) * (min(m, total) ** 3 + min(n, total) ** 3)
-        core += sum(_rule_operations(part, group.ranks, entries, side) for part in rule.rules)
+        after_tsv = False
+        for part in rule.rules:
+            more = _rule_operations(part, group.ranks, entries, side, after_tsv)
+            products, core = products + more[0], core + more[1]
+            after_tsv = isinstance(part, Tsv)
     dense = bool(rule.before) or isinstance(rule.reducer, Function)
     cores = 0 if linear else 12 * max(entries, side * total) + 3 * tasks * dense * entries
     return Cost(
@@ -74,39 +78,56 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
     )
 
 
-def _rule_operations(rule: object, ranks: Sequence[int], entries: int, side: int) -> float:
+def _rule_operations(
+    rule: object, ranks: Sequence[int], entries: int, side: int, after_tsv: bool
+) -> tuple[float, float]:
+    """Operations in products of matrices, and in all else."""
     tasks, width = len(ranks), max(ranks)
-    if isinstance(rule, Tsv):
-        return 2 * (9 + 6) * side**3 + tasks * (4 * side * width**2 + 60 * width**3)
-    if isinstance(rule, Cart):
-        return tasks * (9 + 6) * side**3
+    if isinstance(rule, Tsv):  # two polar factors in about ten steps of two products
+        return 2 * 10 * 4 * side**3, tasks * (4 * side * width**2 + 60 * width**3)
+    if isinstance(rule, Isotropize) and after_tsv:
+        return 2.0 * side**3, tasks * 20 * width**3
     if isinstance(rule, Isotropize):
-        return (9 + 6) * side**3
+        return 6 * side**3, 9 * side**3
+    if isinstance(rule, Cart):
+        return tasks * 6 * side**3, tasks * 9 * side**3
     if isinstance(rule, Ties):
-        return tasks * (64 + 6 * width) * entries
-    return tasks * 10 * entries
+        return tasks * 6 * width * entries, tasks * 80 * entries
+    return 0, tasks * 10 * entries
+
+
+def fitting_workers(
+    groups: Sequence[Group], rule: Chain, space: Space, workers: int, max_memory: int
+) -> int:
+    """How many batches of one module can be worked on at once, up to ``workers``.
+
+    Raises:
+        MemoryError: none.
+    """
+
+    def needed(group: Group) -> int:
+        one = cost(group, rule, space)
+        return one.held + one.work
+
+    largest = max(groups, key=needed)
+    fitting = max_memory // needed(largest) - 1
+    if fitting < 1:
+        raise MemoryError(
+            f"module {largest.paths[0]!r} ({largest.shape[0]} x {largest.shape[1]}, ranks adding "
+            f"up to {sum(largest.ranks)}) needs {2 * needed(largest) / 2**20:.0f} MiB while it is "
+            f"merged and another is written; {max_memory / 2**20:.0f} MiB are allowed"
+        )
+    return min(workers, fitting)
 
 
 def batch_size(
     group: Group, rule: Chain, space: Space, workers: int, max_memory: int | None
 ) -> int:
-    """How many modules of a group to merge at once.
-
-    Raises:
-        MemoryError: one module does not fit.
-    """
+    """How many modules of a group to merge at once."""
     one = cost(group, rule, space)
     size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers)))
     if max_memory is not None:
-        room = max_memory // (workers + 1) - one.work
-        if room < one.held:
-            needed = (workers + 1) * (one.held + one.work)
-            raise MemoryError(
-                f"module {group.paths[0]!r} ({group.shape[0]} x {group.shape[1]}, ranks adding up "
-                f"to {sum(group.ranks)}) needs {needed / 2**20:.0f} MiB for {workers + 1} batches "
-                f"on their way; {max_memory / 2**20:.0f} MiB are allowed"
-            )
-        size = min(size, room // one.held)
+        size = min(size, (max_memory // (workers + 1) - one.work) // one.held)
     return max(1, size)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.cost import Cost, batch_size, cost
+from coremerge_jax.cost import Cost, batch_size, cost, fitting_workers
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
@@ -149,6 +149,8 @@ def merge_stream(
     workers, batches = 1, groups
     if not job.traced:
         workers = _workers()
+        if max_memory is not None:
+            workers = fitting_workers(groups, parts, job.space, workers, max_memory)
         sizes = [batch_size(group, parts, job.space, workers, max_memory) for group in groups]
         pairs = zip(groups, sizes, strict=True)
         batches = [batch for group, size in pairs for batch in group.split(size)]

@@ -51,6 +51,19 @@ def test_batches_change_nothing(adapters, name):
     assert_same(whole, merged, 1e-6)
 
 
+def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
+    rule = RULES["tsv, isotropize"]
+    whole = cm.merge(adapters, rule)
+    monkeypatch.setattr(merging, "_workers", lambda: 4)
+    least = needed(adapters, rule)
+    for workers in (1, 2, 3, 4):
+        limit = least * (workers + 1) // 5
+        stream = cm.merge_stream(adapters, rule, max_memory=limit)
+        assert stream.workers == workers
+        assert stream.memory <= limit
+        assert_same(whole, stream.collect(), 1e-6)
+
+
 def test_the_outline_is_that_of_the_result(adapters):
     for rule in RULES.values():
         outline = cm.merge_stream(adapters, rule, key=KEY).outline
