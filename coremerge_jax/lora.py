@@ -190,13 +190,16 @@ class Adapter(Mapping[str, LoRA]):
             extras=self.extras if extras is None else extras,
         )
 
-    @property
+    @functools.cached_property
     def outline(self) -> "Adapter":
         """The adapter with shapes and dtypes in place of its factors."""
-        shape = jax.ShapeDtypeStruct
+
+        def shape(x: Array) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
         return self.replace(
             modules={
-                path: jax.tree.map(lambda x: shape(x.shape, x.dtype), lora)
+                path: LoRA(a=shape(lora.a), b=shape(lora.b), kind=lora.kind)
                 for path, lora in self.items()
             }
         )

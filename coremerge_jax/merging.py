@@ -27,7 +27,7 @@ from coremerge_jax.precision import computing
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, TiesAbove, as_rule, chain
 from coremerge_jax.rules.base import dense
 from coremerge_jax.spaces import Projection, Space, core
-from coremerge_jax.stack import Group, group_modules, label, over_modules
+from coremerge_jax.stack import Group, Scratch, group_modules, label, over_modules
 
 
 def merge(
@@ -268,6 +268,7 @@ class _Job:
     scales: Mapping[str, Any]
     key: jax.Array | None
     precision: str | None
+    scratch: Scratch = dataclasses.field(default_factory=Scratch)
 
     @functools.cached_property
     def outlines(self) -> list[Adapter]:
@@ -283,7 +284,7 @@ class _Job:
 
     def merge(self, batch: Group) -> tuple[Array, ...]:
         """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
-        a, b = batch.stack(self.adapters)
+        a, b = batch.stack(self.adapters, self.scratch)
         with (
             self.prepared(batch, a, b) as (arrays, settings),
             _first_calls("merge", self.rule, a, b, settings),

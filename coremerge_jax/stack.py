@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -61,10 +62,12 @@ class Group:
             jax.ShapeDtypeStruct((length, m, rank), widest(*{x.b.dtype for x in loras})),
         )
 
-    def stack(self, adapters: Sequence[Adapter]) -> tuple[Array, Array]:
+    def stack(
+        self, adapters: Sequence[Adapter], scratch: "Scratch | None" = None
+    ) -> tuple[Array, Array]:
         """The factors: ``(L, R, n)``, the A below each other, and ``(L, m, R)``, the B abreast.
 
-        NumPy arrays where all factors are.
+        NumPy arrays where all factors are; the B are then in ``scratch``, if it is given.
         """
         paths: dict[int, list[str]] = {}
         for path, tasks in zip(self.paths, self.tasks, strict=True):
@@ -74,7 +77,21 @@ class Group:
         pairs = zip(self.paths, self.tasks, strict=True)
         rows = self.padded([[read[t][path] for t in tasks] for path, tasks in pairs])
         a, b = [[x.a for x in row] for row in rows], [[x.b for x in row] for row in rows]
-        return _pile(a, axis=0), _pile(b, axis=1)
+        return _pile(a, 0, _empty), _pile(b, 1, scratch.empty if scratch else _empty)
+
+
+class Scratch(threading.local):
+    """Memory of each thread for stacks, one at a time: new memory from the system is slow."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array that is good until the next call in this thread."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > self._memory.size:
+            self._memory = _empty((size,), np.dtype(np.uint8))
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
 def group_modules(adapters: Sequence[Adapter]) -> list[Group]:
@@ -135,7 +152,7 @@ def label(adapters: Sequence[Adapter], t: int) -> str:
     return f"adapter {name!r}" if name else f"adapter {t}"
 
 
-def _pile(rows: list[list[Array]], axis: int) -> Array:
+def _pile(rows: list[list[Array]], axis: int, empty: Callable) -> Array:
     """Joins the factors of each module along the rank axis and stacks the modules."""
     flat = [x for row in rows for x in row]
     dtype = widest(*{x.dtype for x in flat})
@@ -143,7 +160,7 @@ def _pile(rows: list[list[Array]], axis: int) -> Array:
         return _pile_on_device(rows, axis, dtype)
     shape = list(rows[0][0].shape)
     shape[axis] = sum(x.shape[axis] for x in rows[0])
-    piled = _empty((len(rows), *shape), dtype)
+    piled = empty((len(rows), *shape), dtype)
     for out, row in zip(piled, rows, strict=True):
         np.concatenate(row, axis=axis, out=out, casting="unsafe")
     return piled
