@@ -167,7 +167,7 @@ class Machine:
             core = 9 * 8 * 96**3 / _seconds(lambda: eigh(square))
         block = np.ones(2**24, np.float32)
         copies = block.nbytes / _seconds(block.copy) / workers
-        return cls(products, core, copies, 4 * compilation)
+        return cls(products, core, copies, 6 * compilation)
 
 
 def _seconds(fn: Callable) -> float:
@@ -187,7 +187,8 @@ def expected_seconds(
     memory = machine.copies * workers
     return {
         "compile": programs * len(rule.rules) * machine.compilation,
-        "read": sum(2 * x.read for x in costs) / memory,
+        # Opened again for each batch, read, converted, scaled, checked: about as many copies.
+        "read": sum(16 * x.read for x in costs) / memory,
         "products": sum(x.products for x in costs) / machine.products / workers,
         "core": sum(x.core for x in costs) / machine.core / workers,
         "copies": sum(2 * x.read + 2 * x.written for x in costs) / memory,
