@@ -224,17 +224,18 @@ def _report(
     stage = Stages()
     with stage("open"):
         adapters = [open_peft(source) for source in recipe.adapters]
-        room = None if max_memory is None else room_for_batches(max_memory)
+        taken = taken_by_program()
+        room = None if max_memory is None else room_for_batches(max_memory, taken)
         stream = recipe.stream(adapters, max_memory=room)
     if output is None or dry_run:
-        report = _plan(recipe, adapters, stream, stage)
+        report = _plan(recipe, adapters, stream, taken, stage)
     else:
         report = _write(recipe, adapters, stream, output, force, stage)
     return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
 
 
 def _plan(
-    recipe: Recipe, adapters: "list[Adapter]", stream: "MergeStream", stage: Stages
+    recipe: Recipe, adapters: "list[Adapter]", stream: "MergeStream", taken: int, stage: Stages
 ) -> dict[str, Any]:
     import jax.numpy as jnp
 
@@ -264,7 +265,7 @@ def _plan(
                 "read": sum(one.read for one in costs),
                 "written": sum(one.written for one in costs),
             },
-            "memory": taken_by_program() + stream.memory,
+            "memory": taken + stream.memory,
             "programs": programs,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         },
