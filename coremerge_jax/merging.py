@@ -301,7 +301,8 @@ class _Job:
         elif a is None:
             a = arrays.a
         on_host = isinstance(arrays.a, np.ndarray) and isinstance(arrays.b, np.ndarray)
-        return (np.asarray(a), np.asarray(b)) if on_host else (a, b)
+        # Waits, as B may be computed from memory that the next batch overwrites.
+        return (np.asarray(a), np.asarray(b)) if on_host else jax.block_until_ready((a, b))
 
     def count(self, batch: Group, **what: Any) -> tuple[jax.Array, jax.Array]:
         """What `_with_thresholds` needs of a batch."""
