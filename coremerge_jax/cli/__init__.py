@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from coremerge_jax import __version__
+from coremerge_jax.cli.convert import EPILOG as CONVERT_EPILOG
+from coremerge_jax.cli.convert import convert
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(merge)
 app.command()(inspect)
+app.command(epilog=CONVERT_EPILOG)(convert)
 app.command()(rules)
 app.command()(demo)
 
