@@ -253,7 +253,7 @@ def is_orbax(source: str | Path) -> bool:
     """Whether a folder looks like an orbax checkpoint, or like one of several steps."""
     try:
         _find(Path(source), None, None)
-    except FormatError:
+    except (FormatError, OSError):
         return False
     return True
 

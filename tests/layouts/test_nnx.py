@@ -1,5 +1,7 @@
 """Models of flax NNX: their LoRA factors out, merged, and back in."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +90,8 @@ def test_update_is_what_the_module_adds(kind):
 def unstacked(model):
     """The blocks of a stack."""
     graph, state = nnx.split(model.blocks)
-    return [nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) for i in range(LAYERS)]
+    layers = [jax.tree.map(operator.itemgetter(i), state) for i in range(LAYERS)]
+    return [nnx.merge(graph, layer) for layer in layers]
 
 
 @pytest.mark.parametrize("kind", [Model, Scanned])
