@@ -39,7 +39,7 @@ Wall seconds of the process, median, the fastest in brackets; peak memory is the
 runs. *cold*: with an empty compilation cache; *again*: a second process with the cache that the
 first has left. Stages are those that the command reports. *expected*: what the command says
 beforehand with `--dry-run`, from rates that it measures in a second. Reading, merging and writing
-overlap, so that a merge should take between its longest stage and all of them together."""
+overlap, so that they should take between the longest of them and all together."""
 
 
 def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
@@ -176,13 +176,13 @@ def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -
 def expectations(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any]) -> Sheet:
     """The table of what was expected, and what was."""
     seconds = dict(expected["seconds"])
-    compiling = seconds.pop("compile")
+    compiling, tracing = seconds.pop("compile"), seconds.pop("trace")
     stages, peak = found["again"]["stages"], found["cold"]["peak_bytes"]
     merging = stages["merge"] - stages["compile"]
-    span = f"{digits(max(seconds.values()))} to {digits(sum(seconds.values()))}"
+    span = [digits(tracing + overlap(seconds.values())) for overlap in (max, sum)]
     rows = [
         ["compile, s", "cold", digits(compiling), digits(found["cold"]["stages"]["compile"])],
-        ["read, merge and write, s", "again", span, digits(merging)],
+        ["trace, read, merge and write, s", "again", " to ".join(span), digits(merging)],
         ["peak memory", "cold", _gib(expected["memory"]), _gib(peak)],
     ]
     return Sheet(["what", "start", "expected", "measured"], rows)

@@ -46,9 +46,9 @@ class Cost:
 def cost(group: Group, rule: Chain, space: Space) -> Cost:
     """The cost of the modules of a group, from leading terms.
 
-    Eigenvectors are counted as 9 d³ operations, a Cholesky factor and its inverse as 2 d³ / 3
-    (Golub and Van Loan, Matrix Computations, 4th ed., sections 4.2 and 8.3), and all else as if it
-    went its fast way.
+    Eigenvectors are counted as 9 d³ operations, a Cholesky factor and its inverse as 2 d³ / 3, a
+    singular value decomposition as 20 m² n (Golub and Van Loan, Matrix Computations, 4th ed.,
+    sections 4.2, 8.3 and 8.6), and factors as well-conditioned.
     """
     (m, n), total, tasks, number = group.shape, sum(group.ranks), len(group.ranks), len(group.paths)
     linear = rule.equivariance == Equivariance.LINEAR
@@ -82,9 +82,12 @@ def _rule_operations(
     rule: object, ranks: Sequence[int], entries: int, side: int, after_tsv: bool
 ) -> tuple[float, float]:
     """Operations in products of matrices, and in all else."""
-    tasks, width = len(ranks), max(ranks)
-    if isinstance(rule, Tsv):  # two polar factors in about ten steps of two products
-        return 2 * 10 * 4 * side**3, tasks * (4 * side * width**2 + 60 * width**3)
+    tasks, width, total = len(ranks), max(ranks), sum(ranks)
+    if isinstance(rule, Tsv):  # and two polar factors
+        thin = tasks * (4 * side * width**2 + 60 * width**3)
+        if total > side:  # of deficient rank, by singular value decompositions
+            return 0, thin + 2 * 20 * side**2 * total
+        return 2 * 10 * 4 * side**3, thin  # in about ten steps of two products
     if isinstance(rule, Isotropize) and after_tsv:
         return 2.0 * side**3, tasks * 20 * width**3
     if isinstance(rule, Isotropize):
@@ -167,7 +170,7 @@ class Machine:
             core = 9 * 8 * 96**3 / _seconds(lambda: eigh(square))
         block = np.ones(2**24, np.float32)
         copies = block.nbytes / _seconds(block.copy) / workers
-        return cls(products, core, copies, 4 * compilation)
+        return cls(products, core, copies, 6 * compilation)
 
 
 def _seconds(fn: Callable) -> float:
@@ -187,7 +190,8 @@ def expected_seconds(
     memory = machine.copies * workers
     return {
         "compile": programs * len(rule.rules) * machine.compilation,
-        "read": sum(2 * x.read for x in costs) / memory,
+        # Opened again for each batch, read, converted, scaled, checked: about as many copies.
+        "read": sum(16 * x.read for x in costs) / memory,
         "products": sum(x.products for x in costs) / machine.products / workers,
         "core": sum(x.core for x in costs) / machine.core / workers,
         "copies": sum(2 * x.read + 2 * x.written for x in costs) / memory,

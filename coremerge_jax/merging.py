@@ -292,7 +292,7 @@ class _Job:
             return self._merge_stack(arrays, settings)
 
     def _merge_stack(self, arrays: "_Inputs", settings: "_Settings") -> tuple[Any, ...]:
-        merge = partial(_merge_stack, self.rule, arrays, self.key, settings)
+        merge = partial(_merge_stack, self.rule, arrays, self.key, settings=settings)
         if self.traced:
             return merge()[:2]
         a, b, good = merge(keep_a=True)
@@ -317,8 +317,10 @@ class _Job:
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Those of what `merge` gives."""
         with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
-            merge = partial(_merge_stack, settings=settings)
-            return jax.eval_shape(merge, self.rule, arrays, self.key)[:2]
+            merge = partial(_merge_stack, settings=settings, keep_a=True)  # traced once for both
+            a, b, _ = jax.eval_shape(merge, self.rule, arrays, self.key)
+            kept: Any = arrays.a
+            return kept if a is None else a, b
 
     @contextlib.contextmanager
     def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "_Settings"]]:

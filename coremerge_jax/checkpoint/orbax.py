@@ -1,4 +1,7 @@
-"""Orbax checkpoints to adapters and back. All calls to orbax are in this file."""
+"""Orbax checkpoints to adapters and back. All calls to orbax are in this file.
+
+It is imported late, as that takes time which those who merge PEFT folders need not wait.
+"""
 
 import functools
 import re
@@ -10,7 +13,6 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from coremerge_jax import __version__
 from coremerge_jax.checkpoint.atomic import atomic_folder
@@ -86,6 +88,8 @@ class _Source:
     """
 
     def __init__(self, folder: Path, item: str | None) -> None:
+        from orbax.checkpoint import v1 as ocp
+
         self.folder, self.item = folder, item
         try:
             found = ocp.metadata(folder, item)
@@ -105,6 +109,7 @@ class _Source:
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
         """Arrays of the tree, on the host."""
+        from orbax.checkpoint import v1 as ocp
 
         def want(path: tuple, leaf: Any) -> Any:
             if key_of(path) not in keys:
@@ -185,6 +190,8 @@ def save_orbax(
         FormatError: ``out`` exists, or ``like`` cannot be understood.
         MismatchError: the adapter has not the modules of ``like``.
     """
+    from orbax.checkpoint import v1 as ocp
+
     rank = max(lora.rank for lora in adapter.outline.values())
     if like is None:
         tree = stacked(adapter)

@@ -224,24 +224,26 @@ def _report(
     stage = Stages()
     with stage("open"):
         adapters = [open_adapter(source) for source in recipe.adapters]
-        room = None if max_memory is None else room_for_batches(max_memory)
+        taken = taken_by_program()
+        room = None if max_memory is None else room_for_batches(max_memory, taken)
         stream = recipe.stream(adapters, max_memory=room)
     if output is None or dry_run:
-        report = _plan(recipe, adapters, stream, stage)
+        report = _plan(recipe, adapters, stream, taken, stage)
     else:
         report = _write(recipe, adapters, stream, output, force, stage)
     return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
 
 
 def _plan(
-    recipe: Recipe, adapters: "list[Adapter]", stream: "MergeStream", stage: Stages
+    recipe: Recipe, adapters: "list[Adapter]", stream: "MergeStream", taken: int, stage: Stages
 ) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from coremerge_jax.cost import Machine, expected_seconds
 
-    with stage("check"):
+    with stage("trace"):
         merged = stream.outline
+    with stage("check"):
         ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
         signatures = _signatures(adapters, merged, ranks)
     with stage("measure the machine"):
@@ -249,6 +251,8 @@ def _plan(
     costs, programs = stream.costs(), len(signatures)
     size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
     seconds = expected_seconds(costs, recipe.build_rule(), machine, stream.workers, programs)
+    # Programs are traced here as for a merge, which then has to lower them: that takes as long.
+    seconds = {"trace": 2 * stage.seconds["trace"], **seconds}
     return {
         "bytes": size * jnp.dtype(recipe.dtype).itemsize,
         "signatures": signatures,
@@ -261,7 +265,7 @@ def _plan(
                 "read": sum(one.read for one in costs),
                 "written": sum(one.written for one in costs),
             },
-            "memory": taken_by_program() + stream.memory,
+            "memory": taken + stream.memory,
             "programs": programs,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         },
@@ -376,8 +380,10 @@ def _show(report: Mapping[str, Any]) -> None:
 
 def _show_cost(cost: Mapping[str, Any]) -> None:
     operations, data = cost["operations"], cost["bytes"]
+    programs = f"{cost['programs']} programs"
     amounts = {
-        "compile": f"{cost['programs']} programs, once",
+        "trace": programs,
+        "compile": f"{programs}, once",
         "read": decimal(data["read"]),
         "products": f"{operations['products'] / 1e9:.3g} GFLOP",
         "core": f"{operations['core'] / 1e9:.3g} GFLOP",

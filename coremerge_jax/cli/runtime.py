@@ -46,13 +46,12 @@ def taken_by_program() -> int:
     return psutil.Process().memory_info().rss + COMPILATION_BYTES
 
 
-def room_for_batches(limit: int) -> int:
-    """How much of a limit for the whole process is left for the data.
+def room_for_batches(limit: int, taken: int) -> int:
+    """How much of a limit for the whole process is left for the data, of what is taken.
 
     Raises:
         RecipeError: nothing is left.
     """
-    taken = taken_by_program()
     if limit <= taken:
         raise RecipeError(
             f"max_memory {limit / 2**20:.0f} MiB: the program itself and compilation take "

@@ -226,7 +226,15 @@ def test_dry_run_tells_the_cost(coremerge, adapters):
     assert cost["programs"] == 2
     assert min(cost["operations"].values()) > 0
     assert cost["bytes"]["read"] == 4 * 8 * ((6 + 8) * 2 + 8 + 5)
-    assert set(cost["seconds"]) == {"compile", "read", "products", "core", "copies", "write"}
+    assert set(cost["seconds"]) == {
+        "trace",
+        "compile",
+        "read",
+        "products",
+        "core",
+        "copies",
+        "write",
+    }
     assert "expected memory" in coremerge("merge", *adapters, "--dry-run").out
 
 

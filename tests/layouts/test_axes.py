@@ -34,7 +34,7 @@ def test_update_is_that_of_the_stored_factors(axes):
     a, b = (rng.standard_normal(shape(letters)) for letters in (axes.a, axes.b))
     # An einsum with a letter of its own for each axis.
     names = iter("abcdefgh")
-    inputs, outputs, batch = ([next(names) for _ in range(axes.a.count(x))] for x in "ill")
+    inputs = [next(names) for _ in range(axes.a.count("i"))]
     outputs = [next(names) for _ in range(axes.b.count("o"))]
     batch = [next(names) for _ in range(axes.a.count("l"))]
 
