@@ -97,13 +97,16 @@ class NameMap:
         return all(any(_match(rule.ours, path) for rule in self.rules) for path in paths)
 
     def _rule(self, path: str, adapter: Adapter, *, theirs: bool = False) -> tuple[Rule, str]:
+        """The rule for a module, and its layer; one whose parts are all there, if there is one."""
+        found = []
         for rule in self.rules:
             names = rule.theirs if theirs else (rule.ours,)
-            # Of several rules for one name, the one whose parts are all there.
-            for name in names:
-                found = _match(name, path)
-                if found and (len(names) == 1 or all(n.format(i=found) in adapter for n in names)):
-                    return rule, found
+            layer = next((x for x in (_match(name, path) for name in names) if x is not None), None)
+            if layer is not None:
+                found.append((all(name.format(i=layer) in adapter for name in names), rule, layer))
+        if found:
+            _, rule, layer = max(found, key=lambda entry: entry[0])
+            return rule, layer
         known = [name for rule in self.rules for name in (rule.theirs if theirs else (rule.ours,))]
         near = difflib.get_close_matches(path, known, n=1, cutoff=0)
         raise MismatchError(

@@ -15,12 +15,11 @@ import numpy as np
 from coremerge_jax.errors import FormatError, MismatchError
 from coremerge_jax.layouts import LAYOUTS, Axes, Layout
 from coremerge_jax.layouts.axes import Shape, pad_rank
-from coremerge_jax.layouts.layout import container, find_axes, is_numbered
+from coremerge_jax.layouts.layout import container, find_axes, is_numbered, separate_numbers
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 
 # Names of parameters that say nothing about the module.
 _UNNAMED = ("kernel", "w", "embeddings")
-_NUMBER = re.compile(r"\b([A-Za-z]+)_(\d+)(?=/|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +102,10 @@ class TreeFormat:
             FormatError: it is not known.
         """
         if not layout.scaled:
-            if self.alpha is not None:
+            if self.alpha is not None and self.alpha != (self.rank or rank):
                 raise FormatError(
-                    f"layout {layout.name!r} does not scale updates, but alpha={self.alpha} was "
-                    "given; leave it out"
+                    f"layout {layout.name!r} does not scale updates, but alpha is {self.alpha} and "
+                    f"the rank {self.rank or rank}; leave alpha out"
                 )
             return 1.0
         if self.alpha is None:
@@ -307,7 +306,7 @@ def key_of(path: Sequence[Any]) -> str:
 def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
     """The module path of each kernel of a batch."""
     module = re.sub(r"^(params/)+", "", module)
-    parts = _NUMBER.sub(r"\1/\2", module).split("/") + [param] * (param not in _UNNAMED)
+    parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
     at = container(module)
     stacked = at is not None and batch and not is_numbered(module)
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax import __version__
@@ -83,7 +84,7 @@ class _Source:
     Attributes:
         folder: of the checkpoint.
         item: the name of the tree in it, None where it is the checkpoint itself.
-        leaves: shape and dtype of each array by key.
+        tree: with shapes and dtypes in place of arrays.
         custom: what was saved with it beside arrays.
     """
 
@@ -97,12 +98,15 @@ class _Source:
             raise FormatError(
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
             ) from error
-        self._tree = found.metadata
-        self.leaves = flatten(found.metadata)
-        self.custom = found.custom_metadata or {}
-        for key, leaf in self.leaves.items():
+        for key, leaf in flatten(found.metadata).items():
             if getattr(leaf, "shape", None) is None:
                 raise FormatError(f"{self}: {key!r} is not an array")
+        self.tree = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.metadata
+        )
+        self.custom = found.custom_metadata or {}
+        if not jax.tree.leaves(self.tree):
+            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays in it)")
 
     def __str__(self) -> str:
         return str(self.folder / (self.item or ""))
@@ -116,7 +120,7 @@ class _Source:
                 return ocp.PLACEHOLDER
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
-        wanted = jax.tree_util.tree_map_with_path(want, self._tree)
+        wanted = jax.tree_util.tree_map_with_path(want, self.tree)
         try:
             read = flatten(ocp.load(self.folder, wanted, checkpointable_name=self.item))
         except Exception as error:
@@ -159,7 +163,7 @@ def open_orbax(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
     form = TreeFormat(**options)
-    places = form.places(tree.leaves)
+    places = form.places(flatten(tree.tree))
     metadata = form.metadata(places, name or folder.name)
     return OrbaxFile(tree, places, metadata)
 
@@ -199,14 +203,15 @@ def save_orbax(
         source = _Source(*_find(Path(like), None, None))
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = to_tree(adapter, source.shapes, **options)
+        tree = to_tree(adapter, source.tree, **options)
     custom = {
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
     }
     with atomic_folder(out, marker=MARKER, force=force) as folder:
         # Orbax makes a folder of its own, as whole or not at all as this one.
-        ocp.save(folder / "new", tree, custom_metadata=custom)
+        # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
+        ocp.save(folder / "new", jax.tree.map(jnp.asarray, tree), custom_metadata=custom)
         for path in (folder / "new").iterdir():
             path.rename(folder / path.name)
         (folder / "new").rmdir()

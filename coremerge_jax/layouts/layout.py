@@ -9,8 +9,9 @@ from coremerge_jax.layouts.axes import Axes, Shape
 from coremerge_jax.lora import LINEAR, Kind
 
 # Parts of a path below which layers lie: numbered, or scanned if no number follows.
-_CONTAINERS = re.compile(r"layers?|blocks?|h")
-_NUMBERED = re.compile(r"(.*_)?\d+")
+_CONTAINERS = "layers?|blocks?|h"
+_CONTAINER = re.compile(_CONTAINERS)
+_NUMBERED = re.compile(rf"(?:^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +135,17 @@ def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
 
 
 def is_numbered(module: str) -> bool:
-    """Whether a path names one layer: a part is a number, or ends in one."""
-    return any(_NUMBERED.fullmatch(part) for part in module.split("/"))
+    """Whether a path names one layer, as ``layers/0`` or ``layers_0``."""
+    return _NUMBERED.search(module) is not None
+
+
+def separate_numbers(module: str) -> str:
+    """A path with ``layers/0`` in place of ``layers_0``."""
+    return _NUMBERED.sub(lambda found: found[0].replace("_", "/"), module)
 
 
 def container(module: str) -> int | None:
     """The place, in a path, of the part below which layers lie."""
     parts = module.split("/")
-    places = [i for i, part in enumerate(parts) if _CONTAINERS.fullmatch(part)]
+    places = [i for i, part in enumerate(parts) if _CONTAINER.fullmatch(part)]
     return places[-1] if places else None

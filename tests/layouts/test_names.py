@@ -60,7 +60,7 @@ def test_llama_of_maxtext_pairs_the_halves_of_a_head():
     for j in range(half):
         for place, row in ((2 * j, j), (2 * j + 1, j + half)):
             expected = theirs[:, row] / HEAD_DIM**0.5
-            np.testing.assert_allclose(ours[:, place], expected, rtol=1e-6)
+            np.testing.assert_allclose(ours[:, place], expected, rtol=1e-5)
     value = there["decoder.layers.0.self_attention.value"]
     np.testing.assert_array_equal(value.b, adapter["model.layers.0.self_attn.v_proj"].b)
 

@@ -68,8 +68,9 @@ def trained(kind, seed, steps=3):
     def loss(model):
         return jnp.mean((model(x) - y) ** 2)
 
-    for _ in range(steps):
-        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+    with jax.numpy_dtype_promotion("standard"):  # optax asks for it
+        for _ in range(steps):
+            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
     return model
 
 

@@ -56,8 +56,9 @@ def lora_model(seed, steps=3):
     def loss(model):
         return jnp.mean((model(x) - y) ** 2)
 
-    for _ in range(steps):
-        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(steps):
+            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
     return model
 
 
