@@ -205,7 +205,7 @@ def test_svd_where_divide_and_conquer_fails(seed):
     )
     with jax.enable_x64(True):
         u, s, v = jax.jit(lapack.svd)(jnp.asarray(x))
-        np.testing.assert_allclose((u * s) @ v.T, x, atol=1e-12)
+        np.testing.assert_allclose((u * s[None, :]) @ v.T, x, atol=1e-12)
         np.testing.assert_allclose(lapack.singular_values(jnp.asarray(x)), s, atol=1e-12)
 
 
