@@ -1,5 +1,5 @@
 from . import checkpoint, demo, linalg, rules, spaces
-from .checkpoint import load_peft, open_peft, save_peft
+from .checkpoint import apply_adapter, load_peft, open_peft, save_peft
 from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging import MergeStream, merge, merge_stream
@@ -30,6 +30,7 @@ __all__ = [
     "MismatchError",
     "RecipeError",
     "UnsupportedError",
+    "apply_adapter",
     "cart",
     "chain",
     "checkpoint",

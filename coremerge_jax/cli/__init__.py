@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from coremerge_jax import __version__
+from coremerge_jax.cli.apply import EPILOG as APPLY_EPILOG
+from coremerge_jax.cli.apply import apply
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
@@ -28,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EPILOG)(merge)
+app.command(epilog=APPLY_EPILOG)(apply)
 app.command()(inspect)
 app.command()(rules)
 app.command()(demo)
