@@ -567,7 +567,7 @@ def test_extras_that_have_no_place(small, rng):
     assert "'layers.0.v.bias'; nearest" in told(**{"layers.0.v.lora_B.bias": bias})
     assert "no tensor 'layers.7.v.bias'" in told(**{"layers.7.v.bias": bias})
     assert "shape (6,), but" in told(**{"norm.weight": bias})
-    assert "int64" in told(**{"count": np.asarray(1.0, np.float32)})
+    assert "int64" in told(count=np.asarray(1.0, np.float32))
     message = refusal(token_adapter(rng, indices=[0, 3, 50]), folder)
     assert "the indices [0, 3, 50]" in message
     assert "indices [1]" in refusal(token_adapter(rng, indices=[1]), folder)
