@@ -6,12 +6,13 @@ import apply_memory
 
 
 def test_apply_memory(tmp_path):
-    options = ["--tiny", "--layers", "4", "--repeat", "1", "--output", str(tmp_path), "--check"]
+    options = ["--tiny", "--layers", "4", "--repeat", "1", "--output", str(tmp_path)]
     assert apply_memory.main([*options, "--folder", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "apply.json").read_text())
     assert result["modules"] == 4 * 7
-    assert result["missed"] == []
     assert result["killed"]["written"] > 0
+    assert result["killed"]["base_untouched"]
+    assert not (result["killed"]["killed"] and result["killed"]["output"])
     assert result["base_bytes"] > result["largest_tensor_bytes"] > 0
     assert result["peak_bytes"] > 0
     assert "Into a base model" in (tmp_path / "apply.md").read_text()

@@ -55,17 +55,17 @@ class LazyTensor:
     Attributes:
         shape: of the array.
         dtype: of the array.
-        read: gives the array.
+        read: gives elements of the flat array, from the first of two indices to the second.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
+    read: Callable[[int, int], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a tensor in a file cannot become an array without a copy")
-        return np.asarray(self.read(), dtype)
+        return np.asarray(self.read(0, math.prod(self.shape)), dtype).reshape(self.shape)
 
 
 class TensorReader:
@@ -120,22 +120,36 @@ class TensorReader:
         Raises:
             FormatError: the file is not what it was when the reader was made.
         """
+        with self._stream() as stream:
+            yield functools.lru_cache(maxsize=4)(functools.partial(self._read, stream))
+
+    def read_part(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` to ``stop`` of the flat tensor.
+
+        Raises:
+            FormatError: the file is not what it was when the reader was made.
+        """
+        with self._stream() as stream:
+            return self.read_from(stream, key, start, stop)
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[BinaryIO]:
         with self.file.open("rb") as stream:
             if _identity(os.fstat(stream.fileno())) != self._identity:
                 raise FormatError(f"{self.file}: has changed since it was opened; open it again")
-            yield functools.lru_cache(maxsize=4)(functools.partial(self._read, stream))
+            yield stream
 
     def _read(self, stream: BinaryIO, key: str) -> np.ndarray:
-        # Not mapped into memory: all that is read of a mapped file counts as the program's memory.
-        outline = self.tensors[key]
-        return self.read_part(stream, key, 0, math.prod(outline.shape)).reshape(outline.shape)
+        shape = self.tensors[key].shape
+        return self.read_from(stream, key, 0, math.prod(shape)).reshape(shape)
 
-    def read_part(self, stream: BinaryIO, key: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop`` of the flat tensor, read from the opened file.
+    def read_from(self, stream: BinaryIO, key: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` to ``stop`` of the flat tensor, from the opened file.
 
         Raises:
             FormatError: the file ends before.
         """
+        # Not mapped into memory: all that is read of a mapped file counts as the program's memory.
         value = np.empty(stop - start, self.tensors[key].dtype)
         rest = value.view(np.uint8).data
         try:
@@ -169,7 +183,7 @@ class TensorReader:
             header = {"__metadata__": self._metadata, **header}
         text = json.dumps(header, separators=(",", ":")).encode()
         text = text.ljust(math.ceil(len(text) / 8) * 8)
-        with self.file.open("rb") as source, file.open("wb", buffering=0) as target:
+        with self._stream() as source, file.open("wb", buffering=0) as target:
             source.seek(self._start)
             _write(target, len(text).to_bytes(8, "little") + text)
             try:
@@ -228,7 +242,7 @@ class TensorEditor:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements ``start`` to ``stop`` of a tensor."""
-        return self._reader.read_part(self._stream, name, start, stop)
+        return self._reader.read_from(self._stream, name, start, stop)
 
     def write(self, name: str, start: int, value: np.ndarray) -> None:
         """Overwrites elements of a tensor from ``start`` on.

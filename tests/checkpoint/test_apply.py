@@ -209,7 +209,7 @@ def test_scale(small, rng, tmp_path):
         assert np.array_equal(after[name], before[name] - stored(lora) / 2)
     expected = before["layers.0.q.bias"] - bias["layers.0.q.lora_B.bias"] / 2
     assert np.array_equal(after["layers.0.q.bias"], expected)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(cm.RecipeError, match="finite"):
         cm.apply_adapter(adapter, folder, tmp_path / "other", scale=np.inf)
 
 

@@ -17,8 +17,8 @@ from coremerge_jax.checkpoint import atomic
 from coremerge_jax.checkpoint.base_model.folder import INDEX, BaseModel
 from coremerge_jax.checkpoint.base_model.plan import Update, make_plan
 from coremerge_jax.checkpoint.peft.card import PROVENANCE
-from coremerge_jax.checkpoint.tensor_file import TensorEditor
-from coremerge_jax.errors import FormatError
+from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorEditor
+from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.lora import Adapter, Array, LoRA, widest
 
 # Elements of a tensor that are in memory at a time, a few times over: 16 MiB in float32.
@@ -72,7 +72,7 @@ class Folding:
 
     def __init__(self, adapter: Adapter, base: str | Path, *, scale: float = 1.0) -> None:
         if not np.isfinite(scale):
-            raise ValueError(f"scale is {scale}; expected a finite number")
+            raise RecipeError(f"scale is {scale}; expected a finite number")
         self._adapter, self._scale, self._base = adapter, scale, BaseModel(base)
         self._plan = make_plan(adapter.outline, self._base)
         copied, skipped = self._base.others()
@@ -152,14 +152,14 @@ class Folding:
         plan = self._plan
         for name, tensor in file.tensors.items():
             dtype = tensor.dtype
-            if name in plan.replaced:
-                file.write(name, 0, _cast(name, np.asarray(plan.replaced[name]), dtype))
+            for start, value in _parts(plan.replaced.get(name)):
+                file.write(name, start, _cast(name, value, dtype))
             if name in plan.rows:
                 values = _cast(name, np.asarray(plan.rows[name].values), dtype)
                 for row, value in zip(plan.rows[name].indices, values, strict=True):
                     file.write(name, row * value.size, value)
             if name in plan.biases:
-                bias = _scaled(plan.biases[name], self._scale, widest(np.dtype(np.float32), dtype))
+                bias = np.asarray(plan.biases[name], _wide(dtype)) * _wide(dtype).type(self._scale)
                 file.write(name, 0, _add(name, file.read(name, 0, bias.size), bias)[0])
             if name not in plan.updates:
                 continue
@@ -171,7 +171,7 @@ class Folding:
         for name in self.report.copied:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._base.folder / name, folder / name)
-        if self._base.index is not None:
+        if self._base.index is not None and self._plan.appended:
             index = json.dumps(self._index(self._base.index), indent=2) + "\n"
             (folder / INDEX).write_text(index)
 
@@ -243,14 +243,15 @@ def apply_adapter(
 
 def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: float) -> float:
     """Adds the update of a module to its part of a tensor, by blocks of rows; the loss."""
-    wide = widest(np.dtype(np.float32), file.tensors[name].dtype)
-    a, b = np.asarray(lora.a, wide), _scaled(lora.b, scale, wide)
+    wide = _wide(file.tensors[name].dtype)
+    a, b = np.asarray(lora.a, wide), np.asarray(lora.b, wide)
     left, right = (a.T, b.T) if update.transposed else (b, a)
     rows, columns = update.shape
     step = max(1, _BLOCK // columns)
     norm = lost = 0.0
     for row in range(0, rows, step):
         delta = left[row : row + step] @ right
+        delta *= wide.type(scale)
         start = update.start + row * columns
         weight = file.read(name, start, start + delta.size)
         changed, rest = _add(name, weight, delta.reshape(-1))
@@ -260,8 +261,21 @@ def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: floa
     return (lost / norm) ** 0.5 if norm else 0.0
 
 
-def _scaled(value: Array, scale: float, dtype: np.dtype) -> np.ndarray:
-    return np.asarray(value, dtype) * dtype.type(scale)
+def _wide(dtype: np.dtype) -> np.dtype:
+    """The dtype that sums for a tensor are computed in."""
+    return widest(np.dtype(np.float32), dtype)
+
+
+def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of a flat tensor, and where each starts; none of no tensor."""
+    if value is None:
+        return
+    size = math.prod(value.shape)
+    read = value.read if isinstance(value, LazyTensor) else None
+    flat = None if read else np.asarray(value).reshape(-1)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        yield start, read(start, stop) if read else flat[start:stop]
 
 
 def _add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

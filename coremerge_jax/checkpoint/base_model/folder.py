@@ -124,10 +124,11 @@ class BaseModel:
         copied, skipped = [], []
         for file in _visible_files(self.folder):
             name = file.relative_to(self.folder).as_posix()
-            if name in self.shards or (name == INDEX and self.index is not None):
+            if name in self.shards:
                 continue
             weights = name.endswith(tuple(f".{ending}" for ending in _WEIGHTS))
-            stale = weights and name.rpartition("/")[0] not in parts
+            used = name == INDEX and self.index is not None
+            stale = weights and not used and name.rpartition("/")[0] not in parts
             (skipped if stale else copied).append(name)
         return copied, skipped
 

@@ -283,9 +283,8 @@ class Contents:
         return LazyTensor(tensor.shape, dtype, read)
 
 
-def _read_extra(reader: TensorReader, key: str, scale: float) -> np.ndarray:
-    with reader.opened() as tensor:
-        value = tensor(key)
+def _read_extra(reader: TensorReader, key: str, scale: float, start: int, stop: int) -> np.ndarray:
+    value = reader.read_part(key, start, stop)
     if not _is_float(value.dtype):
         return value
     _check_finite(reader.file, key, value)
