@@ -281,13 +281,13 @@ def test_modules_that_the_base_does_not_have(small, rng):
 
 WRONG = {
     "shape": ("layers.0.q", (4, 6), cm.Kind(), (4, 7), ["(4, 7)", "(4, 6)"]),
-    "transposed": ("layers.0.q", (4, 6), cm.Kind(), (6, 4), ["fan_in_fan_out is True"]),
+    "transposed": ("layers.0.q", (4, 6), cm.Kind(), (6, 4), ["if fan_in_fan_out were true"]),
     "not transposed": (
         "layers.0.q",
         (4, 6),
         cm.Kind(transposed=True),
         (4, 6),
-        ["(6, 4)", "fan_in_fan_out is False"],
+        ["(6, 4)", "if fan_in_fan_out were false"],
     ),
     "embedding": (
         "embed",

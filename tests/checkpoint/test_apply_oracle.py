@@ -196,11 +196,11 @@ def test_bases_whose_names_lack_or_add_a_prefix(tmp_path, case):
 
 @pytest.mark.parametrize("base", ["BertModel", "BertForMaskedLM"])
 def test_a_new_head(tmp_path, base):
-    kind, config, options = MODELS["bert"]
+    kind, config, _ = MODELS["bert"]
     torch.manual_seed(0)
     getattr(transformers, base)(config).save_pretrained(tmp_path / "base", max_shard_size="30KB")
     model = kind.from_pretrained(tmp_path / "base", num_labels=3)
-    options = peft.LoraConfig(r=4, lora_alpha=8, **options)
+    options = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS")
     randomized(peft.get_peft_model(model, options)).save_pretrained(tmp_path / "adapter")
     adapter = cm.open_peft(tmp_path / "adapter")
     report = cm.apply_adapter(adapter, tmp_path / "base", tmp_path / "out")

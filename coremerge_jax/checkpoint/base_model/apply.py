@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax import __version__
 from coremerge_jax.checkpoint import atomic
-from coremerge_jax.checkpoint.base_model.folder import INDEX, BaseModel
-from coremerge_jax.checkpoint.base_model.plan import Update, make_plan
+from coremerge_jax.checkpoint.base_model.extras import place_extras
+from coremerge_jax.checkpoint.base_model.folder import FLOATS, INDEX, BaseModel
+from coremerge_jax.checkpoint.base_model.names import find_tensors
+from coremerge_jax.checkpoint.base_model.tied import refuse_tied
+from coremerge_jax.checkpoint.base_model.updates import Update, place_updates
 from coremerge_jax.checkpoint.peft.card import PROVENANCE
 from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorEditor
-from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.errors import FormatError, RecipeError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array, LoRA, widest
 
 # Elements of a tensor that are in memory at a time, a few times over: 16 MiB in float32.
@@ -74,18 +76,27 @@ class Folding:
         if not np.isfinite(scale):
             raise RecipeError(f"scale is {scale}; expected a finite number")
         self._adapter, self._scale, self._base = adapter, scale, BaseModel(base)
-        self._plan = make_plan(adapter.outline, self._base)
-        copied, skipped = self._base.others()
-        plan = self._plan
+        outline, model = adapter.outline, self._base
+        refuse_tied(model, outline)
+        kinds = {path: lora.kind for path, lora in outline.items()}
+        prefix, tensors = find_tensors(kinds, model.shard, str(model.folder))
+        self._updates = place_updates(model, outline, tensors)
+        self._extras = place_extras(model, outline, prefix)
+        for name in self._extras.rows.keys() & self._updates.keys():
+            raise UnsupportedError(
+                f"{model.folder}: tensor {name!r} has both trained rows and a low-rank update; "
+                "merge the adapter with peft"
+            )
         modules = {
-            update.path: Applied(name, update.shape, self._base.tensor(name).dtype.name)
-            for name, updates in plan.updates.items()
+            update.path: Applied(name, update.shape, model.floating(name).dtype.name)
+            for name, updates in self._updates.items()
             for update in updates
         }
+        extras, (copied, skipped) = self._extras, model.others()
         self.report = Report(
-            {path: modules[path] for path in adapter.outline},
-            replaced=sorted({*plan.replaced, *plan.rows, *plan.biases}),
-            appended=list(plan.appended),
+            {path: modules[path] for path in outline},
+            replaced=sorted({*extras.replaced, *extras.rows, *extras.biases}),
+            appended=list(extras.appended),
             copied=[name for name in copied if name != PROVENANCE],
             skipped=skipped,
         )
@@ -131,62 +142,66 @@ class Folding:
             self._write_provenance(folder / PROVENANCE, report, provenance or {})
         return report
 
+    @property
+    def _last(self) -> str:
+        """The file that gets the tensors that the base does not have."""
+        return list(self._base.shards)[-1]
+
     def _copy_shard(self, name: str, folder: Path) -> None:
-        reader = self._base.shards[name]
-        if self._plan.appended and name == list(self._base.shards)[-1]:
-            reader.copy_with(folder / name, self._appended())
+        reader, more = self._base.shards[name], self._extras.appended
+        if more and name == self._last:
+            dtypes = {key: self._dtype(value) for key, value in more.items()}
+            cast = {key: _cast(key, np.asarray(more[key]), dtype) for key, dtype in dtypes.items()}
+            reader.copy_with(folder / name, cast)
         else:
             shutil.copyfile(reader.file, folder / name)
 
-    def _appended(self) -> dict[str, np.ndarray]:
-        return {
-            name: _cast(name, np.asarray(value), self._dtype(value))
-            for name, value in self._plan.appended.items()
-        }
-
     def _dtype(self, value: Array) -> np.dtype:
-        return self._plan.dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
+        """What a tensor is written as that the base does not have: floats like its weights."""
+        weight = self._base.floating(next(iter(self._updates))).dtype
+        return weight if value.dtype.name in FLOATS else value.dtype
 
     def _change(self, file: TensorEditor) -> Iterator[tuple[str, float]]:
         """Changes tensors of one file; the loss of each module."""
-        plan = self._plan
+        extras = self._extras
         for name, tensor in file.tensors.items():
             dtype = tensor.dtype
-            for start, value in _parts(plan.replaced.get(name)):
+            for start, value in _parts(extras.replaced.get(name)):
                 file.write(name, start, _cast(name, value, dtype))
-            if name in plan.rows:
-                values = _cast(name, np.asarray(plan.rows[name].values), dtype)
-                for row, value in zip(plan.rows[name].indices, values, strict=True):
+            if name in extras.rows:
+                values = _cast(name, np.asarray(extras.rows[name].values), dtype)
+                for row, value in zip(extras.rows[name].indices, values, strict=True):
                     file.write(name, row * value.size, value)
-            if name in plan.biases:
-                bias = np.asarray(plan.biases[name], _wide(dtype)) * _wide(dtype).type(self._scale)
+            if name in extras.biases:
+                wide = _wide(dtype)
+                bias = np.asarray(extras.biases[name], wide) * wide.type(self._scale)
                 file.write(name, 0, _add(name, file.read(name, 0, bias.size), bias)[0])
-            if name not in plan.updates:
-                continue
-            loras = self._adapter.read(update.path for update in plan.updates[name])
-            for update in plan.updates[name]:
-                yield update.path, _fold(file, name, update, loras.pop(update.path), self._scale)
+            if name in self._updates:
+                loras = self._adapter.read(update.path for update in self._updates[name])
+                for update in self._updates[name]:
+                    lora = loras.pop(update.path)
+                    yield update.path, _fold(file, name, update, lora, self._scale)
 
     def _copy_others(self, folder: Path) -> None:
         for name in self.report.copied:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._base.folder / name, folder / name)
-        if self._base.index is not None and self._plan.appended:
+        if self._base.index is not None and self._extras.appended:
             index = json.dumps(self._index(self._base.index), indent=2) + "\n"
             (folder / INDEX).write_text(index)
 
     def _index(self, index: Mapping[str, Any]) -> dict[str, Any]:
-        """The index of the shards, with the tensors that are appended to the last one."""
-        more, metadata = self._plan.appended, dict(index.get("metadata") or {})
+        """The index of the files, with the tensors that the base does not have."""
+        more, metadata = self._extras.appended, dict(index.get("metadata") or {})
         sizes = {name: math.prod(value.shape) for name, value in more.items()}
         counts = {
             "total_parameters": sum(sizes.values()),
             "total_size": sum(self._dtype(more[name]).itemsize * sizes[name] for name in more),
         }
-        for field, count in counts.items():
-            if isinstance(metadata.get(field), int):
-                metadata[field] += count
-        weight_map = {**index["weight_map"], **dict.fromkeys(more, list(self._base.shards)[-1])}
+        metadata |= {
+            field: metadata[field] + count for field, count in counts.items() if field in metadata
+        }
+        weight_map = {**index["weight_map"], **dict.fromkeys(more, self._last)}
         return {**index, "metadata": metadata, "weight_map": weight_map}
 
     def _write_provenance(self, file: Path, report: Report, more: Mapping[str, Any]) -> None:
@@ -270,12 +285,14 @@ def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]
     """The parts of a flat tensor, and where each starts; none of no tensor."""
     if value is None:
         return
+    if isinstance(value, LazyTensor):
+        read = value.read
+    else:
+        flat = np.asarray(value).reshape(-1)
+        read = lambda start, stop: flat[start:stop]  # noqa: E731
     size = math.prod(value.shape)
-    read = value.read if isinstance(value, LazyTensor) else None
-    flat = None if read else np.asarray(value).reshape(-1)
     for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        yield start, read(start, stop) if read else flat[start:stop]
+        yield start, read(start, min(start + _BLOCK, size))
 
 
 def _add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +307,7 @@ def _add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, 
 def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = value.astype(dtype)
-    if jnp.issubdtype(dtype, jnp.floating) and not np.isfinite(cast).all():
+    if dtype.name in FLOATS and not np.isfinite(cast).all():
         raise FormatError(
             f"tensor {name!r}: the result has values that {dtype} cannot hold, or that are not "
             "finite; check base and adapter, or apply to a base in a wider dtype"

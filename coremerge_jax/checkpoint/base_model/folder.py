@@ -18,6 +18,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+# Dtypes of weights that take an update.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
 # Files of weights, by their ending, and what belongs to them.
 _WEIGHTS = (
     *("safetensors", "bin", "pt", "pth", "ckpt", "pkl", "h5", "keras", "msgpack", "ot", "npz"),
@@ -90,6 +93,20 @@ class BaseModel:
                 "weight takes no update: apply the adapter to the model it was made from"
             )
         return reader.tensors[name]
+
+    def floating(self, name: str) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a tensor that takes an update.
+
+        Raises:
+            UnsupportedError: it has no floating-point dtype that NumPy knows.
+        """
+        tensor = self.tensor(name)
+        if tensor.dtype.name not in FLOATS:
+            raise UnsupportedError(
+                f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}, so it is quantized, or "
+                "no weight; apply the adapter to the model in a floating-point dtype"
+            )
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor of any dtype."""
