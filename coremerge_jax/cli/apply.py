@@ -78,7 +78,7 @@ def _report(
             raise RecipeError(f"{output}: is the adapter; choose another output")
         folding.check_output(output, force=force)
     if output is None or dry_run:
-        report = {"report": folding.report}
+        report: dict[str, Any] = {"report": folding.report}
     else:
         report = _write(folding, adapter, output, force, stage)
     told = dataclasses.asdict(report.pop("report"))

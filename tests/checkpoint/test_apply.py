@@ -363,14 +363,23 @@ def test_tied_embeddings(small, rng, config, path):
         {"tie_word_embeddings": False},
         {"tie_word_embeddings": None, "architectures": ["BertModel"]},
         {"tie_word_embeddings": None, "architectures": ["BertForSequenceClassification"]},
+        {"tie_word_embeddings": None},
     ],
 )
 def test_embeddings_that_are_not_tied(small, rng, tmp_path, config):
-    folder = small(more=[("embed_tokens.weight", (50, 6))], **config)
+    both = [("embed_tokens.weight", (50, 6)), ("lm_head.weight", (50, 6))]
+    folder = small(more=both if config == {"tie_word_embeddings": None} else both[:1], **config)
     lora = update(rng, 6, 50, cm.Kind("embedding", transposed=True))
     cm.apply_adapter(cm.Adapter({"embed_tokens": lora}), folder, tmp_path / "out")
     before, after = (tensors(x)["embed_tokens.weight"] for x in (folder, tmp_path / "out"))
     assert np.array_equal(after, before + stored(lora))
+
+
+def test_two_embeddings_that_are_equal(base, rng):
+    same = exact(rng, 50, 6)
+    folder = base({"embed.weight": same, "lm_head.weight": same}, tie_word_embeddings=None)
+    lora = update(rng, 6, 50, cm.Kind("embedding", transposed=True))
+    refusal(cm.Adapter({"embed": lora}), folder, cm.UnsupportedError)
 
 
 def test_other_embeddings_of_a_tied_model(small, rng, tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 
 from coremerge_jax.checkpoint.base_model.folder import FLOATS, BaseModel
 from coremerge_jax.checkpoint.base_model.names import Prefix, nearest
+from coremerge_jax.checkpoint.base_model.tied import TOKENS, may_be_tied
 from coremerge_jax.checkpoint.peft.keys import unwrapped
 from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array
 
-TOKENS = ".token_adapter.trainable_tokens_delta"
 _LORA_BIAS = ".lora_B.bias"
 
 
@@ -121,7 +121,7 @@ def _token_rows(base: BaseModel, tensor: str, path: str, value: Array, outline: 
             f"shape {tuple(value.shape)} for the indices {rows[:5]}; is it the right base?"
         )
     twins = [n for n in base.shard if n != tensor and base.shape(n) == shape]
-    if base.tied and twins:
+    if twins and may_be_tied(base):
         raise UnsupportedError(
             f"{base.folder}: {tensor!r} and {twins[0]!r} may be tied though both are there, so it "
             "is not certain what trained rows belong to; save the base again with transformers"

@@ -1,7 +1,6 @@
 """Folders of Hugging Face models: which tensor is in which file, and what else there is."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,6 @@ _WEIGHTS = (
 # Those of whole models, which are not downloaded.
 _OTHERS = ["pytorch_model*", "tf_model*", "flax_model*", "rust_model.ot", "*.gguf", "*.onnx*"]
 _OTHERS += ["original/*", "consolidated*", "*.pth", "*.ckpt"]
-
-# Models without a head that predicts tokens from the embeddings of the input.
-_HEADLESS = re.compile(
-    r"(?!.*Head).*Model|.*For(\w*Classification|QuestionAnswering|MultipleChoice)"
-)
 
 
 class BaseModel:
@@ -116,18 +110,6 @@ class BaseModel:
         """What the configuration says, of the model and of its text model."""
         configs = (self.config, self.config.get("text_config") or {})
         return [config[field] for config in configs if config.get(field) is not None]
-
-    @property
-    def tied(self) -> bool:
-        """Whether input and output embeddings may be one tensor.
-
-        Where the configuration does not say so, the default of the architecture counts, which for
-        most of those that predict tokens is that they are.
-        """
-        if told := self.configured("tie_word_embeddings"):
-            return any(told)
-        architectures = [name for names in self.configured("architectures") for name in names]
-        return not (architectures and all(map(_HEADLESS.fullmatch, architectures)))
 
     def others(self) -> tuple[list[str], list[str]]:
         """Files beside the shards, hidden ones aside: what is still true of an adapted model.

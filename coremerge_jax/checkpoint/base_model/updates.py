@@ -89,7 +89,8 @@ def _place_experts(
             f"{len(loras)} experts for it whose updates have shape {(m, n)}; is it the right base?"
         )
     transposed = ways[0] if len(ways) == 1 else _siblings_transposed(base, name, groups)
-    return [Update(path, index[path] * m * n, shape[-2:], transposed) for path in loras]
+    stored = (n, m) if transposed else (m, n)
+    return [Update(path, index[path] * m * n, stored, transposed) for path in loras]
 
 
 def _siblings_transposed(
