@@ -160,7 +160,7 @@ class BaseModel:
         if self.index is None:
             return {}
         found = self.index.get("weight_map")
-        if not isinstance(found, dict) or not found:
+        if not isinstance(found, dict) or not found or {*map(type, found.values())} != {str}:
             raise FormatError(f"{self.folder / INDEX}: no weight_map; expected tensors and files")
         return found
 

@@ -101,8 +101,10 @@ def _siblings_transposed(
     peft asks the model's class, of whose parameters all or none are.
     """
     for sibling, loras in groups.items():
-        m, n = next(iter(loras.values())).shape
-        if sibling.rpartition(".")[0] == name.rpartition(".")[0] and m != n:
+        lora = next(iter(loras.values()))
+        m, n = lora.shape
+        same_owner = sibling.rpartition(".")[0] == name.rpartition(".")[0]
+        if same_owner and lora.kind.name == "expert" and m != n:
             return base.floating(sibling).shape[-2:] == (n, m)
     raise UnsupportedError(
         f"{base.folder}: experts in {name!r} have as many inputs as outputs, so neither shape nor "
