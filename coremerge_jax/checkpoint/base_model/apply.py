@@ -256,6 +256,11 @@ def apply_adapter(
     return folding.write(out, force=force, provenance=provenance)
 
 
+# What overflows is found in the result, and refused.
+_unwarned = np.errstate(over="ignore", invalid="ignore")
+
+
+@_unwarned
 def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: float) -> float:
     """Adds the update of a module to its part of a tensor, by blocks of rows; the loss."""
     wide = _wide(file.tensors[name].dtype)
@@ -295,18 +300,18 @@ def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]
         yield start, read(start, min(start + _BLOCK, size))
 
 
+@_unwarned
 def _add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sum in the dtype of the weight, and what rounding took from the update."""
     wide = weight.astype(delta.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        changed = _cast(name, wide + delta, weight.dtype)
-        # In this order exact, but for updates larger than the weight.
-        return changed, delta - (changed.astype(delta.dtype) - wide)
+    changed = _cast(name, wide + delta, weight.dtype)
+    # In this order exact, but for updates larger than the weight.
+    return changed, delta - (changed.astype(delta.dtype) - wide)
 
 
+@_unwarned
 def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = value.astype(dtype)
+    cast = value.astype(dtype)
     if dtype.name in FLOATS and not np.isfinite(cast).all():
         raise FormatError(
             f"tensor {name!r}: the result has values that {dtype} cannot hold, or that are not "
