@@ -237,28 +237,28 @@ def test_rounding_loss(small, rng, tmp_path, dtype):
 
 
 NAMES = {
-    "as they are": ("model.layers.0.q", "model.layers.0.q", ["model.layers.0.q"]),
-    "lacking": ("transformer.h.0.q", "h.0.q", ["transformer.h.0.v", "lm_head"]),
-    "added": ("encoder.0.q", "bert.encoder.0.q", ["encoder.0.v"]),
+    "as they are": ("", "", ["model.layers.0.q", "lm_head"]),
+    "lacking": ("transformer.", "", ["transformer.h.0.q", "transformer.h.1.v", "lm_head"]),
+    "added": ("", "bert.", ["encoder.0.q", "encoder.1.v"]),
 }
 
 
 @pytest.mark.parametrize("case", NAMES)
 def test_prefix(base, rng, tmp_path, case):
-    path, name, more = NAMES[case]
-    prefix, inner = path.removesuffix(name), name.removesuffix(path)
-    modules = dict.fromkeys([path, *more], (4, 6))
-    places = {p: inner + p.removeprefix(prefix) for p in modules}
-    adapter = linear(rng, modules, extras={f"{path}.bias": exact(rng, 4)})
+    lacking, added, paths = NAMES[case]
+    places = {path: added + path.removeprefix(lacking) for path in paths}
+    first = places[paths[0]]
+    shapes = dict.fromkeys(paths, (4, 6))
+    adapter = linear(rng, shapes, extras={f"{paths[0]}.bias": exact(rng, 4)})
     before = weights(rng, [(f"{place}.weight", (4, 6)) for place in places.values()])
-    before |= {f"{name}.bias": exact(rng, 4), "vision.q.bias": exact(rng, 4)}
+    before |= {f"{first}.bias": exact(rng, 4), "vision.q.bias": exact(rng, 4)}
     folder = base(before)
     cm.apply_adapter(adapter, folder, tmp_path / "out")
     after = tensors(tmp_path / "out")
-    for p, place in places.items():
-        expected = before[f"{place}.weight"] + stored(adapter[p])
+    for path, place in places.items():
+        expected = before[f"{place}.weight"] + stored(adapter[path])
         assert np.array_equal(after[f"{place}.weight"], expected)
-    assert np.array_equal(after[f"{name}.bias"], adapter.extras[f"{path}.bias"])
+    assert np.array_equal(after[f"{first}.bias"], adapter.extras[f"{paths[0]}.bias"])
 
 
 def test_a_prefix_that_is_not_certain(base, rng):

@@ -120,7 +120,8 @@ class BaseModel:
             Files to copy; and weights of the unadapted model in other files. Both relative.
         """
         parts = _sentence_parts(self.folder / "modules.json")
-        copied, skipped = [], []
+        copied: list[str] = []
+        skipped: list[str] = []
         for file in _visible_files(self.folder):
             name = file.relative_to(self.folder).as_posix()
             if name in self.shards:

@@ -67,17 +67,16 @@ def find_tensors(
         )
     prefix = max(found, key=lambda prefix: len(found[prefix]))
     missing = [path for path in modules if path not in found[prefix]]
+    expected = {path: prefix(_candidates(path, modules[path])[0]) for path in missing[:_SHOWN]}
+    named = [f"{path!r}, nearest to {nearest(expected[path], tensors)}" for path in expected]
     if len(missing) == len(modules):
         raise MismatchError(
-            f"{where}: none of the adapter's {len(modules)} modules is in this model; the first, "
-            f"{missing[0]!r}, is nearest to {nearest(missing[0], tensors)}; is it the right base?"
+            f"{where}: none of the adapter's {len(modules)} modules is in this model; the first "
+            f"is {named[0]}; is it the right base?"
         )
-    named = "; ".join(
-        f"{path!r}, nearest to {nearest(prefix(path), tensors)}" for path in missing[:_SHOWN]
-    )
     raise MismatchError(
         f"{where}: {len(missing)} of the adapter's {len(modules)} modules are not in this model: "
-        f"{named}; is it the right base?"
+        f"{'; '.join(named)}; is it the right base?"
     )
 
 
