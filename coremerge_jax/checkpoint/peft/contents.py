@@ -16,7 +16,13 @@ import numpy as np
 
 from coremerge_jax.checkpoint.peft import experts
 from coremerge_jax.checkpoint.peft.config import RETRAIN, PeftConfig
-from coremerge_jax.checkpoint.peft.keys import WRAPPED, extra_name, is_extra, split_factor
+from coremerge_jax.checkpoint.peft.keys import (
+    WRAPPED,
+    extra_name,
+    is_copy,
+    is_extra,
+    split_factor,
+)
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorReader
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -260,7 +266,7 @@ class Contents:
                     f"{self.file}: tensor {name!r} belongs to {method}, whose update is not a "
                     f"plain low-rank one; {RETRAIN}"
                 )
-            if ".lora_velora_embed" in name:  # used in training only
+            if ".lora_velora_embed" in name or is_copy(name, self._others):  # not used by peft
                 continue
             if is_extra(name, self.config.fields, embeddings):
                 extras[name] = self._extra(key)
