@@ -1,8 +1,8 @@
 """What we fold in is what peft's `merge_and_unload` makes, read again by transformers.
 
-In float32, and with a scaling that is a power of two, bit for bit: the products of small rank are
-summed in one order, and such a scaling does not round. Other scalings are part of B here, and are
-multiplied with the product there, so results differ by the rounding of the update.
+Bit for bit, if the products in `b @ a` are exact, so that their order in the sum does not matter,
+and the scaling of B does not round. Else libraries differ in that order, by their kernels and the
+shapes, and results by the rounding errors of the update.
 """
 
 import json
@@ -74,23 +74,26 @@ MODELS = {
 }
 
 
-def randomized(model):
+def randomized(model, exact=True):
+    """Trainable parameters are random; where exact, few bits of them."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and exact:
+                parameter.copy_(torch.randint(-8, 9, parameter.shape) / 64)
+            elif parameter.requires_grad:
                 parameter.normal_(std=0.1)
     return model
 
 
-def make(folder, case, alpha=8, dtype=torch.float32, shards="30KB"):
+def make(folder, case, alpha=8, dtype=torch.float32, exact=True):
     """A base and an adapter in files."""
     kind, config, options = MODELS[case]
     torch.manual_seed(0)
-    kind(config).to(dtype).save_pretrained(folder / "base", max_shard_size=shards)
+    kind(config).to(dtype).save_pretrained(folder / "base", max_shard_size="30KB")
     model = kind.from_pretrained(folder / "base", dtype=dtype)
     options = {"r": 4, "lora_alpha": alpha, **options}
-    model = randomized(peft.get_peft_model(model, peft.LoraConfig(**options)))
+    model = randomized(peft.get_peft_model(model, peft.LoraConfig(**options)), exact)
     model.save_pretrained(folder / "adapter")
     return kind, folder / "base", folder / "adapter"
 
@@ -122,8 +125,8 @@ def test_float32_bit_for_bit(tmp_path, case):
         )
 
 
-@pytest.mark.parametrize("rank", [1, 3, 16, 64])
-def test_float32_bit_for_bit_at_sizes_that_libraries_split(tmp_path, rank):
+@pytest.mark.parametrize(("rank", "exact"), [(1, True), (1, False), (16, True), (100, True)])
+def test_float32_bit_for_bit_at_any_rank(tmp_path, rank, exact):
     config = transformers.LlamaConfig(
         **{**WIDE, "hidden_size": 512, "intermediate_size": 1030, "num_hidden_layers": 1}
     )
@@ -131,23 +134,23 @@ def test_float32_bit_for_bit_at_sizes_that_libraries_split(tmp_path, rank):
     torch.manual_seed(0)
     kind(config).save_pretrained(tmp_path / "base")
     options = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    model = kind.from_pretrained(tmp_path / "base")
-    randomized(peft.get_peft_model(model, options)).save_pretrained(tmp_path / "adapter")
+    model = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), options)
+    randomized(model, exact).save_pretrained(tmp_path / "adapter")
     cm.apply_adapter(cm.open_peft(tmp_path / "adapter"), tmp_path / "base", tmp_path / "out")
     theirs = merged(kind, tmp_path / "base", tmp_path / "adapter")
     assert_equal(kind.from_pretrained(tmp_path / "out"), theirs)
 
 
-@pytest.mark.parametrize("alpha", [7, 3.7])
-def test_scalings_that_round(tmp_path, alpha):
-    kind, base, adapter = make(tmp_path, "llama", alpha)
+@pytest.mark.parametrize(("alpha", "exact"), [(8, False), (3.7, True), (3.7, False)])
+@pytest.mark.parametrize("case", ["llama", "bert", "gpt2", "experts"])
+def test_sums_and_scalings_that_round(tmp_path, case, alpha, exact):
+    kind, base, adapter = make(tmp_path, case, alpha, exact=exact)
     cm.apply_adapter(cm.open_peft(adapter), base, tmp_path / "out")
     ours = kind.from_pretrained(tmp_path / "out").state_dict()
     theirs = merged(kind, base, adapter).state_dict()
-    before = kind.from_pretrained(base).state_dict()
     for name, value in ours.items():
-        largest = torch.maximum((value - before[name]).abs(), value.abs()).max()
-        assert (value - theirs[name]).abs().max() <= 2**-22 * largest
+        # Of 4 products each of A and B below 1: scaling, products and sums round.
+        assert torch.allclose(value, theirs[name], rtol=2**-23, atol=10 * 2**-24), name
 
 
 @pytest.mark.parametrize("case", ["llama", "bert", "gpt2", "experts"])
@@ -167,8 +170,8 @@ def test_bfloat16_rounds_once(tmp_path, case):
     twice = merged(kind, base, adapter, torch.bfloat16, **options).state_dict()
     before = kind.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     for name, value in ours.state_dict().items():
-        size = torch.maximum(before[name].abs(), (value - before[name]).abs()).float().max()
-        assert (value.float() - twice[name].float()).abs().max() <= 2**-7 * size
+        size = before[name].float().abs() + (value.float() - before[name].float()).abs()
+        assert ((value.float() - twice[name].float()).abs() <= 2**-7 * size).all(), name
 
 
 NAMES = {"unwrapped": ("GPT2LMHeadModel", "GPT2Model"), "wrapped": ("BertModel", "BertForMaskedLM")}

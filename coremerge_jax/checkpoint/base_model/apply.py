@@ -173,8 +173,7 @@ class Folding:
                 for row, value in zip(extras.rows[name].indices, values, strict=True):
                     file.write(name, row * value.size, value)
             if name in extras.biases:
-                wide = _wide(dtype)
-                bias = np.asarray(extras.biases[name], wide) * wide.type(self._scale)
+                bias = np.asarray(extras.biases[name], np.float32) * np.float32(self._scale)
                 file.write(name, 0, _add(name, file.read(name, 0, bias.size), bias)[0])
             if name in self._updates:
                 loras = self._adapter.read(update.path for update in self._updates[name])
@@ -227,8 +226,8 @@ def apply_adapter(
 ) -> Report:
     """Folds an adapter into the weights of its base model, a Hugging Face safetensors folder.
 
-    ``W' = W + scale * b @ a``, computed in float32 (float64 for float64 weights) and rounded once
-    to the dtype of W. Every file with weights is copied, and the adapted tensors in it are
+    ``W' = W + scale * b @ a``, in float32 (the sum with float64 weights in float64), and rounded
+    once to the dtype of W. Every file with weights is copied, and the adapted tensors in it are
     overwritten block by block: all else stays as it is, to the byte, and memory does not depend on
     the size of the model. Weights in other formats, and hidden files, are not copied.
 
@@ -263,27 +262,21 @@ _unwarned = np.errstate(over="ignore", invalid="ignore")
 @_unwarned
 def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: float) -> float:
     """Adds the update of a module to its part of a tensor, by blocks of rows; the loss."""
-    wide = _wide(file.tensors[name].dtype)
-    a, b = np.asarray(lora.a, wide), np.asarray(lora.b, wide)
+    a, b = np.asarray(lora.a, np.float32), np.asarray(lora.b, np.float32)
     left, right = (a.T, b.T) if update.transposed else (b, a)
     rows, columns = update.shape
     step = max(1, _BLOCK // columns)
     norm = lost = 0.0
     for row in range(0, rows, step):
-        delta = left[row : row + step] @ right
-        delta *= wide.type(scale)
+        delta = (left[row : row + step] @ right).reshape(-1)
+        delta *= np.float32(scale)
         start = update.start + row * columns
         weight = file.read(name, start, start + delta.size)
-        changed, rest = _add(name, weight, delta.reshape(-1))
+        changed, rest = _add(name, weight, delta)
         file.write(name, start, changed)
         norm += _square(delta)
         lost += _square(rest)
     return (lost / norm) ** 0.5 if norm else 0.0
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    """The dtype that sums for a tensor are computed in."""
-    return widest(np.dtype(np.float32), dtype)
 
 
 def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
@@ -303,10 +296,10 @@ def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]
 @_unwarned
 def _add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sum in the dtype of the weight, and what rounding took from the update."""
-    wide = weight.astype(delta.dtype)
+    wide = weight.astype(widest(np.dtype(np.float32), weight.dtype))
     changed = _cast(name, wide + delta, weight.dtype)
     # In this order exact, but for updates larger than the weight.
-    return changed, delta - (changed.astype(delta.dtype) - wide)
+    return changed, delta - (changed.astype(wide.dtype) - wide)
 
 
 @_unwarned
