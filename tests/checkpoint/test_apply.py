@@ -130,7 +130,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("block", [2**22, 9])
+@pytest.mark.parametrize("block", [apply._BLOCK, 9])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("split", [False, True])
 def test_every_kind_of_module(base, rng, tmp_path, monkeypatch, dtype, split, block):
