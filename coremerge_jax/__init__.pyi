@@ -1,5 +1,13 @@
 from . import checkpoint, demo, layouts, linalg, rules, spaces
-from .checkpoint import load_peft, open_adapter, open_orbax, open_peft, save_orbax, save_peft
+from .checkpoint import (
+    apply_adapter,
+    load_peft,
+    open_adapter,
+    open_orbax,
+    open_peft,
+    save_orbax,
+    save_peft,
+)
 from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
 from .folding import fold_tree
 from .layouts import Axes, Layout
@@ -37,6 +45,7 @@ __all__ = [
     "RecipeError",
     "TreeFormat",
     "UnsupportedError",
+    "apply_adapter",
     "cart",
     "chain",
     "checkpoint",

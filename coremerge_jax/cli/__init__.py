@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from coremerge_jax import __version__
+from coremerge_jax.cli.apply import EPILOG as APPLY_EPILOG
+from coremerge_jax.cli.apply import apply
 from coremerge_jax.cli.convert import EPILOG as CONVERT_EPILOG
 from coremerge_jax.cli.convert import convert
 from coremerge_jax.cli.demo import demo
@@ -30,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EPILOG)(merge)
+app.command(epilog=APPLY_EPILOG)(apply)
 app.command()(inspect)
 app.command(epilog=CONVERT_EPILOG)(convert)
 app.command()(rules)
