@@ -193,15 +193,17 @@ def _in_layers(
 
 
 _HF = "model.layers.{i}."
-_MLP = {f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_MLP: dict[str, str | tuple] = {
+    f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
-_EINSUMS = {
+_EINSUMS: dict[str, str | tuple] = {
     "attn.q_einsum": "self_attn.q_proj",
     "attn.kv_einsum": _QKV[1:],
     "attn.qkv_einsum": _QKV,
     "attn.attn_vec_einsum": "self_attn.o_proj",
 }
-_MAXTEXT = {
+_MAXTEXT: dict[str, str | tuple] = {
     "self_attention.query": "self_attn.q_proj",
     "self_attention.key": "self_attn.k_proj",
     "self_attention.value": "self_attn.v_proj",

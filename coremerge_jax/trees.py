@@ -236,7 +236,8 @@ class Places:
         """The modules, given the arrays of the tree by key."""
         modules: dict[str, LoRA] = {}
         for slot, scale in self.slots.items():
-            modules |= slot.read(*(leaves[key] for key in slot.keys), scale)
+            a, b = (leaves[key] for key in slot.keys)
+            modules |= slot.read(a, b, scale)
         return modules
 
     def write(self, adapter: Adapter) -> dict[str, Array]:
@@ -288,8 +289,7 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
         MismatchError: the adapter and the tree have not the same modules, or not of one shape.
     """
     stored = TreeFormat(**options).places(flatten(like)).write(adapter)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    return structure.unflatten([stored.get(key_of(path), leaf) for path, leaf in leaves])
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: stored.get(key_of(path), leaf), like)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {key_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def key_of(path: Sequence[Any]) -> str:
+def key_of(path: tuple[Any, ...]) -> str:
     """The key of a leaf, given its path as `jax.tree_util` has it."""
     parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
@@ -307,12 +307,11 @@ def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
     """The module path of each kernel of a batch."""
     module = re.sub(r"^(params/)+", "", module)
     parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
-    at = container(module)
-    stacked = at is not None and batch and not is_numbered(module)
+    at = None if is_numbered(module) else container(module)
     found = []
     for index in np.ndindex(batch):
         names, rest = list(parts), list(index)
-        if stacked:
+        if at is not None and rest:
             names.insert(at + 1, str(rest.pop(0)))
         found.append(".".join(names) + "".join(f"[{i}]" for i in rest))
     return tuple(found)

@@ -44,7 +44,8 @@ class OrbaxFile(Adapter):
         # Layers of a stack are asked for in a row, and each time the whole stack is read.
         @functools.lru_cache(maxsize=1)
         def read(slot: Slot) -> dict[str, LoRA]:
-            return slot.read(*source.read(slot.keys), places.slots[slot])
+            a, b = source.read(slot.keys)
+            return slot.read(a, b, places.slots[slot])
 
         self._read = read
 
@@ -297,7 +298,7 @@ def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str |
     return source, item or items[0]
 
 
-def _items(folder: Path) -> list[str | None]:
+def _items(folder: Path) -> Sequence[str | None]:
     """The trees of arrays in a checkpoint: None stands for the checkpoint itself."""
     if (folder / _TREE).is_file():
         return [None]
