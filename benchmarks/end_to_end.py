@@ -56,10 +56,10 @@ def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
 
 
 def run(arguments: Sequence[str | Path], cache: Path) -> dict[str, Any]:
-    """Runs ``coremerge merge``: its seconds, peak memory in bytes, stages and expected cost."""
+    """Runs ``coremerge``: its seconds, peak memory in bytes, stages and expected cost."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-m", "coremerge_jax", "merge", "--json", *arguments]
+    command = [sys.executable, "-m", "coremerge_jax", *arguments, "--json"]
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, env=environment)
@@ -101,7 +101,7 @@ def measure(
     adapters = write_adapters(options, place)
     runs: dict[str, list[dict[str, Any]]] = {"cold": [], "again": []}
     limit = ["--max-memory", options.max_memory] if options.max_memory else []
-    arguments = [*adapters, *RULES, *limit, *options.extra]
+    arguments = ["merge", *adapters, *RULES, *limit, *options.extra]
     expected = run([*arguments, "--dry-run"], place / "cache")["cost"]
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory(dir=place) as scratch:
@@ -140,7 +140,7 @@ def misses(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) 
         if entry["seconds"] > seconds:
             missed.append(f"{sort}: {digits(entry['seconds'])} s, target {seconds:g} s")
         if entry["peak_bytes"] > peak:
-            missed.append(f"{sort}: {_gib(entry['peak_bytes'])}, target {_gib(peak)}")
+            missed.append(f"{sort}: {gib(entry['peak_bytes'])}, target {gib(peak)}")
     return missed
 
 
@@ -152,7 +152,8 @@ def parse_size(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or ""]
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB."""
     return f"{size / GIB:.2f} GiB"
 
 
@@ -165,7 +166,7 @@ def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -
             what,
             sort,
             f"{digits(entry['seconds'])} ({digits(entry['min'])})",
-            _gib(entry["peak_bytes"]),
+            gib(entry["peak_bytes"]),
             *(digits(entry["stages"][stage]) for stage in stages),
         ]
         for sort, entry in found.items()
@@ -183,7 +184,7 @@ def expectations(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, 
     rows = [
         ["compile, s", "cold", digits(compiling), digits(found["cold"]["stages"]["compile"])],
         ["trace, read, merge and write, s", "again", " to ".join(span), digits(merging)],
-        ["peak memory", "cold", _gib(expected["memory"]), _gib(peak)],
+        ["peak memory", "cold", gib(expected["memory"]), gib(peak)],
     ]
     return Sheet(["what", "start", "expected", "measured"], rows)
 

@@ -1,8 +1,19 @@
-from . import checkpoint, demo, linalg, rules, spaces
-from .checkpoint import load_peft, open_peft, save_peft
+from . import checkpoint, demo, layouts, linalg, rules, spaces
+from .checkpoint import (
+    apply_adapter,
+    load_peft,
+    open_adapter,
+    open_orbax,
+    open_peft,
+    save_orbax,
+    save_peft,
+)
 from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
+from .folding import fold_tree
+from .layouts import Axes, Layout
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging import MergeStream, merge, merge_stream
+from .models import from_nnx, update_nnx
 from .rules import (
     cart,
     chain,
@@ -15,42 +26,56 @@ from .rules import (
     tsv,
 )
 from .spaces import core, full, knots
+from .trees import TreeFormat, from_tree, to_tree
 from .truncation import truncate
 
 __version__: str
 
 __all__ = [
     "Adapter",
+    "Axes",
     "CoreMergeError",
     "FormatError",
     "Kind",
+    "Layout",
     "LoRA",
     "MergeStream",
     "Metadata",
     "MismatchError",
     "RecipeError",
+    "TreeFormat",
     "UnsupportedError",
+    "apply_adapter",
     "cart",
     "chain",
     "checkpoint",
     "core",
     "dare",
     "demo",
+    "fold_tree",
     "from_function",
+    "from_nnx",
+    "from_tree",
     "full",
     "isotropize",
     "knots",
+    "layouts",
     "linalg",
     "load_peft",
     "mean",
     "merge",
     "merge_stream",
+    "open_adapter",
+    "open_orbax",
     "open_peft",
     "rules",
+    "save_orbax",
     "save_peft",
     "spaces",
     "task_arithmetic",
     "ties",
+    "to_tree",
     "truncate",
     "tsv",
+    "update_nnx",
 ]

@@ -14,6 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from coremerge_jax import __version__
+from coremerge_jax.cli.apply import EPILOG as APPLY_EPILOG
+from coremerge_jax.cli.apply import apply
+from coremerge_jax.cli.convert import EPILOG as CONVERT_EPILOG
+from coremerge_jax.cli.convert import convert
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
@@ -28,7 +32,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EPILOG)(merge)
+app.command(epilog=APPLY_EPILOG)(apply)
 app.command()(inspect)
+app.command(epilog=CONVERT_EPILOG)(convert)
 app.command()(rules)
 app.command()(demo)
 

@@ -24,7 +24,7 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="PEFT adapters: folders, or Hugging Face ids.",
+            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
             show_default=False,
         ),
     ],
@@ -32,9 +32,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what adapters are, and whether they can be merged."""
-    from coremerge_jax.checkpoint import open_peft
+    from coremerge_jax.checkpoint import open_adapter
 
-    adapters = [open_peft(source) for source in sources]
+    adapters = [open_adapter(source) for source in sources]
     problem = _problem(adapters)
     described = [_describe(*pair) for pair in zip(sources, adapters, strict=True)]
     if as_json:

@@ -75,7 +75,7 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help="PEFT adapters: folders, or Hugging Face ids.",
+            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
             show_default=False,
         ),
     ] = None,
@@ -216,14 +216,14 @@ def _report(
     recipe: Recipe, output: Path | None, max_memory: int | None, *, force: bool, dry_run: bool
 ) -> dict[str, Any]:
     """Does the work and tells about it. What can fail early is checked first."""
-    from coremerge_jax.checkpoint import check_output, open_peft
+    from coremerge_jax.checkpoint import check_output, open_adapter
 
     recipe.check()
     if output is not None:
         check_output(output, force=force, sources=recipe.adapters)
     stage = Stages()
     with stage("open"):
-        adapters = [open_peft(source) for source in recipe.adapters]
+        adapters = [open_adapter(source) for source in recipe.adapters]
         taken = taken_by_program()
         room = None if max_memory is None else room_for_batches(max_memory, taken)
         stream = recipe.stream(adapters, max_memory=room)

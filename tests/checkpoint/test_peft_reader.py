@@ -133,6 +133,14 @@ def test_tensors_that_are_not_updates_become_extras(load, write, factors, rng):
     assert adapter.metadata.config == fields
 
 
+def test_biases_that_peft_saves_twice_are_read_once(load, write, factors):
+    names = ["score.bias", "score.modules_to_save.bias", "score.original_module.bias"]
+    extras = {f"base_model.model.{name}": np.ones(3, np.float32) for name in names}
+    fields = {"bias": "all", "modules_to_save": ["score"]}
+    adapter = load(write(factors(PATHS) | extras, **fields))
+    assert set(adapter.extras) == {"score.bias"}
+
+
 def test_experts_are_modules(load, write, rng):
     count, rank = 3, 2
     up = rng.standard_normal((count, rank, 4), np.float32)

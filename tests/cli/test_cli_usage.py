@@ -113,7 +113,7 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("coremerge ", {"merge", "inspect", "rules", "demo"}),
+        ("coremerge ", {"merge", "apply", "inspect", "rules", "demo"}),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space k", {"knots"}),
         ("coremerge merge --rule t", {"task_arithmetic", "ties", "tsv"}),

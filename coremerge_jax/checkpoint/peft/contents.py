@@ -16,7 +16,13 @@ import numpy as np
 
 from coremerge_jax.checkpoint.peft import experts
 from coremerge_jax.checkpoint.peft.config import RETRAIN, PeftConfig
-from coremerge_jax.checkpoint.peft.keys import WRAPPED, extra_name, is_extra, split_factor
+from coremerge_jax.checkpoint.peft.keys import (
+    WRAPPED,
+    extra_name,
+    is_copy,
+    is_extra,
+    split_factor,
+)
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorReader
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -260,7 +266,7 @@ class Contents:
                     f"{self.file}: tensor {name!r} belongs to {method}, whose update is not a "
                     f"plain low-rank one; {RETRAIN}"
                 )
-            if ".lora_velora_embed" in name:  # used in training only
+            if ".lora_velora_embed" in name or is_copy(name, self._others):  # not used by peft
                 continue
             if is_extra(name, self.config.fields, embeddings):
                 extras[name] = self._extra(key)
@@ -283,9 +289,8 @@ class Contents:
         return LazyTensor(tensor.shape, dtype, read)
 
 
-def _read_extra(reader: TensorReader, key: str, scale: float) -> np.ndarray:
-    with reader.opened() as tensor:
-        value = tensor(key)
+def _read_extra(reader: TensorReader, key: str, scale: float, start: int, stop: int) -> np.ndarray:
+    value = reader.read_part(key, start, stop)
     if not _is_float(value.dtype):
         return value
     _check_finite(reader.file, key, value)

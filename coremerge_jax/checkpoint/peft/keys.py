@@ -16,6 +16,7 @@ _FACTORS = (
     re.compile(r"(?P<path>base_model)\.(?P<part>vera_[AB])(\.[^.]+)?"),
 )
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 _TOKENS = re.compile(r"(?<=\.token_adapter\.trainable_tokens_delta)\.[^.]+$")
 
 # Heads that peft trains for a task without naming them in `modules_to_save`.
@@ -40,6 +41,11 @@ def split_factor(key: str) -> tuple[str, str] | None:
 def extra_name(key: str) -> str:
     """The name of a tensor that is not a factor, as it is in the base model."""
     return unwrapped(_TOKENS.sub("", _SAVED.sub("", key.removeprefix(PREFIX))))
+
+
+def is_copy(name: str, names: Collection[str]) -> bool:
+    """Whether a bias has been saved by its own name as well as by that of peft's wrapper."""
+    return name != (own := _COPY.sub("", name)) and own in names
 
 
 def unwrapped(path: str) -> str:

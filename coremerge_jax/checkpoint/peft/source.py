@@ -5,13 +5,15 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.errors import CoreMergeError, FormatError, UnsupportedError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,39 +32,57 @@ def locate(source: str | Path) -> Path:
     Raises:
         FormatError: there is no such folder, or the id can neither be found nor downloaded.
     """
+    return find_folder(source, _download, CONFIG)
+
+
+def find_folder(source: str | Path, download: Callable[..., Path], config: str) -> Path:
+    """A folder, or that of a Hugging Face id.
+
+    Args:
+        source: see `locate`.
+        download: gives the folder of a repository and revision; its ``local_files_only`` says
+            whether it may only look into the local cache.
+        config: a file that the folder has, for messages.
+
+    Raises:
+        FormatError: there is no such folder, or the id can neither be found nor downloaded.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise FormatError(f"{source}: is a file; give the folder that contains {CONFIG}")
+        raise FormatError(f"{source}: is a file; give the folder that contains {config}")
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id or folder.parent.exists():
         raise FormatError(f"{source}: no such folder")
-    return _from_hub(source, hub_id["repo"], hub_id["revision"])
-
-
-def _from_hub(source: str | Path, repo: str, revision: str | None) -> Path:
     for local in (True, False):
         if not local and not _hub_answers():
             break
         try:
-            for file in (WEIGHTS, CONFIG):
-                path = huggingface_hub.hf_hub_download(
-                    repo, file, revision=revision, local_files_only=local
-                )
-            return Path(path).parent
+            return download(hub_id["repo"], revision=hub_id["revision"], local_files_only=local)
         except LocalEntryNotFoundError:
             continue
-        except EntryNotFoundError as error:
-            raise FormatError(
-                f"{source}: the repository has no {file}; expected a PEFT adapter with "
-                f"{CONFIG} and {WEIGHTS}"
-            ) from error
+        except CoreMergeError:
+            raise
         except (OSError, ValueError) as error:
             raise FormatError(f"{source}: not on the Hugging Face hub ({_line(error)})") from error
     raise FormatError(
         f"{source}: no such folder, not in the Hugging Face cache, and the hub cannot be reached"
     )
+
+
+def _download(repo: str, **options: Any) -> Path:
+    for file in (WEIGHTS, CONFIG):
+        try:
+            path = huggingface_hub.hf_hub_download(repo, file, **options)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise FormatError(
+                f"{repo}: the repository has no {file}; expected a PEFT adapter with "
+                f"{CONFIG} and {WEIGHTS}"
+            ) from error
+    return Path(path).parent
 
 
 def _hub_answers() -> bool:

@@ -1,0 +1,129 @@
+"""Where an adapter's trained tensors go that are not low-rank updates."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from coremerge_jax.checkpoint.base_model.folder import FLOATS, BaseModel
+from coremerge_jax.checkpoint.base_model.names import Prefix, nearest
+from coremerge_jax.checkpoint.base_model.tied import TOKENS, may_be_tied
+from coremerge_jax.checkpoint.peft.keys import unwrapped
+from coremerge_jax.errors import MismatchError, UnsupportedError
+from coremerge_jax.lora import Adapter, Array
+
+_LORA_BIAS = ".lora_B.bias"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor, and the values that replace them."""
+
+    indices: list[int]
+    values: Array
+
+
+@dataclasses.dataclass
+class Extras:
+    """What happens to tensors, in this order.
+
+    Attributes:
+        replaced: tensors that get other values.
+        rows: tensors of which some rows get other values.
+        biases: what is added to tensors as it is.
+        appended: tensors that the base does not have.
+    """
+
+    replaced: dict[str, Array] = dataclasses.field(default_factory=dict)
+    rows: dict[str, Rows] = dataclasses.field(default_factory=dict)
+    biases: dict[str, Array] = dataclasses.field(default_factory=dict)
+    appended: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+def place_extras(base: BaseModel, outline: Adapter, prefix: Prefix) -> Extras:
+    """Finds a place for each extra.
+
+    Args:
+        base: the base model.
+        outline: the adapter.
+        prefix: how names differ.
+
+    Raises:
+        MismatchError: an extra has no place, or does not fit there.
+        UnsupportedError: which place is not certain.
+    """
+    extras = Extras()
+    for name, value in outline.extras.items():
+        if name.endswith(TOKENS):
+            path = name.removesuffix(TOKENS)
+            tensor = prefix(f"{path}.weight")
+            extras.rows[tensor] = _token_rows(base, tensor, path, value, outline)
+        else:
+            _place(extras, base, outline, prefix, name)
+    return extras
+
+
+def _place(extras: Extras, base: BaseModel, outline: Adapter, prefix: Prefix, name: str) -> None:
+    value, added = outline.extras[name], name.endswith(_LORA_BIAS)
+    tensor = prefix(unwrapped(name.removesuffix(_LORA_BIAS)) + ".bias" if added else name)
+    if tensor in base.shard:
+        _check(base, tensor, name, value)
+        (extras.biases if added else extras.replaced)[tensor] = value
+    elif added and not np.any(np.asarray(value)):  # peft needs one in layers without a bias, too
+        return
+    elif added or not _is_new(base, tensor, outline):
+        raise MismatchError(
+            f"{base.folder}: no place for the adapter's {name!r}: there is no tensor {tensor!r}; "
+            f"nearest are {nearest(tensor, base.shard)}"
+        )
+    else:
+        extras.appended[tensor] = value
+
+
+def _check(base: BaseModel, tensor: str, name: str, value: Array) -> None:
+    found = base.tensor(tensor)
+    same_sort = (
+        found.dtype.name in FLOATS if value.dtype.name in FLOATS else found.dtype == value.dtype
+    )
+    if found.shape != tuple(value.shape) or not same_sort:
+        raise MismatchError(
+            f"{base.folder}: tensor {tensor!r} is {found.dtype} of shape {found.shape}, but the "
+            f"adapter's {name!r} is {value.dtype} of shape {tuple(value.shape)}; if the vocabulary "
+            "or the head was resized, save the resized base first"
+        )
+
+
+def _is_new(base: BaseModel, tensor: str, outline: Adapter) -> bool:
+    """Whether a tensor belongs to a module that the base lacks, such as a classifier."""
+    owner, _, leaf = tensor.rpartition(".")
+    known = any(name.startswith(f"{owner}.") for name in base.shard)
+    alone = leaf == "bias" and not any(
+        name.endswith(f"{owner.rpartition('.')[2]}.weight") for name in outline.extras
+    )
+    return not known and not alone
+
+
+def _token_rows(base: BaseModel, tensor: str, path: str, value: Array, outline: Adapter) -> Rows:
+    if tensor not in base.shard:
+        raise MismatchError(
+            f"{base.folder}: no place for trained rows of {path!r}: there is no tensor {tensor!r}; "
+            f"nearest are {nearest(tensor, base.shard)}"
+        )
+    told = outline.metadata.config.get("trainable_token_indices") or []
+    if isinstance(told, Mapping):
+        named = (rows for name, rows in told.items() if f".{path}".endswith(f".{name}"))
+        told = next(named, [])
+    rows, shape = list(told), base.floating(tensor).shape
+    inside = all(isinstance(row, int) and 0 <= row < shape[0] for row in rows)
+    if len(shape) != 2 or not inside or tuple(value.shape) != (len(rows), shape[1]):
+        raise MismatchError(
+            f"{base.folder}: tensor {tensor!r} has shape {shape}, but the adapter has rows of "
+            f"shape {tuple(value.shape)} for the indices {rows[:5]}; is it the right base?"
+        )
+    twins = [n for n in base.shard if n != tensor and base.shape(n) == shape]
+    if twins and may_be_tied(base):
+        raise UnsupportedError(
+            f"{base.folder}: {tensor!r} and {twins[0]!r} may be tied though both are there, so it "
+            "is not certain what trained rows belong to; save the base again with transformers"
+        )
+    return Rows(rows, value)

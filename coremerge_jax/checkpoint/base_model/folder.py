@@ -1,0 +1,230 @@
+"""Folders of Hugging Face models: which tensor is in which file, and what else there is."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from coremerge_jax.checkpoint.peft.source import find_folder
+from coremerge_jax.checkpoint.tensor_file import TensorReader
+from coremerge_jax.errors import FormatError, UnsupportedError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Dtypes of weights that take an update.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+# Files of weights, by their ending, and what belongs to them.
+_WEIGHTS = (
+    *("safetensors", "bin", "pt", "pth", "ckpt", "pkl", "h5", "keras", "msgpack", "ot", "npz"),
+    *("gguf", "ggml", "onnx", "onnx_data", "tflite", "mlmodel"),
+    *("safetensors.index.json", "bin.index.json", "h5.index.json", "msgpack.index.json"),
+)
+# Those of whole models, which are not downloaded.
+_OTHERS = ["pytorch_model*", "tf_model*", "flax_model*", "rust_model.ot", "*.gguf", "*.onnx*"]
+_OTHERS += ["original/*", "consolidated*", "*.pth", "*.ckpt"]
+
+
+class BaseModel:
+    """A Hugging Face model on disk. Only headers and configuration are read.
+
+    Args:
+        source: a folder with ``config.json`` and ``model.safetensors``, or shards and
+            ``model.safetensors.index.json``; or a Hugging Face id ``owner/name`` or
+            ``owner/name@revision``.
+
+    Attributes:
+        source: as given.
+        folder: the folder.
+        config: the content of ``config.json``.
+        index: the content of the index of the shards, None where there is one file only.
+        shards: the files with the tensors, by name.
+        shard: name of the file that each tensor is in.
+
+    Raises:
+        FormatError: files are missing, broken or contradict each other.
+        UnsupportedError: the model is quantized, or not in safetensors files.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.folder = find_folder(source, _download, CONFIG)
+        self.config = _read_json(self.folder / CONFIG)
+        self._refuse_quantized()
+        self.index = self._read_index()
+        self.shards = {name: self._open(name) for name in self._names()}
+        self.shard: dict[str, str] = {}
+        for name, reader in self.shards.items():
+            for tensor in (*reader.tensors, *reader.foreign):
+                if tensor in self.shard:
+                    raise FormatError(
+                        f"{self.folder}: tensor {tensor!r} is in {self.shard[tensor]} and {name}"
+                    )
+                self.shard[tensor] = name
+        for tensor, name in self._weight_map().items():
+            if self.shard.get(tensor) != name:
+                raise FormatError(
+                    f"{self.folder / INDEX}: tensor {tensor!r} is not in {name}; "
+                    "the download may be incomplete"
+                )
+
+    def tensor(self, name: str) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a tensor.
+
+        Raises:
+            UnsupportedError: NumPy does not know the dtype.
+        """
+        reader = self.shards[self.shard[name]]
+        if name in reader.foreign:
+            raise UnsupportedError(
+                f"{reader.file}: tensor {name!r} has dtype {reader.foreign[name]}; a quantized "
+                "weight takes no update: apply the adapter to the model it was made from"
+            )
+        return reader.tensors[name]
+
+    def floating(self, name: str) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a tensor that takes an update.
+
+        Raises:
+            UnsupportedError: it has no floating-point dtype that NumPy knows.
+        """
+        tensor = self.tensor(name)
+        if tensor.dtype.name not in FLOATS:
+            raise UnsupportedError(
+                f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}, so it is quantized, or "
+                "no weight; apply the adapter to the model in a floating-point dtype"
+            )
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of any dtype."""
+        return self.shards[self.shard[name]].shape(name)
+
+    def configured(self, field: str) -> list[Any]:
+        """What the configuration says, of the model and of its text model."""
+        configs = (self.config, self.config.get("text_config") or {})
+        return [config[field] for config in configs if config.get(field) is not None]
+
+    def others(self) -> tuple[list[str], list[str]]:
+        """Files beside the shards, hidden ones aside: what is still true of an adapted model.
+
+        Weights of the parts of a sentence-transformers model, which ``modules.json`` names, are.
+
+        Returns:
+            Files to copy; and weights of the unadapted model in other files. Both relative.
+        """
+        parts = _sentence_parts(self.folder / "modules.json")
+        copied: list[str] = []
+        skipped: list[str] = []
+        for file in _visible_files(self.folder):
+            name = file.relative_to(self.folder).as_posix()
+            if name in self.shards:
+                continue
+            weights = name.endswith(tuple(f".{ending}" for ending in _WEIGHTS))
+            used = name == INDEX and self.index is not None
+            stale = weights and not used and name.rpartition("/")[0] not in parts
+            (skipped if stale else copied).append(name)
+        return copied, skipped
+
+    def _refuse_quantized(self) -> None:
+        for field in ("quantization_config", "compression_config"):
+            for found in self.configured(field):
+                method = found.get("quant_method") if isinstance(found, Mapping) else found
+                raise UnsupportedError(
+                    f"{self.folder / CONFIG}: {field} says that the model is quantized "
+                    f"({method or 'method not named'}); apply the adapter to the model it was "
+                    "made from, then quantize the result"
+                )
+
+    def _read_index(self) -> dict[str, Any] | None:
+        file = self.folder / INDEX
+        if (self.folder / WEIGHTS).is_file():  # transformers then takes no notice of an index
+            return None
+        if file.is_file():
+            return _read_json(file)
+        pickles = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
+        if pickles:
+            raise UnsupportedError(
+                f"{self.folder / pickles[0]}: pickle files can run code when they are read, so "
+                "they are not; load the model with transformers and save it again, which writes "
+                "safetensors"
+            )
+        raise FormatError(f"{self.folder}: no {WEIGHTS} and no {INDEX}; expected a model's folder")
+
+    def _weight_map(self) -> Mapping[str, str]:
+        if self.index is None:
+            return {}
+        found = self.index.get("weight_map")
+        if not isinstance(found, dict) or not found or {*map(type, found.values())} != {str}:
+            raise FormatError(f"{self.folder / INDEX}: no weight_map; expected tensors and files")
+        return found
+
+    def _names(self) -> list[str]:
+        names = sorted(set(self._weight_map().values())) or [WEIGHTS]
+        for name in names:
+            if Path(name).name != name:
+                raise FormatError(f"{self.folder / INDEX}: {name!r} is not the name of a file")
+        return names
+
+    def _open(self, name: str) -> TensorReader:
+        file = self.folder / name
+        if not file.is_file():
+            raise FormatError(f"{file}: missing, though {INDEX} names it; get the whole model")
+        return TensorReader(file, strict=False)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FormatError(f"{file.parent}: no {file.name}; expected a model's folder")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _sentence_parts(file: Path) -> set[str]:
+    """Folders of the parts of a sentence-transformers model, its transformer aside."""
+    if not file.is_file():
+        return set()
+    try:
+        return {part["path"] for part in json.loads(file.read_bytes())} - {""}
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{file}: expected a list of modules with their paths") from error
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _visible_files(path)
+        elif path.is_file():
+            yield path
+
+
+def _download(repo: str, **options: Any) -> Path:
+    """A snapshot without weights in other formats; from the cache if that is whole."""
+    folder = Path(huggingface_hub.snapshot_download(repo, ignore_patterns=_OTHERS, **options))
+    if options.get("local_files_only") and not _is_whole(folder):
+        raise LocalEntryNotFoundError(f"{folder}: not all files are there")
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False
+    if (folder / WEIGHTS).is_file():
+        return True
+    if not (folder / INDEX).is_file():
+        return False
+    names = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+    return all((folder / name).is_file() for name in names)

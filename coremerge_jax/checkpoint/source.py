@@ -1,0 +1,45 @@
+"""Whatever holds an adapter, by what is in it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from coremerge_jax.checkpoint import peft
+from coremerge_jax.checkpoint.orbax import is_orbax, open_orbax
+from coremerge_jax.lora import Adapter
+
+
+def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> Adapter:
+    """Opens a PEFT folder, a Hugging Face id, or an orbax checkpoint.
+
+    Args:
+        source: see `open_peft` and `open_orbax`.
+        name: a name for messages and tables; that of the folder by default.
+        **options: of `open_orbax`.
+
+    Raises:
+        FormatError: there is no such adapter, or it is broken.
+        UnsupportedError: it is more than a low-rank update of the base model.
+    """
+    if is_orbax(source):
+        return open_orbax(source, name=name, **options)
+    return peft.open_peft(source, name=name)
+
+
+def hash_source(source: str | Path) -> dict[str, str]:
+    """SHA-256 of what an adapter was read from.
+
+    Args:
+        source: see `open_adapter`.
+
+    Returns:
+        File name to hexadecimal digest; of a checkpoint, one digest of all its names and files.
+    """
+    if not is_orbax(source):
+        return peft.hash_source(source)
+    whole = hashlib.sha256()
+    for file in sorted(path for path in Path(source).rglob("*") if path.is_file()):
+        whole.update(str(file.relative_to(source)).encode())
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"all files": whole.hexdigest()}

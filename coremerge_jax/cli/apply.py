@@ -1,0 +1,129 @@
+"""``coremerge apply``."""
+
+import dataclasses
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+from coremerge_jax.cli.console import Stages, describe_paths, print_json, print_table
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.checkpoint.base_model import Folding
+
+_NAMED = 8  # names in a line
+
+EPILOG = """[bold]Examples[/]
+
+coremerge apply merged --base models/llama -o llama-merged
+
+coremerge apply merged --base meta-llama/Llama-3.1-8B -o llama-merged --scale 0.8"""
+
+
+def apply(
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="PEFT adapter: a folder, or a Hugging Face id.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Its base model in safetensors files: a folder, or a Hugging Face id.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="Folder for the changed model."),
+    ] = None,
+    scale: Annotated[float, typer.Option(metavar="NUMBER", help="Scale of the update.")] = 1.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fold an adapter into the weights of its base model."""
+    if output is None and not dry_run:
+        raise RecipeError("no output: give -o OUT, or --dry-run to only check")
+    report = _report(adapter, base, output, scale, force=force, dry_run=dry_run)
+    if as_json:
+        return print_json(report)
+    return _show(report)
+
+
+def _report(
+    adapter: str, base: str, output: Path | None, scale: float, *, force: bool, dry_run: bool
+) -> dict[str, Any]:
+    from coremerge_jax.checkpoint import open_peft
+    from coremerge_jax.checkpoint.base_model import Folding
+    from coremerge_jax.checkpoint.peft.source import same_folder
+
+    stage = Stages()
+    with stage("open"):
+        folding = Folding(open_peft(adapter), base, scale=scale)
+    if output is not None:
+        if same_folder(adapter, output):
+            raise RecipeError(f"{output}: is the adapter; choose another output")
+        folding.check_output(output, force=force)
+    if output is None or dry_run:
+        report: dict[str, Any] = {"report": folding.report}
+    else:
+        report = _write(folding, adapter, output, force, stage)
+    told = dataclasses.asdict(report.pop("report"))
+    return {**report, **told, "base": base, "scale": scale, "seconds": stage.seconds}
+
+
+def _write(
+    folding: "Folding", adapter: str, output: Path, force: bool, stage: Stages
+) -> dict[str, Any]:
+    from coremerge_jax.checkpoint import hash_source
+
+    source = {"path": adapter, "sha256": hash_source(adapter)}
+    with stage("apply", total=len(folding.report.modules)) as advance:
+        report = folding.write(
+            output, force=force, provenance={"sources": [source]}, advance=advance
+        )
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return {"output": str(output), "bytes": size, "report": report}
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    done = "output" in report
+    groups: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for path, module in report["modules"].items():
+        groups[*module["shape"], module["dtype"]][path] = module["rounding_loss"]
+    columns = ["modules", "stored as", "dtype"]
+    rows = [
+        [describe_paths(list(losses)), "{} × {}".format(*shape), dtype]
+        for (*shape, dtype), losses in groups.items()
+    ]
+    if done:
+        columns += ["rounding loss", "worst"]
+        for row, losses in zip(rows, groups.values(), strict=True):
+            row += [f"{pick(losses.values()):.3%}" for pick in (statistics.median, max)]
+    print_table(columns, rows, right=("stored as", "rounding loss", "worst"))
+    for what in ("replaced", "appended", "copied", "skipped"):
+        names = report[what]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            typer.echo(f"{what}: {', '.join(names[:_NAMED])}{more}")
+    modules = f"{len(report['modules'])} modules"
+    if done:
+        typer.echo(
+            f"applied {modules} in {report['seconds']['apply']:.1f} s\n"
+            f"wrote {report['output']} ({decimal(report['bytes'])})"
+        )
+    else:
+        typer.echo(f"would apply {modules} to {report['base']}; nothing was written")

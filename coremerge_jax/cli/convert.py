@@ -1,0 +1,162 @@
+"""``coremerge convert``."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+from coremerge_jax.cli.console import describe_paths, describe_ranks, print_json, print_table
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.lora import Adapter
+
+EPILOG = """[bold]Examples[/]
+
+coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
+
+coremerge convert adapter -o checkpoint --to orbax --names maxtext-llama --head-dim 128
+
+coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
+
+_source = partial(typer.Option, show_default=False, rich_help_panel="How the source is stored")
+_target = partial(typer.Option, show_default=False, rich_help_panel="Result")
+
+_NAMES = "tunix|tunix-gemma|gemma|maxtext-llama|maxtext-qwen"
+_LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="An orbax checkpoint (or a folder of steps), a PEFT adapter folder or a Hugging "
+            "Face id.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DST", help="Folder to write.")],
+    to: Annotated[
+        str, _target(metavar="peft|orbax", help="What to write. Default: peft.")
+    ] = "peft",
+    names: Annotated[
+        str | None,
+        _target(
+            metavar=_NAMES,
+            help="Translate module names between Hugging Face and this implementation of a model "
+            "family, whichever they are not.",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None, _target(metavar="D", help="Size of an attention head, for names that ask.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        _target(
+            metavar="CHECKPOINT",
+            help="Orbax checkpoint whose keys, axes and dtypes to write.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, _target(metavar="DTYPE", help="Of a PEFT adapter. Default: float32.")
+    ] = "float32",
+    force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
+    layout: Annotated[
+        str | None, _source(metavar=_LAYOUTS, help="Default: found out by the keys.")
+    ] = None,
+    alpha: Annotated[
+        float | None, _source(metavar="NUMBER", help="LoRA's alpha, where nothing tells it.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        _source(
+            metavar="R", help="The rank that alpha is divided by. Default: that of the factors."
+        ),
+    ] = None,
+    scan_axis: Annotated[
+        str | None,
+        _source(metavar="0|1|none", help="Axis of stacked layers. Default: found out by shapes."),
+    ] = None,
+    axes: Annotated[
+        list[str] | None,
+        _source(
+            metavar="PATTERN=A,B",
+            help="Axes of the factors of some modules: i input, o output, r rank, l stacked; such "
+            "as '*/moe=lir,lro'.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        _source(metavar="PATTERN", help="Keys that are not LoRA factors; several may be given."),
+    ] = None,
+    item: Annotated[
+        str | None, _source(metavar="NAME", help="Which tree of a checkpoint with several.")
+    ] = None,
+    step: Annotated[int | None, _source(metavar="N", help="Which step. Default: the last.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
+    from coremerge_jax.checkpoint import open_adapter, save_orbax, save_peft
+    from coremerge_jax.names import translate
+
+    if to not in ("peft", "orbax"):
+        raise RecipeError(f"--to {to!r}: expected peft or orbax")
+    if like is not None and to != "orbax":
+        raise RecipeError("--like is for --to orbax")
+    told: dict[str, Any] = {
+        "layout": layout,
+        "alpha": alpha,
+        "rank": rank,
+        "axes": _parse_axes(axes or []),
+        "ignore": ignore,
+        "item": item,
+        "step": step,
+    }
+    options = {key: value for key, value in told.items() if value is not None}
+    if scan_axis is not None:
+        options["scan_axis"] = _parse_scan_axis(scan_axis)
+    adapter = open_adapter(source, **options)
+    if names is not None:
+        adapter = translate(adapter, names, head_dim=head_dim)
+    if to == "peft":
+        save_peft(adapter, output, dtype=dtype, force=force)
+    else:
+        save_orbax(adapter, output, like=like, force=force)
+    _show(source, adapter.outline, output, to, as_json)
+
+
+def _parse_axes(texts: list[str]) -> dict[str, str]:
+    parsed = {}
+    for text in texts:
+        pattern, separator, letters = text.rpartition("=")
+        if not separator or letters.count(",") != 1:
+            raise RecipeError(f"--axes {text!r}: expected PATTERN=A,B, such as '*/moe=lir,lro'")
+        parsed[pattern] = letters
+    return parsed
+
+
+def _parse_scan_axis(text: str) -> int | None:
+    if text not in ("0", "1", "none"):
+        raise RecipeError(f"--scan-axis {text!r}: expected 0, 1 or none")
+    return None if text == "none" else int(text)
+
+
+def _show(source: str, adapter: "Adapter", output: Path, to: str, as_json: bool) -> None:
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    ranks = {path: lora.rank for path, lora in adapter.items()}
+    if as_json:
+        report = {"source": source, "output": str(output), "to": to, "bytes": size, "ranks": ranks}
+        return print_json(report)
+    shapes = Counter(lora.shape for lora in adapter.values())
+    rows = []
+    for shape in shapes:
+        paths = [path for path, lora in adapter.items() if lora.shape == shape]
+        rank = describe_ranks({ranks[path] for path in paths})
+        rows.append([describe_paths(paths), "{} × {}".format(*shape), rank])
+    print_table(["modules", "m × n", "ranks"], rows, right=("m × n", "ranks"))
+    typer.echo(f"wrote {output} ({to}, {decimal(size)})")
+    return None

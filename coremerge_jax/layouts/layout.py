@@ -1,0 +1,151 @@
+"""What a layout is: how one library names, orients and scales the LoRA factors in its trees."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from coremerge_jax.errors import FormatError
+from coremerge_jax.layouts.axes import Axes, Shape
+from coremerge_jax.lora import LINEAR, Kind
+
+# Parts of a path below which layers lie: numbered, or scanned if no number follows.
+_CONTAINERS = "layers?|blocks?|h"
+_CONTAINER = re.compile(_CONTAINERS)
+_NUMBERED = re.compile(rf"(?:^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """What a key of a tree says.
+
+    Attributes:
+        module: path of the module, parts joined by ``/``.
+        param: name of the kernel that is adapted.
+        factor: ``"a"`` or ``"b"``.
+    """
+
+    module: str
+    param: str
+    factor: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a library stores LoRA factors in a tree of parameters.
+
+    The factor of the inputs is called a here, with the rank as its last axis, and that of the
+    outputs b, with the rank as its first axis; a batch axis, if there is one, is axis 0 of both or
+    axis 1 of both.
+
+    Attributes:
+        name: for messages and options.
+        key: the key of a factor, with ``{module}``, ``{factor}`` and perhaps ``{param}``.
+        patterns: regular expressions of keys, with groups of these names.
+        param: the kernel's name where a key does not tell it.
+        scaled: whether the library multiplies the update by alpha / rank; else it does not.
+        kinds: what sort of module it is, by the kernel's name; linear by default.
+    """
+
+    name: str
+    key: str
+    patterns: tuple[str, ...]
+    param: str = "kernel"
+    scaled: bool = False
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
+
+    def match(self, key: str) -> Factor | None:
+        """What a key says, parts joined by ``/``; None if it is not one of this layout."""
+        for pattern in self.patterns:
+            found = re.fullmatch(pattern, key)
+            if found:
+                groups = found.groupdict()
+                return Factor(groups["module"], groups.get("param") or self.param, groups["factor"])
+        return None
+
+    def kind(self, param: str) -> Kind:
+        """What sort of module a kernel of this name makes."""
+        return self.kinds.get(param, LINEAR)
+
+
+def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> Axes:
+    """The axes of two factors, from their shapes and the path of their module.
+
+    Args:
+        module: path, parts joined by ``/``.
+        a: shape of the factor of the inputs.
+        b: shape of the factor of the outputs.
+        batch_axis: 0 or 1, where layers (or experts) are stacked if both factors have more than
+            two axes; None for no such axis; ``"auto"`` where the shapes show it.
+
+    Raises:
+        FormatError: the shapes are not those of two factors, or could be so in several ways.
+    """
+    if isinstance(batch_axis, int) and min(len(a), len(b)) < 3:
+        batch_axis = None
+    fitting = [
+        axes for axes in (_axes(a, b, at) for at in (None, 0, 1)) if axes and _fit(axes, a, b)
+    ]
+    given = [axes for axes in fitting if axes == _axes(a, b, batch_axis)]
+    if batch_axis != "auto":
+        fitting = given
+    elif len(fitting) > 1:
+        fitting = _likely(module, fitting)
+    if len(fitting) == 1:
+        return fitting[0]
+    problem = f"{module}: factors of shapes a {a} and b {b}"
+    if not fitting:
+        where = "" if batch_axis == "auto" else f", stacked along axis {batch_axis}"
+        raise FormatError(
+            f"{problem}: expected (inputs, r) and (r, outputs) of one rank r{where}; "
+            "say how they are stored with axes (--axes)"
+        )
+    ways = " or ".join(f"{axes.a},{axes.b}" for axes in fitting)
+    raise FormatError(
+        f"{problem} can be read in several ways ({ways}: i input, o output, r rank, l stacked "
+        "layers); say which with scan_axis (--scan-axis) or axes (--axes)"
+    )
+
+
+def _axes(a: Shape, b: Shape, batch_axis: int | str | None) -> Axes | None:
+    """Axes with the batch at a place, None if there are too few."""
+    if min(len(a), len(b)) < (2 if batch_axis is None else 3):
+        return None
+    first, second = ["i"] * (len(a) - 1) + ["r"], ["r"] + ["o"] * (len(b) - 1)
+    if isinstance(batch_axis, int):
+        first = ["i"] * (len(a) - 2) + ["r"]
+        second.pop()
+        first.insert(batch_axis, "l")
+        second.insert(batch_axis, "l")
+    return Axes("".join(first), "".join(second))
+
+
+def _fit(axes: Axes, a: Shape, b: Shape) -> bool:
+    rank_a, rank_b = axes.rank(a, b)
+    batch_b = tuple(n for letter, n in zip(axes.b, b, strict=True) if letter == "l")
+    return rank_a == rank_b and axes.batch(a) == batch_b
+
+
+def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
+    """A numbered layer is not stacked along axis 1; one without a number is stacked."""
+    if is_numbered(module):
+        return [axes for axes in fitting if not axes.a.startswith("il")]
+    if container(module) is None:
+        return fitting
+    return [axes for axes in fitting if "l" in axes.a] or fitting
+
+
+def is_numbered(module: str) -> bool:
+    """Whether a path names one layer, as ``layers/0`` or ``layers_0``."""
+    return _NUMBERED.search(module) is not None
+
+
+def separate_numbers(module: str) -> str:
+    """A path with ``layers/0`` in place of ``layers_0``."""
+    return _NUMBERED.sub(lambda found: found[0].replace("_", "/"), module)
+
+
+def container(module: str) -> int | None:
+    """The place, in a path, of the part below which layers lie."""
+    parts = module.split("/")
+    places = [i for i, part in enumerate(parts) if _CONTAINER.fullmatch(part)]
+    return places[-1] if places else None

@@ -1,0 +1,39 @@
+"""The LoRA factors of flax NNX models in memory: out of a model, and back into it."""
+
+from typing import Any
+
+from flax import nnx
+
+from coremerge_jax.lora import Adapter
+from coremerge_jax.trees import from_tree, to_tree
+
+
+def from_nnx(model: nnx.Module, *, name: str | None = None, **options: Any) -> Adapter:
+    """The LoRA factors of a model: its variables of type `nnx.LoRAParam`, as flax and qwix make.
+
+    Args:
+        model: any NNX module.
+        name: a name for messages and tables.
+        **options: see `TreeFormat`. A model of qwix needs the ``alpha`` of its LoraRule.
+
+    Raises:
+        FormatError: the model has no LoRA factors, or they cannot be told apart.
+    """
+    return from_tree(nnx.state(model, nnx.LoRAParam), name=name, **options)
+
+
+def update_nnx(model: nnx.Module, adapter: Adapter, **options: Any) -> None:
+    """Puts an adapter in place of the LoRA factors of a model.
+
+    Their rank becomes that of the adapter; `truncate` it first where shapes must not change.
+
+    Args:
+        model: has LoRA factors for the modules of the adapter, and for no others.
+        adapter: such as the result of `merge`.
+        **options: see `TreeFormat`. For a model of qwix, ``alpha`` and ``rank`` of its LoraRule:
+            it goes on to scale by them, whatever rank the factors have.
+
+    Raises:
+        MismatchError: the adapter and the model have not the same modules.
+    """
+    nnx.update(model, to_tree(adapter, nnx.state(model, nnx.LoRAParam), **options))

@@ -1,0 +1,352 @@
+"""Trees of parameters (of a model, of a checkpoint) to adapters and back."""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.layouts import LAYOUTS, Axes, Layout
+from coremerge_jax.layouts.axes import Shape, pad_rank
+from coremerge_jax.layouts.layout import container, find_axes, is_numbered, separate_numbers
+from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
+
+# Names of parameters that say nothing about the module.
+_UNNAMED = ("kernel", "w", "embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where the two factors of a kernel are in a tree.
+
+    Attributes:
+        paths: module paths of the kernels, in the order of the batch.
+        keys: of a and b.
+        shapes: of a and b.
+        dtypes: of a and b.
+        axes: of a and b.
+        kind: what sort of module it is.
+    """
+
+    paths: tuple[str, ...]
+    keys: tuple[str, str]
+    shapes: tuple[Shape, Shape]
+    dtypes: tuple[np.dtype, np.dtype]
+    axes: Axes
+    kind: Kind
+
+    @property
+    def rank(self) -> int:
+        """The length of the rank axes."""
+        return self.axes.rank(*self.shapes)[0]
+
+    def outline(self) -> dict[str, LoRA]:
+        """The modules with shapes and dtypes in place of their factors."""
+        pair = map(jax.ShapeDtypeStruct, self.shapes, self.dtypes)
+        return jax.eval_shape(partial(self.read, scale=1.0), *pair)
+
+    def read(self, a: Array, b: Array, scale: float | Array) -> dict[str, LoRA]:
+        """The modules, given the stored factors."""
+        a, b = self.axes.matrices(_single(a), _single(b))
+        b = b * np.asarray(scale, b.dtype) if isinstance(scale, float) else b * scale
+        rows = b if len(b) == len(a) else [b[0]] * len(a)  # one b for all
+        pairs = zip(self.paths, a, rows, strict=True)
+        return {path: LoRA(a=x, b=y, kind=self.kind) for path, x, y in pairs}
+
+    def write(self, modules: Mapping[str, LoRA], scale: float | Array) -> tuple[Array, Array]:
+        """The factors to store, given the modules; ranks are padded to the largest with zeros."""
+        loras = [modules[path] for path in self.paths]
+        rank = max(lora.rank for lora in loras)
+        on_host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loras))
+        xp: Any = np if on_host else jnp
+        a = xp.stack([pad_rank(lora.a, -2, rank) for lora in loras])
+        b = xp.stack([pad_rank(lora.b, -1, rank) for lora in loras])
+        b = b / np.asarray(scale, b.dtype) if isinstance(scale, float) else b / scale
+        a, b = self.axes.stored(a, b, *self.shapes)
+        return a.astype(self.dtypes[0]), b.astype(self.dtypes[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeFormat:
+    """How factors are stored in a tree, where it does not say it itself.
+
+    Attributes:
+        layout: a name of `layouts.LAYOUTS`; found out by the keys by default.
+        alpha: of layouts that scale by alpha / rank.
+        rank: that the scale is of; by default that of the factors.
+        scan_axis: 0 or 1, where stacked layers are in both factors; None for none; ``"auto"`` where
+            shapes and names show it.
+        axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its factors
+            as ``"lir,lro"``; see `layouts.Axes`.
+        ignore: patterns of keys to leave out, such as those of the base model's own parameters.
+    """
+
+    layout: str | None = None
+    alpha: float | Array | None = None
+    rank: int | None = None
+    scan_axis: int | str | None = "auto"
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignore: Sequence[str] = ()
+
+    def scale(self, layout: Layout, rank: int) -> float | Array:
+        """What the library that the tree is of multiplies an update by.
+
+        Raises:
+            FormatError: it is not known.
+        """
+        if not layout.scaled:
+            if self.alpha is not None and self.alpha != (self.rank or rank):
+                raise FormatError(
+                    f"layout {layout.name!r} does not scale updates, but alpha is {self.alpha} and "
+                    f"the rank {self.rank or rank}; leave alpha out"
+                )
+            return 1.0
+        if self.alpha is None:
+            raise FormatError(
+                f"layout {layout.name!r} scales updates by alpha / rank, and the tree does not "
+                "hold alpha: give alpha (--alpha)"
+            )
+        return self.alpha / (self.rank or rank)
+
+    def places(self, leaves: Mapping[str, Any]) -> "Places":
+        """Where the factors of a tree are.
+
+        Args:
+            leaves: by key, anything with a shape and a dtype.
+
+        Raises:
+            FormatError: keys are of no layout, or of several; a factor has no partner; shapes can
+                be read in several ways; or the scale is not known.
+        """
+        kept = [key for key in leaves if not any(fnmatch.fnmatch(key, p) for p in self.ignore)]
+        layout = self._layout(kept)
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        unmatched = []
+        for key in kept:
+            factor = layout.match(key)
+            if factor is None:
+                unmatched.append(key)
+            else:
+                found.setdefault((factor.module, factor.param), {})[factor.factor] = key
+        if unmatched:
+            raise FormatError(
+                f"{len(unmatched)} keys are not LoRA factors of layout {layout.name!r} (first: "
+                f"{unmatched[0]!r}{nearest(unmatched[0], set(kept) - set(unmatched))}); leave "
+                "them out with ignore (--ignore)"
+            )
+        slots: dict[Slot, float | Array] = {}
+        for (module, param), keys in found.items():
+            if set(keys) != {"a", "b"}:
+                raise FormatError(f"{next(iter(keys.values()))!r} has no partner factor")
+            slot = self._slot(layout, module, param, keys, leaves)
+            slots[slot] = self.scale(layout, slot.rank)
+        return Places(slots)
+
+    def metadata(self, places: "Places", name: str | None) -> Metadata:
+        """What is known of the adapter."""
+        first = next(iter(places.slots))
+        alpha = self.alpha if isinstance(self.alpha, int | float) else None
+        return Metadata(name=name, rank=first.rank, alpha=alpha, dtype=str(first.dtypes[0]))
+
+    def _layout(self, keys: Sequence[str]) -> Layout:
+        if self.layout is not None:
+            if self.layout not in LAYOUTS:
+                raise FormatError(
+                    f"layout={self.layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}"
+                )
+            return LAYOUTS[self.layout]
+        fitting = [layout for layout in LAYOUTS.values() if any(map(layout.match, keys))]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not fitting:
+            examples = ", ".join(repr(key) for key in keys[:3])
+            raise FormatError(
+                f"no LoRA factors among {len(keys)} keys ({examples}); expected keys like "
+                + " or ".join(repr(layout.key) for layout in LAYOUTS.values())
+            )
+        names = " and ".join(repr(layout.name) for layout in fitting)
+        raise FormatError(f"the tree has keys of {names}; say which with layout (--layout)")
+
+    def _slot(
+        self,
+        layout: Layout,
+        module: str,
+        param: str,
+        keys: Mapping[str, str],
+        leaves: Mapping[str, Any],
+    ) -> Slot:
+        a, b = (leaves[keys[factor]] for factor in "ab")
+        shapes = tuple(a.shape), tuple(b.shape)
+        axes = self._axes(module, *shapes)
+        rank, other = axes.rank(*shapes)
+        if rank != other:
+            raise FormatError(
+                f"{module}: a {shapes[0]} with axes {axes.a} has rank {rank}, b {shapes[1]} with "
+                f"axes {axes.b} has rank {other}"
+            )
+        return Slot(
+            paths=module_paths(module, param, axes.batch(shapes[0])),
+            keys=(keys["a"], keys["b"]),
+            shapes=shapes,
+            dtypes=(a.dtype, b.dtype),
+            axes=axes,
+            kind=layout.kind(param),
+        )
+
+    def _axes(self, module: str, a: Shape, b: Shape) -> Axes:
+        for pattern, letters in self.axes.items():
+            if fnmatch.fnmatch(module, pattern):
+                first, _, second = letters.partition(",")
+                return Axes(first, second).checked(module, a, b)
+        return find_axes(module, a, b, self.scan_axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the factors of a tree are, and what its library multiplies each update by.
+
+    Raises:
+        FormatError: two of them are of one module.
+    """
+
+    slots: Mapping[Slot, float | Array]
+
+    def __post_init__(self) -> None:
+        seen: dict[str, Slot] = {}
+        for slot in self.slots:
+            for path in slot.paths:
+                if path in seen:
+                    raise FormatError(
+                        f"{seen[path].keys[0]!r} and {slot.keys[0]!r} are both of module {path!r}"
+                    )
+                seen[path] = slot
+
+    def outline(self) -> dict[str, LoRA]:
+        """The modules with shapes and dtypes in place of their factors."""
+        return {path: lora for slot in self.slots for path, lora in slot.outline().items()}
+
+    def read(self, leaves: Mapping[str, Array]) -> dict[str, LoRA]:
+        """The modules, given the arrays of the tree by key."""
+        modules: dict[str, LoRA] = {}
+        for slot, scale in self.slots.items():
+            a, b = (leaves[key] for key in slot.keys)
+            modules |= slot.read(a, b, scale)
+        return modules
+
+    def write(self, adapter: Adapter) -> dict[str, Array]:
+        """Arrays by key, given an adapter.
+
+        Raises:
+            MismatchError: it has not the same modules, or not of one shape.
+        """
+        check_same_modules(adapter.outline, self.outline())
+        stored: dict[str, Array] = {}
+        for slot, scale in self.slots.items():
+            stored |= zip(slot.keys, slot.write(adapter.read(slot.paths), scale), strict=True)
+        return stored
+
+
+def from_tree(tree: Any, *, name: str | None = None, **options: Any) -> Adapter:
+    """The LoRA factors of a tree of arrays as an adapter; may be called with traced arrays.
+
+    Module paths are those of the tree, joined by dots, without the names ``kernel`` and ``w`` of
+    the usual parameters. A stack of layers becomes one module a layer, its index behind the part
+    ``layers`` (or ``blocks``) of the path; a stack of something else ends in ``[index]``.
+
+    Args:
+        tree: any pytree, such as an `nnx.State`, of LoRA factors.
+        name: a name for messages and tables.
+        **options: see `TreeFormat`.
+
+    Raises:
+        FormatError: what the tree holds cannot be told, see `TreeFormat`.
+    """
+    leaves, form = flatten(tree), TreeFormat(**options)
+    places = form.places(leaves)
+    return Adapter(places.read(leaves), metadata=form.metadata(places, name))
+
+
+def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
+    """An adapter in the form of a tree: the inverse of `from_tree`.
+
+    The rank of a stored pair is the largest of its modules' ranks, which may differ from that of
+    ``like``: `truncate` first where shapes must not change.
+
+    Args:
+        adapter: has the modules of ``like``, and no others.
+        like: a tree of arrays, or of shapes and dtypes, with the keys, axes and dtypes to write.
+        **options: see `TreeFormat`; with ``alpha``, the tree's library will scale by alpha / rank.
+
+    Raises:
+        FormatError: where the factors of ``like`` belong cannot be told, see `TreeFormat`.
+        MismatchError: the adapter and the tree have not the same modules, or not of one shape.
+    """
+    stored = TreeFormat(**options).places(flatten(like)).write(adapter)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: stored.get(key_of(path), leaf), like)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by key, parts joined by ``/``, without the level ``value`` of flax."""
+    return {key_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def key_of(path: tuple[Any, ...]) -> str:
+    """The key of a leaf, given its path as `jax.tree_util` has it."""
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
+
+
+def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
+    """The module path of each kernel of a batch."""
+    module = re.sub(r"^(params/)+", "", module)
+    parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
+    at = None if is_numbered(module) else container(module)
+    found = []
+    for index in np.ndindex(batch):
+        names, rest = list(parts), list(index)
+        if at is not None and rest:
+            names.insert(at + 1, str(rest.pop(0)))
+        found.append(".".join(names) + "".join(f"[{i}]" for i in rest))
+    return tuple(found)
+
+
+def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) -> None:
+    """Checks that an adapter has the modules of a tree, and no others.
+
+    Raises:
+        MismatchError: naming a module, and the nearest name.
+    """
+    for missing, there, what in (
+        (tree.keys() - adapter.keys(), adapter, "the adapter has no module"),
+        (adapter.keys() - tree.keys(), tree, "the tree has no place for module"),
+    ):
+        if missing:
+            first = min(missing)
+            raise MismatchError(
+                f"{what} {first!r}{nearest(first, there)} ({len(missing)} in all); expected the "
+                "same modules in both"
+            )
+    for path, lora in tree.items():
+        if adapter[path].shape != lora.shape:
+            raise MismatchError(
+                f"module {path!r} is {adapter[path].shape} (m, n) in the adapter, and {lora.shape} "
+                "in the tree"
+            )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for a message."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0)
+    return f"; nearest is {near[0]!r}" if near else ""
+
+
+def _single(x: Array) -> Array:
+    """At least float32: scaling is not to round."""
+    return x if x.dtype == np.float64 else x.astype(np.float32)

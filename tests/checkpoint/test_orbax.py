@@ -1,0 +1,228 @@
+"""Orbax checkpoints: those of others are read, ours are restored by orbax itself."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp0
+import pytest
+from flax import nnx
+from helpers import assert_same, dense, random_adapters
+from orbax.checkpoint import v1 as ocp
+
+import coremerge_jax as cm
+
+SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(3) for name in ("q", "v")} | {"head": (4, 8)}
+LORA = {"lora_rank": 2, "lora_alpha": 8}
+
+
+@pytest.fixture
+def adapter():
+    return random_adapters(SHAPES, [2], dtype="float32")[0]
+
+
+def qwix_tree(adapter, value=False):
+    """Unstacked layers as Tunix has them, with alpha / rank = 4 taken out of b."""
+    tree = {}
+    for path, lora in adapter.items():
+        node = tree
+        for part in path.split("."):
+            node = node.setdefault(part, {})
+        for name, x in (("w_lora_a", lora.a.T), ("w_lora_b", lora.b.T / 4)):
+            node[name] = {"value": jnp.asarray(x)} if value else jnp.asarray(x)
+    return tree
+
+
+def restore(path, **dtypes):
+    """What orbax itself restores, on one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = ocp.metadata(path).metadata
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, dtypes.get(x.dtype.name, x.dtype), sharding=sharding
+        ),
+        tree,
+    )
+    return ocp.load(path, abstract)
+
+
+def write_v1(tree, path, **metadata):
+    ocp.save(path, tree, custom_metadata=metadata or None)
+
+
+def write_v0(tree, path, **metadata):
+    with ocp0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree, custom_metadata=metadata or None)
+
+
+def write_manager(tree, path, **metadata):
+    """As Tunix: steps, and the parameters as one of several items."""
+    with ocp0.CheckpointManager(path, item_names=("model_params", "optimizer_state")) as manager:
+        for step, saved in ((1, jax.tree.map(jnp.zeros_like, tree)), (2, tree)):
+            args = ocp0.args.Composite(
+                model_params=ocp0.args.StandardSave(saved),
+                optimizer_state=ocp0.args.StandardSave({"count": jnp.zeros(3)}),
+            )
+            manager.save(step, args=args, custom_metadata=metadata or None)
+        manager.wait_until_finished()
+
+
+@pytest.mark.parametrize("write", [write_v1, write_v0, write_manager])
+@pytest.mark.parametrize("value", [False, True], ids=["pure", "with values"])
+def test_checkpoints_of_others(adapter, tmp_path, write, value):
+    write(qwix_tree(adapter, value), tmp_path / "checkpoint", lora=LORA)
+    found = cm.open_adapter(tmp_path / "checkpoint")
+    assert_same(found, adapter, 1e-7)
+    assert found.metadata.rank == 2
+    assert found.metadata.alpha == 8
+    assert found.metadata.name in ("checkpoint", "2")
+    assert all(isinstance(lora.a, np.ndarray) for lora in found.values())
+
+
+def test_alpha_from_a_configuration_beside(adapter, tmp_path):
+    write_v1(qwix_tree(adapter), tmp_path / "checkpoint" / "0")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    (tmp_path / "checkpoint" / "adapter_config.json").write_text(json.dumps(config))
+    assert_same(cm.open_orbax(tmp_path / "checkpoint"), adapter, 1e-7)
+
+
+def test_alpha_that_nobody_tells(adapter, tmp_path):
+    write_v1(qwix_tree(adapter), tmp_path / "c")
+    with pytest.raises(cm.FormatError, match=r"does not hold alpha: give alpha \(--alpha\)"):
+        cm.open_orbax(tmp_path / "c")
+    assert_same(cm.open_orbax(tmp_path / "c", alpha=8), adapter, 1e-7)
+
+
+@pytest.mark.parametrize(("option", "value"), [("alpha", 16), ("rank", 4)])
+def test_alpha_and_rank_that_contradict(adapter, tmp_path, option, value):
+    write_v1(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    with pytest.raises(cm.FormatError, match=rf"{option}={value} was given, but .* says"):
+        cm.open_orbax(tmp_path / "c", **{option: value})
+
+
+def test_scanned_layers(adapter, tmp_path):
+    for axis in (0, 1):
+        tree = {"layers": {}, "head": qwix_tree(adapter)["head"]}
+        for name in ("q", "v"):
+            layers = [adapter[f"layers.{i}.{name}"] for i in range(3)]
+            tree["layers"][name] = {
+                "w_lora_a": np.stack([x.a.T for x in layers], axis),
+                "w_lora_b": np.stack([x.b.T / 4 for x in layers], axis),
+            }
+        write_v1(tree, tmp_path / str(axis), lora=LORA)
+        assert_same(cm.open_orbax(tmp_path / str(axis)), adapter, 1e-7)
+
+
+def test_merge_of_mixed_sources(tmp_path):
+    one, two = random_adapters(SHAPES, [2, 2], dtype="float32")
+    write_v1(qwix_tree(one), tmp_path / "orbax", lora=LORA)
+    cm.save_peft(two, tmp_path / "peft")
+    opened = [cm.open_adapter(tmp_path / name) for name in ("orbax", "peft")]
+    cm.save_peft(cm.merge_stream(opened, cm.tsv()), tmp_path / "merged")
+    assert_same(cm.load_peft(tmp_path / "merged"), cm.merge([one, two], cm.tsv()), 1e-6)
+
+
+def test_ours_are_restored_by_orbax(adapter, tmp_path):
+    cm.save_orbax(adapter, tmp_path / "ours")
+    metadata = ocp.metadata(tmp_path / "ours")
+    assert metadata.custom_metadata["lora"] == {"lora_rank": 2, "lora_alpha": 2}
+    restored = restore(tmp_path / "ours")
+    assert restored["layers"]["v"]["lora_b"].shape == (3, 2, 6)
+    expected = adapter["layers.1.q"]
+    np.testing.assert_array_equal(restored["layers"]["q"]["lora_a"][1], expected.a.T)
+    np.testing.assert_array_equal(restored["layers"]["q"]["lora_b"][1], expected.b.T)
+    half = restore(tmp_path / "ours", float32=jnp.bfloat16)
+    assert half["head"]["lora_a"].dtype == jnp.bfloat16
+    again = cm.open_adapter(tmp_path / "ours")
+    for path, lora in adapter.items():
+        np.testing.assert_array_equal(again[path].a, lora.a)
+        np.testing.assert_array_equal(again[path].b, lora.b)
+
+
+def test_ours_in_the_layout_of_the_source(adapter, tmp_path):
+    source = qwix_tree(adapter, value=True)
+    write_v1(source, tmp_path / "source", lora=LORA)
+    merged = cm.merge([adapter, adapter], cm.task_arithmetic())
+    cm.save_orbax(merged, tmp_path / "merged", like=tmp_path / "source")
+    restored = restore(tmp_path / "merged")
+    assert jax.tree.structure(restored) == jax.tree.structure(source)
+    assert restored["layers"]["0"]["q"]["w_lora_a"]["value"].shape == (8, 4)
+    assert_same(cm.open_orbax(tmp_path / "merged"), merged, 1e-6)
+
+
+def test_a_state_of_nnx(tmp_path):
+    model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+    model.lora.lora_b[...] = jnp.ones((2, 3))
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.inner = model
+
+    write_v1(nnx.state(Outer(), nnx.LoRAParam), tmp_path / "c")
+    found = cm.open_orbax(tmp_path / "c")
+    assert list(found) == ["inner"]
+    expected = np.asarray(model.lora.lora_a[...] @ model.lora.lora_b[...]).T
+    np.testing.assert_allclose(dense(found["inner"]), expected, rtol=1e-6)
+
+
+def test_an_output_that_exists_is_kept(adapter, tmp_path):
+    cm.save_orbax(adapter, tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(cm.FormatError, match="already exists"):
+        cm.save_orbax(adapter, tmp_path / "out")
+    cm.save_orbax(adapter, tmp_path / "out", force=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_is_left_of_a_failed_save(adapter, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        cm.save_orbax(adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_checkpoints(adapter, tmp_path):
+    for path, message in (
+        (tmp_path / "nothing", "no such folder"),
+        (tmp_path, "not an orbax checkpoint"),
+    ):
+        with pytest.raises(cm.FormatError, match=message):
+            cm.open_orbax(path)
+    write_v1(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    (item,) = (path.parent for path in (tmp_path / "c").glob("*/_METADATA"))
+    with pytest.raises(cm.FormatError, match=f"no item 'x'; there are '{item.name}'"):
+        cm.open_orbax(tmp_path / "c", item="x")
+    opened = cm.open_orbax(tmp_path / "c")
+    for data in item.glob("**/d/*"):
+        data.write_bytes(b"x" * 10)
+    with pytest.raises(cm.FormatError, match="cannot be read"):
+        opened.read(list(opened))
+    (item / "_METADATA").write_text("{")
+    with pytest.raises(cm.FormatError, match="not a readable orbax checkpoint"):
+        cm.open_orbax(tmp_path / "c")
+
+
+def test_values_that_are_not_finite(adapter, tmp_path):
+    tree = qwix_tree(adapter)
+    tree["head"]["w_lora_a"] = tree["head"]["w_lora_a"].at[0, 0].set(jnp.nan)
+    write_v1(tree, tmp_path / "c", lora=LORA)
+    with pytest.raises(cm.FormatError, match="module 'head' has NaN"):
+        cm.merge([cm.open_orbax(tmp_path / "c")], cm.mean())
+
+
+def test_keys_of_the_base_model_are_named(adapter, tmp_path):
+    tree = qwix_tree(adapter)
+    tree["head"]["w"] = jnp.zeros((8, 4))
+    write_v1(tree, tmp_path / "c", lora=LORA)
+    with pytest.raises(cm.FormatError, match=r"1 keys are not LoRA factors .*'head/w'.*--ignore"):
+        cm.open_orbax(tmp_path / "c")
+    assert_same(cm.open_orbax(tmp_path / "c", ignore=["*/w"]), adapter, 1e-7)
+    tree["head"].pop("w_lora_b")
+    write_v1(tree, tmp_path / "d", lora=LORA)
+    with pytest.raises(cm.FormatError, match="'head/w_lora_a' has no partner"):
+        cm.open_orbax(tmp_path / "d", ignore=["*/w"])

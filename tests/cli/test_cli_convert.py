@@ -1,0 +1,117 @@
+"""``coremerge convert``: from an orbax checkpoint to PEFT and back, and what it refuses."""
+
+import json
+
+import jax
+import pytest
+from helpers import assert_same, random_adapters
+from orbax.checkpoint import v1 as ocp
+
+import coremerge_jax as cm
+
+HEADS, HEAD_DIM, WIDTH = 2, 4, 8
+
+
+@pytest.fixture
+def tunix(tmp_path):
+    """A checkpoint as Tunix leaves it, with alpha / rank = 4, and the adapter that it holds."""
+    sizes = {"q_proj": (HEADS, HEAD_DIM), "k_proj": (1, HEAD_DIM)}
+    (adapter,) = random_adapters(
+        {
+            f"model.layers.{i}.self_attn.{name}": (heads * dim, WIDTH)
+            for i in range(2)
+            for name, (heads, dim) in sizes.items()
+        },
+        [2],
+        dtype="float32",
+    )
+    tree = {"layers": {"0": {"attn": {}}, "1": {"attn": {}}}}
+    for path, lora in adapter.items():
+        layer, name = path.split(".")[2], path.split(".")[4]
+        tree["layers"][layer]["attn"][name] = {
+            "w_lora_a": {"value": lora.a.T},
+            "w_lora_b": {"value": (lora.b.T / 4).reshape(2, *sizes[name])},
+        }
+    ocp.save(tmp_path / "tunix" / "1", {"layers": {}} | tree, checkpointable_name="model_params")
+    return tmp_path / "tunix", adapter
+
+
+def test_to_hugging_face_and_back(coremerge, tmp_path, tunix):
+    source, adapter = tunix
+    options = ["--alpha", 8, "--names", "tunix"]
+    result = coremerge("convert", source, "-o", tmp_path / "peft", *options)
+    assert result.code == 0, result.err
+    assert "wrote" in result.out
+    assert_same(cm.load_peft(tmp_path / "peft"), adapter, 1e-7)
+    back = ["--to", "orbax", "--like", source, "--names", "tunix"]
+    result = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "back", *back)
+    assert result.code == 0, result.err
+    restored, first = (ocp.metadata(path).metadata for path in (tmp_path / "back", source / "1"))
+    assert jax.tree.structure(restored) == jax.tree.structure(first)
+    again = cm.open_adapter(tmp_path / "back")
+    assert again.metadata.alpha == again.metadata.rank == 2
+    factors = restored["layers"]["1"]["attn"]["q_proj"]
+    assert factors["w_lora_b"]["value"].shape == (2, HEADS, HEAD_DIM)
+
+
+def test_json(coremerge, tmp_path, tunix):
+    source, _ = tunix
+    result = coremerge("convert", source, "-o", tmp_path / "peft", "--alpha", 8, "--json")
+    report = json.loads(result.out)
+    assert report["ranks"]["layers.1.attn.k_proj"] == 2
+    assert report["to"] == "peft"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["alpha / rank", "--alpha"]),
+        (["--alpha", 8, "--layout", "nnx"], ["layout 'nnx'"]),
+        (["--alpha", 8, "--step", 3], ["no step 3", "[1]"]),
+        (["--alpha", 8, "--item", "x"], ["no item 'x'", "model_params"]),
+        (["--alpha", 8, "--to", "keras"], ["--to 'keras'", "peft or orbax"]),
+        (["--alpha", 8, "--names", "bert"], ["names 'bert'", "tunix"]),
+        (["--alpha", 8, "--axes", "x"], ["--axes 'x'", "PATTERN=A,B"]),
+        (["--alpha", 8, "--axes", "*=ir,rx"], ["axes 'rx'", "one letter"]),
+        (["--alpha", 8, "--scan-axis", 2], ["--scan-axis '2'"]),
+        (["--alpha", 8, "--like", "x"], ["--like is for --to orbax"]),
+        (["--alpha", 8, "--to", "orbax", "--like", "x"], ["x: no such folder"]),
+    ],
+)
+def test_refusals(coremerge, tmp_path, tunix, options, words):
+    source, _ = tunix
+    result = coremerge("convert", source, "-o", tmp_path / "out", *options)
+    assert result.code in (1, 2)
+    assert len(result.err.splitlines()) == 1
+    for word in words:
+        assert word in result.err, result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_nothing(coremerge, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = coremerge("convert", tmp_path / "empty", "-o", tmp_path / "out")
+    assert result.code == 1
+    assert "empty" in result.err
+
+
+def test_merge_of_a_checkpoint_and_a_peft_folder(coremerge, tmp_path, tunix):
+    _, adapter = tunix
+    cm.save_orbax(adapter, tmp_path / "one")
+    cm.save_peft(adapter, tmp_path / "two")
+    result = coremerge("merge", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    merged = cm.load_peft(tmp_path / "out")
+    expected = cm.merge([cm.load_peft(tmp_path / "two")] * 2, cm.tsv())
+    assert_same(merged, expected, 1e-6)
+    sources = json.loads((tmp_path / "out" / "coremerge.json").read_text())["sources"]
+    assert [source["name"] for source in sources] == ["one", "two"]
+    assert all(source["sha256"] for source in sources)
+
+
+def test_inspect_of_a_checkpoint(coremerge, tmp_path, tunix):
+    _, adapter = tunix
+    cm.save_orbax(adapter, tmp_path / "one")
+    result = coremerge("inspect", tmp_path / "one")
+    assert result.code == 0, result.err
+    assert "q_proj" in result.out
