@@ -3,6 +3,7 @@
 It is imported late, as that takes time which those who merge PEFT folders need not wait.
 """
 
+import dataclasses
 import functools
 import re
 import threading
@@ -19,7 +20,9 @@ from coremerge_jax import __version__
 from coremerge_jax.checkpoint.atomic import atomic_folder
 from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.errors import FormatError
+from coremerge_jax.layouts.axes import pad_rank
 from coremerge_jax.lora import Adapter, LoRA, Metadata
+from coremerge_jax.names import find_names, outline_tree
 from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, key_of, to_tree
 
 MARKER = "_CHECKPOINT_METADATA"
@@ -173,38 +176,53 @@ def save_orbax(
     adapter: Adapter,
     out: str | Path,
     *,
-    like: str | Path | None = None,
+    to: str | None = None,
+    head_dim: int | None = None,
+    like: str | Path | Any = None,
     force: bool = False,
     **options: Any,
 ) -> None:
     """Writes an adapter as an orbax checkpoint: all of it, or nothing.
 
-    Rank and alpha are saved as ``custom_metadata["lora"]``.
+    Rank and alpha are saved as ``custom_metadata["lora"]``. What restores ``to`` or ``like`` has to
+    be told this rank, the largest of the adapter's, and an alpha as large.
 
     Args:
         adapter: what to write.
         out: the folder to make.
-        like: a checkpoint whose keys, axes and dtypes to use, so that what trained it can restore
-            the result, if told the rank. By default, factors ``lora_a (n, r)`` and
+        to: the implementation of a model family that shall restore it, of `names.NAME_MAPS`; names
+            are translated from Hugging Face's. By default, factors ``lora_a (n, r)`` and
             ``lora_b (r, m)`` below the parts of each module's path, where layers of one shape are
             stacked along a first axis, not scaled, and in float32.
+        head_dim: the size of an attention head, for ``to``.
+        like: instead of ``to``, a checkpoint, or a tree of shapes and dtypes, whose keys, axes and
+            dtypes to use.
         force: replace an existing checkpoint.
         **options: see `TreeFormat`, for what ``like`` does not tell.
 
     Raises:
         FormatError: ``out`` exists, or ``like`` cannot be understood.
-        MismatchError: the adapter has not the modules of ``like``.
+        MismatchError: the adapter has not the modules of ``like``, or other names than ``to``.
+        RecipeError: ``to`` is not known.
+        UnsupportedError: ``head_dim`` is needed, or does not fit.
     """
     from orbax.checkpoint import v1 as ocp
 
     rank = max(lora.rank for lora in adapter.outline.values())
+    if to is not None:
+        names = find_names(to)
+        adapter = names.from_hugging_face(adapter, head_dim=head_dim)
+        like = outline_tree(adapter, names, head_dim)
+        options |= {"layout": names.layout, "scan_axis": names.scan_axis}
+        rank = max(lora.rank for lora in adapter.outline.values())
     if like is None:
         tree = stacked(adapter)
     else:
-        source = _Source(*_find(Path(like), None, None))
+        if isinstance(like, str | Path):
+            like = _Source(*_find(Path(like), None, None)).tree
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = to_tree(adapter, source.tree, **options)
+        tree = to_tree(_of_rank(adapter, rank), like, **options)
     custom = {
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
@@ -216,6 +234,15 @@ def save_orbax(
         for path in (folder / "new").iterdir():
             path.rename(folder / path.name)
         (folder / "new").rmdir()
+
+
+def _of_rank(adapter: Adapter, rank: int) -> Adapter:
+    """All factors padded to a rank with zeros."""
+    modules = {
+        path: dataclasses.replace(lora, a=pad_rank(lora.a, -2, rank), b=pad_rank(lora.b, -1, rank))
+        for path, lora in adapter.read(adapter).items()
+    }
+    return adapter.replace(modules=modules)
 
 
 def _told(source: _Source) -> dict[str, float | int]:

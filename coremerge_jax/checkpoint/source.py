@@ -6,6 +6,7 @@ from typing import Any
 
 from coremerge_jax.checkpoint import peft
 from coremerge_jax.checkpoint.orbax import is_orbax, open_orbax
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
 
 
@@ -15,14 +16,19 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
     Args:
         source: see `open_peft` and `open_orbax`.
         name: a name for messages and tables; that of the folder by default.
-        **options: of `open_orbax`.
+        **options: of `open_orbax`; PEFT folders tell all of it themselves.
 
     Raises:
         FormatError: there is no such adapter, or it is broken.
+        RecipeError: options for a PEFT folder.
         UnsupportedError: it is more than a low-rank update of the base model.
     """
     if is_orbax(source):
         return open_orbax(source, name=name, **options)
+    if options:
+        raise RecipeError(
+            f"{source}: no orbax checkpoint; {', '.join(options)} can be said of these only"
+        )
     return peft.open_peft(source, name=name)
 
 

@@ -18,7 +18,7 @@ EPILOG = """[bold]Examples[/]
 
 coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
 
-coremerge convert adapter -o checkpoint --to orbax --names maxtext-llama --head-dim 128
+coremerge convert adapter -o checkpoint --to maxtext-llama --head-dim 128
 
 coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
 
@@ -41,7 +41,12 @@ def convert(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DST", help="Folder to write.")],
     to: Annotated[
-        str, _target(metavar="peft|orbax", help="What to write. Default: peft.")
+        str,
+        _target(
+            metavar=f"peft|orbax|{_NAMES}",
+            help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
+            "one that this implementation of a model family restores.",
+        ),
     ] = "peft",
     names: Annotated[
         str | None,
@@ -62,8 +67,8 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str, _target(metavar="DTYPE", help="Of a PEFT adapter. Default: float32.")
-    ] = "float32",
+        str | None, _target(metavar="DTYPE", help="Of a PEFT adapter. Default: float32.")
+    ] = None,
     force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
     layout: Annotated[
         str | None, _source(metavar=_LAYOUTS, help="Default: found out by the keys.")
@@ -101,17 +106,22 @@ def convert(
 ) -> None:
     """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
     from coremerge_jax.checkpoint import open_adapter, save_orbax, save_peft
-    from coremerge_jax.names import translate
+    from coremerge_jax.names import NAME_MAPS, translate
 
-    if to not in ("peft", "orbax"):
-        raise RecipeError(f"--to {to!r}: expected peft or orbax")
+    known = ("peft", "orbax", *NAME_MAPS)
+    if to not in known:
+        raise RecipeError(f"--to {to!r}: expected one of {', '.join(known)}")
     if like is not None and to != "orbax":
         raise RecipeError("--like is for --to orbax")
+    if dtype is not None and to != "peft":
+        raise RecipeError("--dtype is for --to peft")
+    if names is not None and to in NAME_MAPS:
+        raise RecipeError(f"--names is not for --to {to}, which has names of its own")
     told: dict[str, Any] = {
         "layout": layout,
         "alpha": alpha,
         "rank": rank,
-        "axes": _parse_axes(axes or []),
+        "axes": _parse_axes(axes) if axes else None,
         "ignore": ignore,
         "item": item,
         "step": step,
@@ -123,9 +133,11 @@ def convert(
     if names is not None:
         adapter = translate(adapter, names, head_dim=head_dim)
     if to == "peft":
-        save_peft(adapter, output, dtype=dtype, force=force)
-    else:
+        save_peft(adapter, output, dtype=dtype or "float32", force=force)
+    elif to == "orbax":
         save_orbax(adapter, output, like=like, force=force)
+    else:
+        save_orbax(adapter, output, to=to, head_dim=head_dim, force=force)
     _show(source, adapter.outline, output, to, as_json)
 
 

@@ -54,6 +54,25 @@ def test_to_hugging_face_and_back(coremerge, tmp_path, tunix):
     assert factors["w_lora_b"]["value"].shape == (2, HEADS, HEAD_DIM)
 
 
+def test_to_an_implementation(coremerge, tmp_path, tunix):
+    source, adapter = tunix
+    cm.save_peft(adapter, tmp_path / "peft")
+    options = ["--to", "tunix", "--head-dim", HEAD_DIM]
+    result = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "there", *options)
+    assert result.code == 0, result.err
+    there, first = (ocp.metadata(path).metadata for path in (tmp_path / "there", source / "1"))
+    assert jax.tree.map(lambda x: x.shape, there) == jax.tree.map(lambda x: x.shape, first)
+    assert_same(cm.open_adapter(tmp_path / "there"), cm.open_adapter(source, alpha=8), 1e-7)
+
+
+def test_options_of_checkpoints_for_a_peft_folder(coremerge, tmp_path, tunix):
+    _, adapter = tunix
+    cm.save_peft(adapter, tmp_path / "peft")
+    result = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "out", "--alpha", 8)
+    assert result.code == 2
+    assert "no orbax checkpoint; alpha can be said of these only" in result.err
+
+
 def test_json(coremerge, tmp_path, tunix):
     source, _ = tunix
     result = coremerge("convert", source, "-o", tmp_path / "peft", "--alpha", 8, "--json")
@@ -69,12 +88,15 @@ def test_json(coremerge, tmp_path, tunix):
         (["--alpha", 8, "--layout", "nnx"], ["layout 'nnx'"]),
         (["--alpha", 8, "--step", 3], ["no step 3", "[1]"]),
         (["--alpha", 8, "--item", "x"], ["no item 'x'", "model_params"]),
-        (["--alpha", 8, "--to", "keras"], ["--to 'keras'", "peft or orbax"]),
+        (["--alpha", 8, "--to", "keras"], ["--to 'keras'", "peft, orbax, tunix"]),
         (["--alpha", 8, "--names", "bert"], ["names 'bert'", "tunix"]),
         (["--alpha", 8, "--axes", "x"], ["--axes 'x'", "PATTERN=A,B"]),
         (["--alpha", 8, "--axes", "*=ir,rx"], ["axes 'rx'", "one letter"]),
         (["--alpha", 8, "--scan-axis", 2], ["--scan-axis '2'"]),
         (["--alpha", 8, "--like", "x"], ["--like is for --to orbax"]),
+        (["--alpha", 8, "--to", "orbax", "--dtype", "float16"], ["--dtype is for --to peft"]),
+        (["--alpha", 8, "--to", "tunix"], ["give head_dim (--head-dim)"]),
+        (["--alpha", 8, "--to", "tunix", "--names", "gemma"], ["--names is not for --to tunix"]),
         (["--alpha", 8, "--to", "orbax", "--like", "x"], ["x: no such folder"]),
     ],
 )

@@ -1,15 +1,15 @@
-"""What JAX implementations of model families call their modules, against Hugging Face's names."""
+"""The names of an implementation of a model family, against Hugging Face's."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
+from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array, LoRA
+from coremerge_jax.trees import nearest
 
 # From the outputs of Hugging Face's kernel to those of the other, or back.
 Change = Callable[[Array, int, bool], Array]
@@ -22,11 +22,16 @@ class Rule:
     Attributes:
         ours: in the JAX implementation, with ``{i}`` for the layer.
         theirs: Hugging Face's; several where one kernel here has their outputs behind each other.
+        key: of its factors in a tree, with ``{factor}``, and with ``{i}`` unless layers are
+            stacked.
+        heads: ``"a"`` or ``"b"``, the factor in which attention heads have an axis of their own.
         change: what happens to b, if the implementation computes with other outputs.
     """
 
     ours: str
     theirs: tuple[str, ...]
+    key: str
+    heads: str | None = None
     change: Change | None = None
 
 
@@ -36,11 +41,15 @@ class NameMap:
 
     Attributes:
         name: for options.
+        layout: of `layouts.LAYOUTS`, that of its trees.
         rules: one for each kernel of a layer, or of the model.
+        scan_axis: where its trees stack layers, None if they do not.
     """
 
     name: str
+    layout: str
     rules: tuple[Rule, ...]
+    scan_axis: int | None = None
 
     def to_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
         """The adapter with Hugging Face's names, its fused kernels split.
@@ -55,7 +64,7 @@ class NameMap:
         """
         modules: dict[str, LoRA] = {}
         for path, lora in adapter.read(adapter).items():
-            rule, layer = self._rule(path, adapter)
+            rule, layer = self.rule(path, adapter)
             changed = _changed(path, lora, rule, head_dim, back=True)
             names = [name.format(i=layer) for name in rule.theirs]
             for name, b in zip(names, _split(path, changed.b, len(names)), strict=True):
@@ -63,7 +72,7 @@ class NameMap:
         return adapter.replace(modules=modules)
 
     def from_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
-        """The inverse of `to_hugging_face`.
+        """The inverse of `to_hugging_face`; nothing changes for who has these names already.
 
         Kernels that are one here get an A with the rows of all of them.
 
@@ -75,12 +84,14 @@ class NameMap:
             MismatchError: a module has no name here, or not all parts of a fused kernel are there.
             UnsupportedError: ``head_dim`` is needed, or does not fit.
         """
+        if self.fits(adapter.outline):
+            return adapter
         waiting = dict(adapter.read(adapter))
         modules: dict[str, LoRA] = {}
         for path in adapter:
             if path not in waiting:
                 continue
-            rule, layer = self._rule(path, adapter, theirs=True)
+            rule, layer = self.rule(path, adapter, theirs=True)
             names = [name.format(i=layer) for name in rule.theirs]
             missing = [name for name in names if name not in waiting]
             if missing:
@@ -96,22 +107,33 @@ class NameMap:
         """Whether all of these are names of this implementation."""
         return all(any(_match(rule.ours, path) for rule in self.rules) for path in paths)
 
-    def _rule(self, path: str, adapter: Adapter, *, theirs: bool = False) -> tuple[Rule, str]:
-        """The rule for a module, and its layer; one whose parts are all there, if there is one."""
+    def rule(
+        self, path: str, adapter: Mapping[str, LoRA], *, theirs: bool = False
+    ) -> tuple[Rule, str]:
+        """The rule for a module, and its layer.
+
+        Of several that fit, the one that fuses most modules which the adapter has, with as many
+        outputs each: implementations that fuse query, key and value do so if there are as many
+        heads of each (gemma/gm/nn/_modules.py, tunix/models/gemma3/model.py).
+
+        Raises:
+            MismatchError: there is none.
+        """
         found = []
         for rule in self.rules:
             names = rule.theirs if theirs else (rule.ours,)
             layer = next((x for x in (_match(name, path) for name in names) if x is not None), None)
             if layer is not None:
-                found.append((all(name.format(i=layer) in adapter for name in names), rule, layer))
+                parts = [adapter.get(name.format(i=layer)) for name in names]
+                alike = None not in parts and len({x.shape for x in parts if x}) == 1
+                found.append((len(names) if alike else -len(names), rule, layer))
         if found:
             _, rule, layer = max(found, key=lambda entry: entry[0])
             return rule, layer
         known = [name for rule in self.rules for name in (rule.theirs if theirs else (rule.ours,))]
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0)
         raise MismatchError(
-            f"module {path!r} has no name in {self.name}; nearest is {near[0]!r}, with a number "
-            "for {i}"
+            f"module {path!r} has no name in {self.name}{nearest(path, known)}, with a number for "
+            "{i}"
         )
 
 
@@ -160,122 +182,3 @@ def _fuse(loras: Sequence[LoRA]) -> LoRA:
     return dataclasses.replace(
         loras[0], a=xp.concatenate([lora.a for lora in loras]), b=xp.concatenate(rows)
     )
-
-
-def interleaved(b: Array, head_dim: int, back: bool) -> Array:
-    """Rotary pairs (j, j + half) of each head beside each other, as MaxText's Llama has them."""
-    inner = (head_dim // 2, 2) if back else (2, head_dim // 2)
-    heads = b.reshape(-1, *inner, b.shape[1])
-    return heads.swapaxes(1, 2).reshape(b.shape)
-
-
-def interleaved_query(b: Array, head_dim: int, back: bool) -> Array:
-    """The same, and 1/√head_dim, by which attention does not divide there."""
-    factor = np.asarray(head_dim**0.5 if back else head_dim**-0.5, b.dtype)
-    return interleaved(b, head_dim, back) * factor
-
-
-def _in_layers(
-    ours: str,
-    theirs: str,
-    pairs: Mapping[str, str | tuple],
-    change: Mapping[str, Change] | None = None,
-) -> tuple[Rule, ...]:
-    """Rules for kernels of each layer, from the ends of their names."""
-    return tuple(
-        Rule(
-            ours + x,
-            tuple(theirs + name for name in ((y,) if isinstance(y, str) else y)),
-            (change or {}).get(x),
-        )
-        for x, y in pairs.items()
-    )
-
-
-_HF = "model.layers.{i}."
-_MLP: dict[str, str | tuple] = {
-    f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")
-}
-_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
-_EINSUMS: dict[str, str | tuple] = {
-    "attn.q_einsum": "self_attn.q_proj",
-    "attn.kv_einsum": _QKV[1:],
-    "attn.qkv_einsum": _QKV,
-    "attn.attn_vec_einsum": "self_attn.o_proj",
-}
-_MAXTEXT: dict[str, str | tuple] = {
-    "self_attention.query": "self_attn.q_proj",
-    "self_attention.key": "self_attn.k_proj",
-    "self_attention.value": "self_attn.v_proj",
-    "self_attention.out": "self_attn.o_proj",
-    "mlp.wi_0": "mlp.gate_proj",
-    "mlp.wi_1": "mlp.up_proj",
-    "mlp.wo": "mlp.down_proj",
-}
-
-# Tunix's Llama and Qwen rotate as Hugging Face's do (tunix/models/*/params.py); so do its Gemma
-# and google-deepmind's. MaxText's Llama does not (maxtext/checkpoint_conversion/utils/
-# param_mapping.py), its Qwen does.
-NAME_MAPS = {
-    found.name: found
-    for found in (
-        NameMap(
-            "tunix",
-            (
-                *_in_layers(
-                    "layers.{i}.",
-                    _HF,
-                    {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"} | _MLP,
-                ),
-                Rule("lm_head", ("lm_head",)),
-            ),
-        ),
-        NameMap("tunix-gemma", _in_layers("layers.{i}.", _HF, _EINSUMS | _MLP)),
-        NameMap(
-            "gemma",
-            _in_layers(
-                "layer.{i}.",
-                _HF,
-                _EINSUMS
-                | {
-                    "mlp.gating_einsum": ("mlp.gate_proj", "mlp.up_proj"),
-                    "mlp.linear": "mlp.down_proj",
-                },
-            ),
-        ),
-        NameMap(
-            "maxtext-llama",
-            _in_layers(
-                "decoder.layers.{i}.",
-                _HF,
-                _MAXTEXT,
-                {
-                    "self_attention.query": interleaved_query,
-                    "self_attention.key": interleaved,
-                },
-            ),
-        ),
-        NameMap("maxtext-qwen", _in_layers("decoder.layers.{i}.", _HF, _MAXTEXT)),
-    )
-}
-
-
-def translate(adapter: Adapter, names: str, *, head_dim: int | None = None) -> Adapter:
-    """An adapter with the other names: Hugging Face's if it has those of ``names``, else these.
-
-    Args:
-        adapter: with names of either.
-        names: one of `NAME_MAPS`.
-        head_dim: the size of an attention head, where outputs have to be reordered.
-
-    Raises:
-        RecipeError: there are no such names.
-        MismatchError: a module has no name there, or not all parts of a fused kernel are there.
-        UnsupportedError: ``head_dim`` is needed, or does not fit.
-    """
-    if names not in NAME_MAPS:
-        raise RecipeError(f"names {names!r}: expected one of {', '.join(NAME_MAPS)}")
-    found = NAME_MAPS[names]
-    if found.fits(adapter.outline):
-        return found.to_hugging_face(adapter, head_dim=head_dim)
-    return found.from_hugging_face(adapter, head_dim=head_dim)
