@@ -183,6 +183,9 @@ class TreeFormat:
         leaves: Mapping[str, Any],
     ) -> Slot:
         a, b = (leaves[keys[factor]] for factor in "ab")
+        for key, leaf in zip((keys["a"], keys["b"]), (a, b), strict=True):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise FormatError(f"{key!r} is of dtype {leaf.dtype}; expected floating point")
         shapes = tuple(a.shape), tuple(b.shape)
         axes = self._axes(module, *shapes)
         rank, other = axes.rank(*shapes)

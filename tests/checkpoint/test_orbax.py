@@ -215,6 +215,14 @@ def test_values_that_are_not_finite(adapter, tmp_path):
         cm.merge([cm.open_orbax(tmp_path / "c")], cm.mean())
 
 
+def test_factors_that_are_not_floats(adapter, tmp_path):
+    tree = qwix_tree(adapter)
+    tree["head"]["w_lora_b"] = jnp.ones((2, 4), jnp.int8)
+    write_v1(tree, tmp_path / "c", lora=LORA)
+    with pytest.raises(cm.FormatError, match=r"'head/w_lora_b' is of dtype int8; expected float"):
+        cm.open_orbax(tmp_path / "c")
+
+
 def test_keys_of_the_base_model_are_named(adapter, tmp_path):
     tree = qwix_tree(adapter)
     tree["head"]["w"] = jnp.zeros((8, 4))
