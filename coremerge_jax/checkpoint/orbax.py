@@ -110,7 +110,7 @@ class _Source:
         )
         self.custom = found.custom_metadata or {}
         if not jax.tree.leaves(self.tree):
-            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays in it)")
+            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays found in it)")
 
     def __str__(self) -> str:
         return str(self.folder / (self.item or ""))
@@ -167,7 +167,10 @@ def open_orbax(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
     form = TreeFormat(**options)
-    places = form.places(flatten(tree.tree))
+    try:
+        places = form.places(flatten(tree.tree))
+    except FormatError as error:
+        raise FormatError(f"{tree}: {error}") from error
     metadata = form.metadata(places, name or folder.name)
     return OrbaxFile(tree, places, metadata)
 
@@ -319,7 +322,8 @@ def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str |
         known = [name for name in _ITEMS if name in items]
         if not known:
             raise FormatError(
-                f"{source}: several items, {_listed(items)}; say which with item (--item)"
+                f"{source}: several items, {_listed(items)}; say which with item (coremerge "
+                "convert --item)"
             )
         item = known[0]
     return source, item or items[0]
