@@ -44,7 +44,7 @@ class OrbaxFile(Adapter):
         self._slots = {path: slot for slot in places.slots for path in slot.paths}
         self._lock = threading.Lock()  # orbax runs an event loop of its own in each call
 
-        # Layers of a stack are asked for in a row, and each time the whole stack is read.
+        # A stack is read as a whole, and its layers may be asked for in several batches.
         @functools.lru_cache(maxsize=1)
         def read(slot: Slot) -> dict[str, LoRA]:
             a, b = source.read(slot.keys)
@@ -72,8 +72,12 @@ class OrbaxFile(Adapter):
         Raises:
             FormatError: a module has values that are not finite.
         """
+        wanted = list(paths)
+        found: dict[str, LoRA] = {}
         with self._lock:
-            found = {path: self._read(self._slots[path])[path] for path in paths}
+            for slot in dict.fromkeys(self._slots[path] for path in wanted):
+                found |= self._read(slot)
+        found = {path: found[path] for path in wanted}
         for path, lora in found.items():
             if not (np.isfinite(lora.a).all() and np.isfinite(lora.b).all()):
                 raise FormatError(

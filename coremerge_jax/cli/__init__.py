@@ -65,7 +65,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
     # Else XLA lists, with every program from its cache, processor features that it would prefer.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells what our errors tell
+    for name in ("absl", "asyncio"):  # orbax's: what our errors tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
