@@ -12,12 +12,20 @@ In float32, where κ² would cost too much, the slower way is the only one.
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basic import in_range, inverse, kth_smallest, matmul, roundoff
 from coremerge_jax.linalg.basis import Basis, basis
-from coremerge_jax.linalg.spectral import Factored, isotropic, polar, spectral_map, truncate
+from coremerge_jax.linalg.spectral import (
+    Factored,
+    flattened,
+    isotropic,
+    polar,
+    spectral_map,
+    truncate,
+)
 
 __all__ = [
     "Basis",
     "Factored",
     "basis",
+    "flattened",
     "in_range",
     "inverse",
     "isotropic",

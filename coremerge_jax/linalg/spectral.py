@@ -227,13 +227,24 @@ def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:
     return in_range(s, rtol).astype(s.dtype)[None]
 
 
+def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
+    """``x`` with its singular values raised to a power, and scaled to have the sum they had.
+
+    With power 0, each (numerically) nonzero one becomes their mean.
+    """
+    dtype = jax.tree.leaves(x)[0].dtype
+    rtol = roundoff(x.u if isinstance(x, Factored) else x)
+    return spectral_map(_flat, x, jnp.asarray(rtol, dtype), jnp.asarray(power, dtype))[0]
+
+
 def isotropic(x: jax.Array | Factored) -> jax.Array:
     """``x`` with each of its (numerically) nonzero singular values replaced by their mean."""
-    rtol = roundoff(x.u if isinstance(x, Factored) else x)
-    return spectral_map(_flat, x, jnp.asarray(rtol, jax.tree.leaves(x)[0].dtype))[0]
+    return flattened(x, 0)
 
 
-def _flat(s: jax.Array, rtol: jax.Array) -> jax.Array:
+def _flat(s: jax.Array, rtol: jax.Array, power: jax.Array) -> jax.Array:
     live = in_range(s, rtol)
-    mean = jnp.sum(jnp.where(live, s, 0)) / jnp.maximum(jnp.sum(live), 1).astype(s.dtype)
-    return jnp.where(live, mean, 0)[None]
+    raised = jnp.where(live, jnp.where(live, s, 1) ** power, 0)
+    total = jnp.sum(raised)
+    factor = jnp.sum(jnp.where(live, s, 0)) / jnp.where(total > 0, total, 1)
+    return (raised * factor)[None]

@@ -12,18 +12,28 @@ from coremerge_jax.rules.base import (
     chain,
     from_function,
 )
+from coremerge_jax.rules.calibration import pico, svc
+from coremerge_jax.rules.dc_merge import dc_merge
+from coremerge_jax.rules.iso_cts import iso_cts
 from coremerge_jax.rules.linear import mean, task_arithmetic
-from coremerge_jax.rules.sparse import Ties, TiesAbove, dare, ties
-from coremerge_jax.rules.spectral import cart, isotropize, tsv
+from coremerge_jax.rules.sparse import Ties, TiesAbove, dare, prune, sce, ties
+from coremerge_jax.rules.spectral import cart, flatten, isotropize, tsv
 
 RULES: dict[str, Callable[..., Rule]] = {
     "mean": mean,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
+    "sce": sce,
     "dare": dare,
+    "prune": prune,
     "tsv": tsv,
     "cart": cart,
+    "iso_cts": iso_cts,
+    "dc_merge": dc_merge,
     "isotropize": isotropize,
+    "flatten": flatten,
+    "svc": svc,
+    "pico": pico,
 }
 
 __all__ = [
@@ -39,9 +49,16 @@ __all__ = [
     "cart",
     "chain",
     "dare",
+    "dc_merge",
+    "flatten",
     "from_function",
+    "iso_cts",
     "isotropize",
     "mean",
+    "pico",
+    "prune",
+    "sce",
+    "svc",
     "task_arithmetic",
     "ties",
     "tsv",

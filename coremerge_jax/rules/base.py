@@ -35,16 +35,23 @@ class Context:
         shape: int32 ``(2,)``, the numerical shape of the cores: rows and columns beyond it are
             zero and stand for nothing.
         tasks: int32 ``(T,)``, which adapters the cores belong to.
+        cores: for steps behind the merge, the adapters' cores as they were before any step, in
+            the coordinates of the merged core.
     """
 
     shape: jax.Array
     tasks: jax.Array
+    cores: "Cores | None" = None
 
     @classmethod
     def of(cls, cores: "Cores") -> "Context":
         """The context of cores that are all there is."""
         tasks, *shape = jax.eval_shape(dense, cores).shape
-        return cls(shape=jnp.asarray(shape, jnp.int32), tasks=jnp.arange(tasks, dtype=jnp.int32))
+        return cls(
+            shape=jnp.asarray(shape, jnp.int32),
+            tasks=jnp.arange(tasks, dtype=jnp.int32),
+            cores=cores,
+        )
 
 
 # The cores of all adapters: (T, p, q), or LoRA factors with a leading axis T. One core: without it.
@@ -117,7 +124,7 @@ class Rule:
 
 
 class Step(Rule):
-    """A rule that changes one matrix: each core before the merge, or the merged core after it.
+    """A rule that changes cores: those of the adapters, or the merged one.
 
     Where a chain names no rule that merges, `task_arithmetic` does, after the steps whose natural
     place is ``"before"`` and before those whose place is ``"after"``.
@@ -130,9 +137,22 @@ class Step(Rule):
     place: ClassVar[str]
     factored: ClassVar[bool] = False
 
-    def apply(self, matrix: Any, *, key: jax.Array | None, shape: jax.Array) -> Any:
-        """Maps ``(p, q)`` to ``(p, q)``; ``shape`` is the numerical shape of `Context`."""
+    def apply(self, matrix: Any, *, key: jax.Array | None, context: Context) -> Any:
+        """Maps one core ``(p, q)`` to ``(p, q)``."""
         raise NotImplementedError
+
+    def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
+        """Maps all cores before the merge, with one key each; here, each by itself."""
+
+        def one(core: Cores, key: jax.Array | None) -> jax.Array:
+            return self.apply(dense(core), key=key, context=context)
+
+        return jax.vmap(one, (0, None if keys is None else 0))(cores, keys)
+
+    def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array | Factored:
+        """What a step before the merge does to the merged core; here, nothing."""
+        del context
+        return merged
 
     def merge(
         self, cores: Cores, *, key: jax.Array | None, context: Context
@@ -178,8 +198,7 @@ class Chain(Rule):
             if step.needs_key:
                 # By adapter, so that a mask does not depend on which others share the module.
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(_fold(key, i, step), context.tasks)
-            apply = _apply(step, context.shape)
-            cores = jax.vmap(apply, (0, None if keys is None else 0))(cores, keys)
+            cores = step.prepare(cores, keys=keys, context=context)
         return cores
 
     def combine(
@@ -194,18 +213,16 @@ class Chain(Rule):
         self, merged: jax.Array | Factored, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
         """The steps after the merge: one core to one core."""
+        for step in reversed(self.before):
+            merged = step.restore(merged, context=context)
         for i, step in enumerate(self.after, start=len(self.before) + 1):
             step_key = _fold(key, i, step) if step.needs_key else None
             matrix = merged if step.factored else dense(merged)
-            merged = step.apply(matrix, key=step_key, shape=context.shape)
+            merged = step.apply(matrix, key=step_key, context=context)
         return merged
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.rules))})"
-
-
-def _apply(step: Step, shape: jax.Array) -> Callable:
-    return lambda core, key: step.apply(dense(core), key=key, shape=shape)
 
 
 def _fold(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:

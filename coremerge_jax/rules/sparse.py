@@ -1,4 +1,4 @@
-"""Elementwise rules: TIES and DARE."""
+"""Elementwise rules: TIES, SCE, DARE and magnitude pruning."""
 
 import flax.struct
 import jax
@@ -97,9 +97,7 @@ class Ties(Rule):
             magnitude: absolute values of its entries, of any shape.
             size: int32, how many of them count; the others are zero.
         """
-        density = jnp.asarray(self.density, magnitude.dtype)
-        kept = jnp.floor(size.astype(magnitude.dtype) * density).astype(size.dtype)
-        return linalg.kth_smallest(magnitude, magnitude.size - kept)
+        return _threshold(magnitude, size, self.density)
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -142,9 +140,9 @@ class Dare(Step):
     def __post_init__(self) -> None:
         check("drop", self.drop, lambda x: 0 <= x < 1, "a probability in [0, 1)")
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, shape: jax.Array) -> jax.Array:
+    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Maps ``(p, q)`` to ``(p, q)``."""
-        del shape
+        del context
         if key is None:
             raise ValueError("dare draws random numbers: pass key=jax.random.key(seed)")
         # Always float32, so that the mask does not depend on the precision of the merge.
@@ -154,5 +152,74 @@ class Dare(Step):
         return jnp.where(drawn >= drop, matrix * scale, 0)
 
 
+@flax.struct.dataclass(kw_only=True, repr=False)
+class Prune(Step):
+    """Keeps the largest entries of each core, as the trimming of `ties` does.
+
+    Attributes:
+        density: share of entries kept, in (0, 1].
+    """
+
+    density: float | jax.Array = 0.2
+    equivariance = Equivariance.ELEMENTWISE
+    place = "before"
+
+    def __post_init__(self) -> None:
+        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+
+    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Maps ``(p, q)`` to ``(p, q)``."""
+        del key
+        magnitude = jnp.abs(matrix)
+        size = context.shape[0] * context.shape[1]
+        return jnp.where(magnitude >= _threshold(magnitude, size, self.density), matrix, 0)
+
+
+@flax.struct.dataclass(kw_only=True, repr=False)
+class Sce(Rule):
+    r"""Select, calculate, erase (Wan et al., FuseChat, arXiv 2408.07990, section 3.2).
+
+    The ⌊density · d⌋ entries with the largest variance over the adapters are selected, of the d
+    where it is not 0; w_t = ‖M̂_t‖² / Σ_s ‖M̂_s‖² from what is left of each adapter; and
+
+        merged = Σ_t w_t 1[sign M̂_t = γ] M̂_t / Σ_t w_t 1[sign M̂_t = γ],    γ = sign Σ_t M̂_t,
+
+    entry by entry, and 0 where γ = 0.
+
+    Attributes:
+        density: share of entries selected, in (0, 1].
+    """
+
+    density: float | jax.Array = 0.1
+    equivariance = Equivariance.ELEMENTWISE
+
+    def __post_init__(self) -> None:
+        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Merges: all cores to one."""
+        del key, context
+        every = dense(cores)
+        variance = jnp.var(every, axis=0)
+        noise = linalg.roundoff(variance) ** 2 * jnp.max(every**2)
+        variance = jnp.where(variance > noise, variance, 0)
+        threshold = _threshold(variance, jnp.sum(variance > 0), self.density)
+        selected = (variance >= threshold) & (variance > 0) | (jnp.asarray(self.density) >= 1)
+        chosen = jnp.where(selected[None], every, 0)
+        squares = jnp.sum(chosen**2, axis=(1, 2))
+        agrees = jnp.sign(chosen) * jnp.sign(jnp.sum(chosen, axis=0))[None] > 0
+        weights = jnp.where(agrees, (squares * linalg.inverse(jnp.sum(squares)))[:, None, None], 0)
+        return jnp.sum(weights * chosen, axis=0) * linalg.inverse(jnp.sum(weights, axis=0))
+
+
+def _threshold(magnitude: jax.Array, size: jax.Array, density: float | jax.Array) -> jax.Array:
+    """The least of the largest entries of ``magnitude``, a share ``density`` of ``size``."""
+    share = jnp.asarray(density, magnitude.dtype)
+    kept = jnp.floor(size.astype(magnitude.dtype) * share).astype(size.dtype)
+    return linalg.kth_smallest(magnitude, magnitude.size - kept)
+
+
 ties = Ties
+sce = Sce
 dare = Dare
+prune = Prune

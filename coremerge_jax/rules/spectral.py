@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from coremerge_jax.linalg import (
     Factored,
     basis,
+    flattened,
     isotropic,
     lapack,
     matmul,
@@ -35,9 +36,17 @@ class Tsv(Rule):
     Σ_t r_t ≤ min(p, q), and ⌊min(p, q) / T⌋ otherwise; the authors' code takes the latter
     always, which selects arbitrary null vectors where it exceeds r_t. (p, q) is the shape of the
     cores as they are, in core space min(m, R) × min(n, R), not their numerical shape.
+
+    Attributes:
+        rank: k_t = min(rank, r_t) for every adapter; the same in every space. None for the above.
     """
 
+    rank: int | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.rank, int | None)
+        check("rank", self.rank, lambda x: whole and x >= 1, "a whole number of at least 1")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
         """Merges: all cores to one, as ``u blockdiag(S) vᵀ`` in any bases of the U_t and V_t."""
@@ -49,6 +58,8 @@ class Tsv(Rule):
         ranks = jnp.sum(s > roundoff(right) * s[:, :1], axis=1)
         present = jnp.maximum(jnp.sum(ranks > 0), 1)
         limit = jnp.where(jnp.sum(ranks) <= side, side, side // present)
+        if self.rank is not None:
+            limit = jnp.asarray(self.rank, limit.dtype)
         kept = jnp.minimum(ranks, limit).astype(s.dtype)
 
         def cut() -> tuple[jax.Array, ...]:
@@ -147,13 +158,41 @@ class Isotropize(Step):
     factored = True
 
     def apply(
-        self, matrix: jax.Array | Factored, *, key: jax.Array | None, shape: jax.Array
+        self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
     ) -> jax.Array:
         """Maps ``(p, q)`` to ``(p, q)``."""
-        del key, shape
+        del key, context
         return isotropic(matrix)
+
+
+@flax.struct.dataclass(kw_only=True, repr=False)
+class Flatten(Step):
+    """A flatter spectrum, of the same nuclear norm; a generalization of Iso-C, our own.
+
+    M = U S Vᵀ ↦ U (S^power · tr S / tr S^power) Vᵀ over the numerical range: nothing with power 1,
+    `isotropize` with power 0. Before a rule that merges, it acts on each adapter's core.
+
+    Attributes:
+        power: at least 0; values above 1 make the spectrum steeper.
+    """
+
+    power: float | jax.Array = 0.5
+    equivariance = Equivariance.ORTHOGONAL
+    place = "after"
+    factored = True
+
+    def __post_init__(self) -> None:
+        check("power", self.power, lambda x: x >= 0, "a number of at least 0")
+
+    def apply(
+        self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
+    ) -> jax.Array:
+        """Maps ``(p, q)`` to ``(p, q)``."""
+        del key, context
+        return flattened(matrix, self.power)
 
 
 tsv = Tsv
 cart = Cart
 isotropize = Isotropize
+flatten = Flatten

@@ -1,5 +1,6 @@
 """What a merge space is: where the updates of one module are merged, and the way back."""
 
+import dataclasses
 from typing import Any, Protocol
 
 import flax.struct
@@ -92,6 +93,7 @@ class Projection:
         context = Context(shape=self.shape, tasks=tasks)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = rule.combine(self.factors, key=key, context=context)
+        context = dataclasses.replace(context, cores=self._weighed_cores())
         merged = rule.finish(self._weigh(merged), key=key, context=context)
         return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
 
@@ -108,6 +110,11 @@ class Projection:
 
     def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
         return merged if self.gain is None else self.gain[:, None] * dense(merged)
+
+    def _weighed_cores(self) -> Cores:
+        if self.gain is None:
+            return self.factors
+        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]
 
     def _expand(self, merged: jax.Array | Factored, keep_a: bool | jax.Array) -> LoRA:
         core = dense(merged)

@@ -1,0 +1,185 @@
+"""Every rule against a direct implementation of its definition, on dense updates in float64."""
+
+import numpy as np
+import pytest
+from helpers import KEY, dense, distance, random_adapters
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coremerge_jax as cm
+
+SHAPE, RANKS = (16, 12), (2, 3, 2)
+
+
+def svd(x, rank=None):
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    keep = int(np.sum(s > 1e-10 * s[0])) if rank is None else rank
+    return u[:, :keep], s[:keep], vt[:keep].T
+
+
+def polar(x):
+    u, _, v = svd(x)
+    return u @ v.T
+
+
+def cut(x, rank):
+    u, s, v = svd(x, rank)
+    return u * s @ v.T
+
+
+def tsv(updates, rank=None):
+    us, ss, vs = zip(*(svd(x, rank) for x in updates), strict=True)
+    return polar(np.hstack(us)) * np.concatenate(ss) @ polar(np.hstack(vs)).T
+
+
+def cart(updates, rank, scale):
+    mean = np.mean(updates, axis=0)
+    return mean + scale * sum(cut(x - mean, rank) for x in updates)
+
+
+def flatten(x, power):
+    u, s, v = svd(x)
+    return u * (s**power * s.sum() / (s**power).sum()) @ v.T
+
+
+def iso_cts(updates, common, specific):
+    u0, s0, v0 = svd(sum(updates), common)
+    parts = [svd(x - u0 @ u0.T @ x, specific) for x in updates] + [(u0, s0, v0)]
+    us, ss, vs = zip(*parts, strict=True)
+    return np.concatenate(ss).mean() * polar(np.hstack(us)) @ polar(np.hstack(vs)).T
+
+
+def svc(merged, updates, alpha=None):
+    alpha = 1 / len(updates) if alpha is None else alpha
+    u, s, v = svd(merged)
+    gains = []
+    for r in range(len(s)):
+        row = u[:, r] @ merged
+        shares = [row @ (u[:, r] @ x) / np.sum((u[:, r] @ x) ** 2) for x in updates]
+        gains.append(len(updates) / sum(max(alpha, share) for share in shares))
+    return u * (gains * s) @ v.T
+
+
+def pico(loras, merge):
+    b = np.hstack([lora.b for lora in loras])
+    u, s, _ = svd(b)
+    share = s**2 / np.sum(s**2)
+    alpha = 1 / (1 + (len(loras) - 1) * share)
+    calibrated = [lora.b @ lora.a - u * (1 - alpha) @ u.T @ lora.b @ lora.a for lora in loras]
+    merged = merge(calibrated)
+    mean = np.mean([np.linalg.norm(lora.b @ lora.a) for lora in loras])
+    return merged * mean / np.linalg.norm(merged)
+
+
+def dc_merge(updates, density, rho, rank):
+    us, ss, vs = zip(*(svd(x, rank) for x in updates), strict=True)
+    left, right = polar(np.hstack(us)), polar(np.hstack(vs))
+    kept = []
+    for u, s, v in zip(us, ss, vs, strict=True):
+        shape = np.ones(rank)
+        if rho is not None:
+            shape = np.linspace(min(rho, s[0] / s[-1]), 1, rank)
+        x = left.T @ (u * (s.sum() * shape / shape.sum()) @ v.T) @ right
+        number = max(1, int(density * x.size))
+        kept.append(np.where(np.abs(x) >= np.sort(np.abs(x).ravel())[-number], x, 0))
+    kept = np.stack(kept)
+    sign = np.sign(kept.sum(0))
+    agrees = (np.sign(kept) == sign) & (sign != 0)
+    mean = (kept * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+    blocks = np.kron(np.eye(len(updates)), np.ones((rank, rank)))
+    return left @ (mean * blocks) @ right.T
+
+
+def prune(x, density):
+    kept = int(density * x.size)
+    threshold = np.sort(np.abs(x).ravel())[-kept - 1]
+    return np.where(np.abs(x) >= threshold, x, 0)
+
+
+def sce(updates, density):
+    updates = np.stack(updates)
+    variance = updates.var(0)
+    number = int(density * np.sum(variance > 0))
+    chosen = updates * (variance >= np.sort(variance.ravel())[-number - 1])
+    weights = np.mean(chosen**2, axis=(1, 2))
+    weights = (weights / weights.sum())[:, None, None]
+    agrees = weights * (np.sign(chosen) == np.sign(chosen.sum(0))) * (chosen != 0)
+    total = agrees.sum(0)
+    return (agrees * chosen).sum(0) / np.where(total > 0, total, 1)
+
+
+def updates_of(loras):
+    return [dense(lora) for lora in loras]
+
+
+def direct(fn):
+    """A definition that takes updates as one that takes factors."""
+    return lambda loras: fn(updates_of(loras))
+
+
+SIDE = sum(RANKS)
+# Rules that do not depend on the basis, in core space; definition on the dense updates.
+SPECTRAL = {
+    "tsv": (cm.tsv(), direct(tsv)),
+    "tsv of rank 1": (cm.tsv(rank=1), direct(lambda x: tsv(x, 1))),
+    "cart": (cm.cart(rank=2, scale=0.7), direct(lambda x: cart(x, 2, 0.7))),
+    "flatten": (cm.flatten(power=0.5), direct(lambda x: flatten(sum(x), 0.5))),
+    "isotropize": (cm.isotropize(), direct(lambda x: flatten(sum(x), 0))),
+    "flatten|tsv": (
+        cm.chain(cm.flatten(power=0.5), cm.tsv()),
+        direct(lambda x: tsv([flatten(y, 0.5) for y in x])),
+    ),
+    # ⌊0.8 · 7⌋ = 5, round(2 / 3) = 1 direction for each, and 7 - 3 in common.
+    "iso_cts": (cm.iso_cts(), direct(lambda x: iso_cts(x, 4, 1))),
+    "iso_cts of 3 and 1": (
+        cm.iso_cts(common=3, specific=1),
+        direct(lambda x: iso_cts(x, 3, 1)),
+    ),
+    "svc": (cm.svc(), direct(lambda x: svc(sum(x), x))),
+    "tsv|svc": (cm.chain(cm.tsv(), cm.svc(alpha=0.1)), direct(lambda x: svc(tsv(x), x, 0.1))),
+    "pico": (cm.pico(), lambda x: pico(x, sum)),
+    "pico|tsv": (cm.chain(cm.pico(), cm.tsv()), lambda x: pico(x, tsv)),
+}
+DC = {
+    "dc_merge": (cm.dc_merge(density=0.1), direct(lambda x: dc_merge(x, 0.1, None, 2))),
+    "dc_merge, linear": (
+        cm.dc_merge(density=0.3, rho=5.0),
+        direct(lambda x: dc_merge(x, 0.3, 5.0, 2)),
+    ),
+}
+# Rules that depend on it, in full space.
+ELEMENTWISE = {
+    "sce": (cm.sce(density=0.3), direct(lambda x: sce(x, 0.3))),
+    "prune": (cm.prune(density=0.3), direct(lambda x: sum(prune(y, 0.3) for y in x))),
+}
+
+
+def check(rule, expected, seed, space, ranks=RANKS):
+    adapters = random_adapters({"x": SHAPE}, ranks, seed)
+    merged = cm.merge(adapters, rule, space=space, key=KEY)["x"]
+    found = expected([adapter["x"] for adapter in adapters])
+    assert distance(dense(merged), found) < 1e-9
+
+
+SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots(scaled=True)}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", SPECTRAL)
+@given(seed=st.integers(0, 2**31))
+def test_rules_that_do_not_depend_on_the_basis(name, space, seed):
+    if ("pico" in name and space == "knots") or (name == "iso_cts" and space == "full"):
+        return  # no factors there; the share is of another number of directions
+    check(*SPECTRAL[name], seed, SPACES[space])
+
+
+@pytest.mark.parametrize("name", DC)
+@given(seed=st.integers(0, 2**31))
+def test_dc_merge(name, seed):
+    check(*DC[name], seed, cm.core(), ranks=(2, 2, 2))
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@given(seed=st.integers(0, 2**31))
+def test_elementwise_rules(name, seed):
+    check(*ELEMENTWISE[name], seed, cm.full())
