@@ -32,7 +32,7 @@ from .rules import (
     ties,
     tsv,
 )
-from .spaces import core, full, knots
+from .spaces import core, full, knots, tucker
 from .trees import TreeFormat, from_tree, to_tree
 from .truncation import truncate
 
@@ -91,5 +91,6 @@ __all__ = [
     "to_tree",
     "truncate",
     "tsv",
+    "tucker",
     "update_nnx",
 ]

@@ -51,7 +51,7 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
     sections 4.2, 8.3 and 8.6), and factors as well-conditioned.
     """
     (m, n), total, tasks, number = group.shape, sum(group.ranks), len(group.ranks), len(group.paths)
-    linear = rule.equivariance == Equivariance.LINEAR
+    linear = rule.equivariance == Equivariance.LINEAR and space.lossless
     merged = total if total <= min(m, n) else min(m, n)
     p, q = (m, n) if isinstance(space, Full) else (min(m, total), min(n, total))
     entries, side = p * q, min(p, q)

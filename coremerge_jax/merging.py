@@ -52,7 +52,7 @@ def merge(
         adapters: at least one.
         rule: how to merge, see `coremerge_jax.rules`; or a function ``(T, p, q) -> (p, q)``.
         space: where to merge, see `coremerge_jax.spaces`; core space by default. Linear rules give
-            the same in every space and are computed without any.
+            the same in every lossless space and are computed without any.
         weights: one per adapter, multiplies its updates before anything else. An adapter of
             weight 0 counts as absent.
         scale: multiplies the merged updates. A mapping from patterns (as in `fnmatch`) of module
@@ -411,7 +411,7 @@ def _merge_stack(
 
     def merge_module(module: _Inputs) -> tuple[jax.Array | None, jax.Array, jax.Array]:
         good: bool | jax.Array = True
-        if rule.equivariance == Equivariance.LINEAR:
+        if rule.equivariance == Equivariance.LINEAR and settings.space.lossless:
             lora, kept = _merge_linear(rule, module, settings)
         else:
             projection = _project(rule, module, settings)

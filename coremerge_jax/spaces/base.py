@@ -1,7 +1,7 @@
 """What a merge space is: where the updates of one module are merged, and the way back."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -137,7 +137,14 @@ class Projection:
 
 
 class Space(Protocol):
-    """A merge space: a hashable object with one pure method."""
+    """A merge space: a hashable object with one pure method.
+
+    Attributes:
+        lossless: whether the projected updates are the updates, so that linear rules give the same
+            as without a space.
+    """
+
+    lossless: ClassVar[bool]
 
     def project(
         self,

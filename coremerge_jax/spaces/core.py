@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Core:
     """
 
     rtol: float | None = None
+
+    lossless: ClassVar[bool] = True
 
     def project(
         self,

@@ -1,7 +1,7 @@
 """Full space: the updates themselves."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from coremerge_jax.spaces.base import Projection, split
 @dataclasses.dataclass(frozen=True)
 class Full:
     """Full space: the dense updates ΔW_t (m × n). For comparison; costs T·m·n memory."""
+
+    lossless: ClassVar[bool] = True
 
     def project(
         self,

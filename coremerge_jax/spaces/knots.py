@@ -1,7 +1,7 @@
 """KnOTS space (Stoica et al., arXiv 2410.19735)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class Knots:
     """
 
     scaled: bool = False
+
+    lossless: ClassVar[bool] = True
 
     def project(
         self,

@@ -183,3 +183,35 @@ def test_dc_merge(name, seed):
 @given(seed=st.integers(0, 2**31))
 def test_elementwise_rules(name, seed):
     check(*ELEMENTWISE[name], seed, cm.full())
+
+
+def hooi(updates, rank, beta, iterations=200):
+    """Tucker's subspaces of the dense updates."""
+    norms = np.array([np.linalg.norm(x) for x in updates])
+    x = [
+        u / n * (beta * n + (1 - beta) * norms.mean()) for u, n in zip(updates, norms, strict=True)
+    ]
+    left, right = svd(np.hstack(x), rank)[0], svd(np.hstack([y.T for y in x]), rank)[0]
+    for _ in range(iterations):
+        left = svd(np.hstack([y @ right for y in x]), rank)[0]
+        right = svd(np.hstack([y.T @ left for y in x]), rank)[0]
+    return left, right
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0])
+@given(seed=st.integers(0, 2**31))
+def test_tucker(beta, seed):
+    """Also an elementwise rule: its coordinates are singular vectors, up to signs."""
+    adapters = random_adapters({"x": SHAPE}, RANKS, seed)
+    updates = [dense(adapter["x"]) for adapter in adapters]
+    left, right = hooi(updates, 3, beta)
+    space = cm.tucker(rank=3, beta=beta, tolerance=0.0, iterations=200)
+    for rule, direct in (
+        (cm.task_arithmetic(), sum),
+        (cm.tsv(rank=1), lambda x: tsv(x, 1)),
+        (cm.prune(density=0.4), lambda x: sum(prune(y, 0.4) for y in x)),
+    ):
+        merged = cm.merge(adapters, rule, space=space)["x"]
+        expected = left @ direct([left.T @ x @ right for x in updates]) @ right.T
+        assert merged.rank == 3
+        assert distance(dense(merged), expected) < 1e-6
