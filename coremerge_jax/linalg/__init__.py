@@ -11,7 +11,7 @@ In float32, where κ² would cost too much, the slower way is the only one.
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basic import in_range, inverse, kth_smallest, matmul, roundoff
-from coremerge_jax.linalg.basis import Basis, basis
+from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
 from coremerge_jax.linalg.spectral import (
     Factored,
     flattened,
@@ -32,6 +32,8 @@ __all__ = [
     "kth_smallest",
     "lapack",
     "matmul",
+    "orthonormal_factors",
+    "pad_rows",
     "polar",
     "roundoff",
     "spectral_map",

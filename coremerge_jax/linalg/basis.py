@@ -157,3 +157,23 @@ def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
     f = jnp.where(distinct, 1 / jnp.where(distinct, gap, 1), 0)
     dps = dp * s[None, :]
     return f * (dps + dps.T)
+
+
+def orthonormal_factors(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormal ``left (T, p, r)`` and ``right (T, q, r)`` with ``b a = left inner rightᵀ``."""
+    both = pad_rows(b, jnp.swapaxes(a, 1, 2))
+
+    def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found, coordinates, _, _ = basis(x, roundoff(x), singular=False)
+        return found.columns(), coordinates
+
+    columns, coordinates = jax.vmap(jax.vmap(orthonormal))(both)
+    inner = matmul(coordinates[0], jnp.swapaxes(coordinates[1], 1, 2))
+    return columns[0, :, : b.shape[1]], columns[1, :, : a.shape[2]], inner
+
+
+def pad_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Stacks two arrays after giving them as many rows each, with zeros."""
+    rows = max(x.shape[-2], y.shape[-2])
+    before = ((0, 0),) * (x.ndim - 2)
+    return jnp.stack([jnp.pad(z, (*before, (0, rows - z.shape[-2]), (0, 0))) for z in (x, y)])

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import (
     Factored,
-    basis,
     flattened,
     isotropic,
     lapack,
     matmul,
+    orthonormal_factors,
+    pad_rows,
     polar,
     roundoff,
     truncate,
@@ -52,7 +53,7 @@ class Tsv(Rule):
         """Merges: all cores to one, as ``u blockdiag(S) vᵀ`` in any bases of the U_t and V_t."""
         del key, context
         b, a = _thin(cores)
-        left, right, inner = _orthonormal(b, a)
+        left, right, inner = orthonormal_factors(b, a)
         side = min(b.shape[1], a.shape[2])
         s = jax.vmap(lapack.singular_values)(jax.lax.stop_gradient(inner))
         ranks = jnp.sum(s > roundoff(right) * s[:, :1], axis=1)
@@ -71,7 +72,7 @@ class Tsv(Rule):
         whole = jnp.all(kept >= inner.shape[1])
         updates, *bases = jax.lax.cond(whole, lambda: (inner, left, right), cut)
         # Stacked, so that both are one batch of decompositions.
-        u, v = jax.vmap(polar)(_pad_rows(*map(_side_by_side, bases)))
+        u, v = jax.vmap(polar)(pad_rows(*map(_side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
 
 
@@ -84,29 +85,9 @@ def _thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
     return (eye, cores) if p <= q else (cores, eye)
 
 
-def _orthonormal(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Orthonormal ``left (T, p, r)`` and ``right (T, q, r)`` with ``b a = left inner rightᵀ``."""
-    both = _pad_rows(b, jnp.swapaxes(a, 1, 2))
-
-    def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found, coordinates, _, _ = basis(x, roundoff(x), singular=False)
-        return found.columns(), coordinates
-
-    columns, coordinates = jax.vmap(jax.vmap(orthonormal))(both)
-    inner = matmul(coordinates[0], jnp.swapaxes(coordinates[1], 1, 2))
-    return columns[0, :, : b.shape[1]], columns[1, :, : a.shape[2]], inner
-
-
 def _side_by_side(x: jax.Array) -> jax.Array:
     """``(T, p, r)`` to ``(p, T r)``."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-
-
-def _pad_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Stacks two arrays after giving them as many rows each, with zeros."""
-    rows = max(x.shape[-2], y.shape[-2])
-    before = ((0, 0),) * (x.ndim - 2)
-    return jnp.stack([jnp.pad(z, (*before, (0, rows - z.shape[-2]), (0, 0))) for z in (x, y)])
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
