@@ -23,9 +23,15 @@ SPECTRAL = {
     "tsv": cm.tsv(),
     "cart": cm.cart(rank=2, scale=0.7),
     "isotropize": cm.isotropize(),
+    "flatten|tsv|flatten": cm.chain(cm.flatten(), cm.tsv(rank=2), cm.flatten(power=0.3)),
+    "iso_cts": cm.iso_cts(common=3, specific=1),
+    "dc_merge": cm.dc_merge(density=0.2, rho=5.0),
+    "svc": cm.svc(),
 }
 ELEMENTWISE = {
     "ties": cm.ties(density=0.4),
+    "sce": cm.sce(density=0.4),
+    "prune": cm.prune(density=0.4),
     "ties of the model": cm.ties(density=0.4, elect="count", reduce="max", scope="model"),
 }
 RANDOM = {"dare": cm.dare(drop=0.3), "dare|ties": cm.chain(cm.dare(drop=0.3), cm.ties())}
