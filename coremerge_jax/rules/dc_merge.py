@@ -23,7 +23,7 @@ class DcMerge(Rule):
     5. of that, the diagonal blocks (t, t), between an adapter's own directions;
     6. merged = U (…) Vᵀ.
 
-    Not defined where singular values of one M_t coincide.
+    Not defined where singular values of one M_t coincide, and without a derivative.
 
     Attributes:
         density: the share of entries kept.
@@ -42,7 +42,7 @@ class DcMerge(Rule):
         """Merges: all cores to one."""
         del key, context
         width = cores.b.shape[2] if isinstance(cores, LoRA) else min(cores.shape[1:])
-        u, s, v = jax.vmap(lapack.svd)(dense(cores))
+        u, s, v = jax.vmap(lapack.svd)(_without_derivative(dense(cores)))
         u, s, v = u[:, :, :width], s[:, :width], v[:, :, :width]
         live = jax.vmap(in_range, (0, None))(s, roundoff(u))
         u, v = (jnp.where(live[:, None, :], x, 0) for x in (u, v))
@@ -79,6 +79,16 @@ class DcMerge(Rule):
         number = jnp.maximum(1, jnp.floor(wanted)).astype(jnp.int32)
         magnitude = jnp.abs(x)
         return jnp.where(magnitude >= kth_smallest(magnitude, x.size - number + 1), x, 0)
+
+
+@jax.custom_jvp
+def _without_derivative(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_without_derivative.defjvp
+def _refuse_derivative(primals: tuple, tangents: tuple) -> tuple:
+    raise NotImplementedError("dc_merge has no derivative: it selects entries of singular vectors")
 
 
 dc_merge = DcMerge
