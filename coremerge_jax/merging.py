@@ -154,7 +154,7 @@ def merge_stream(
         sizes = [batch_size(group, parts, job.space, workers, max_memory) for group in groups]
         pairs = zip(groups, sizes, strict=True)
         batches = [batch for group, size in pairs for batch in group.split(size)]
-    return MergeStream(job, batches, workers, _metadata(present, config), merged_extras)
+    return MergeStream(job, batches, workers, common_metadata(present, config), merged_extras)
 
 
 class MergeStream:
@@ -609,7 +609,9 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> l
     return [next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths]
 
 
-def _metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:
+def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:
+    """What is said of a merge."""
+
     def common(field: str) -> Any:
         values = {getattr(adapter.metadata, field) for adapter in adapters} - {None}
         return values.pop() if len(values) == 1 else None

@@ -37,7 +37,7 @@ class TaskArithmetic(Rule):
         del key
         if self.weights is not None:
             weights = by_task(self.weights, context)
-            cores = jax.vmap(_scale)(cores, weights.astype(jax.tree.leaves(cores)[0].dtype))
+            cores = jax.vmap(scale)(cores, weights.astype(jax.tree.leaves(cores)[0].dtype))
         return total(cores)
 
 
@@ -50,7 +50,8 @@ def total(cores: Cores) -> jax.Array:
     return matmul(b.reshape(len(b), -1), a.reshape(-1, a.shape[-1]))
 
 
-def _scale(core: Cores, weight: jax.Array) -> Cores:
+def scale(core: Cores, weight: jax.Array) -> Cores:
+    """A core times a weight."""
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 

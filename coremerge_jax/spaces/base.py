@@ -12,6 +12,7 @@ from coremerge_jax.linalg import Basis, Factored, matmul
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules import Chain, Context, Rule, chain
 from coremerge_jax.rules.base import Cores, dense
+from coremerge_jax.rules.linear import scale
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
 # values; beyond it, rounding of the merged B would show, and A is made orthonormal.
@@ -40,6 +41,10 @@ class Projection:
     right: Basis | None = None
     gain: jax.Array | None = None
     spread: jax.Array | None = None
+
+    def weighted(self, weights: jax.Array) -> "Projection":
+        """With the updates multiplied by weights ``(T,)``."""
+        return dataclasses.replace(self, factors=jax.vmap(scale)(self.factors, weights))
 
     @property
     def cores(self) -> jax.Array:
