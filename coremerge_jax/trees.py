@@ -33,6 +33,7 @@ class Slot:
         dtypes: of a and b.
         axes: of a and b.
         kind: what sort of module it is.
+        wanted: the rank to write, where the scale depends on it; None for any.
     """
 
     paths: tuple[str, ...]
@@ -41,6 +42,7 @@ class Slot:
     dtypes: tuple[np.dtype, np.dtype]
     axes: Axes
     kind: Kind
+    wanted: int | None = None
 
     @property
     def rank(self) -> int:
@@ -61,9 +63,21 @@ class Slot:
         return {path: LoRA(a=x, b=y, kind=self.kind) for path, x, y in pairs}
 
     def write(self, modules: Mapping[str, LoRA], scale: float | Array) -> tuple[Array, Array]:
-        """The factors to store, given the modules; ranks are padded to the largest with zeros."""
+        """The factors to store, given the modules; their ranks are made equal with zeros.
+
+        Raises:
+            MismatchError: a module's rank is larger than that of the scale.
+        """
         loras = [modules[path] for path in self.paths]
         rank = max(lora.rank for lora in loras)
+        if self.wanted is not None:
+            if rank > self.wanted:
+                raise MismatchError(
+                    f"module {self.paths[0]!r} has rank {rank}, and updates are scaled by alpha / "
+                    f"{self.wanted}; truncate the adapter, or make the factors anew with this rank "
+                    f"and say rank={rank}"
+                )
+            rank = self.wanted
         on_host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loras))
         xp: Any = np if on_host else jnp
         a = xp.stack([pad_rank(lora.a, -2, rank) for lora in loras])
@@ -203,6 +217,7 @@ class TreeFormat:
             dtypes=(a.dtype, b.dtype),
             axes=axes,
             kind=layout.kind(param),
+            wanted=(self.rank or rank) if layout.scaled else None,
         )
 
     def _axes(self, module: str, a: Shape, b: Shape) -> Axes:
@@ -282,7 +297,8 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
     """An adapter in the form of a tree: the inverse of `from_tree`.
 
     The rank of a stored pair is the largest of its modules' ranks, which may differ from that of
-    ``like``: `truncate` first where shapes must not change.
+    ``like``: `truncate` first where shapes must not change. Where the layout scales by alpha /
+    rank, it is that rank.
 
     Args:
         adapter: has the modules of ``like``, and no others.
@@ -291,7 +307,8 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
 
     Raises:
         FormatError: where the factors of ``like`` belong cannot be told, see `TreeFormat`.
-        MismatchError: the adapter and the tree have not the same modules, or not of one shape.
+        MismatchError: the adapter and the tree have not the same modules, or not of one shape; or
+            its rank is larger than that of the scale.
     """
     stored = TreeFormat(**options).places(flatten(like)).write(adapter)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: stored.get(key_of(path), leaf), like)
