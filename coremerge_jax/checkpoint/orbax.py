@@ -6,6 +6,7 @@ It is imported late, as that takes time which those who merge PEFT folders need 
 import dataclasses
 import functools
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -196,7 +197,7 @@ def save_orbax(
 
     Args:
         adapter: what to write.
-        out: the folder to make.
+        out: the folder to make; of a step, such as ``checkpoints/1``, where Tunix shall restore it.
         to: the implementation of a model family that shall restore it, of `names.NAME_MAPS`; names
             are translated from Hugging Face's. By default, factors ``lora_a (n, r)`` and
             ``lora_b (r, m)`` below the parts of each module's path, where layers of one shape are
@@ -216,8 +217,10 @@ def save_orbax(
     from orbax.checkpoint import v1 as ocp
 
     rank = max(lora.rank for lora in adapter.outline.values())
+    item: str | None = None
     if to is not None:
         names = find_names(to)
+        item = names.item
         adapter = names.from_hugging_face(adapter, head_dim=head_dim)
         like = outline_tree(adapter, names, head_dim)
         options |= {"layout": names.layout, "scan_axis": names.scan_axis}
@@ -226,7 +229,8 @@ def save_orbax(
         tree = stacked(adapter)
     else:
         if isinstance(like, str | Path):
-            like = _Source(*_find(Path(like), None, None)).tree
+            source, item = _find(Path(like), None, None)
+            like = _Source(source, item).tree
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
         tree = to_tree(_of_rank(adapter, rank), like, **options)
@@ -237,10 +241,12 @@ def save_orbax(
     with atomic_folder(out, marker=MARKER, force=force) as folder:
         # Orbax makes a folder of its own, as whole or not at all as this one.
         # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
-        ocp.save(folder / "new", jax.tree.map(jnp.asarray, tree), custom_metadata=custom)
+        tree, item = jax.tree.map(jnp.asarray, tree), item or "state"
+        ocp.save(folder / "new", tree, checkpointable_name=item, custom_metadata=custom)
         for path in (folder / "new").iterdir():
             path.rename(folder / path.name)
         (folder / "new").rmdir()
+        shutil.copy(folder / MARKER, folder / item)  # MaxText restores, and looks, in this folder
 
 
 def _of_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -44,12 +44,14 @@ class NameMap:
         layout: of `layouts.LAYOUTS`, that of its trees.
         rules: one for each kernel of a layer, or of the model.
         scan_axis: where its trees stack layers, None if they do not.
+        item: what its checkpoints call the tree.
     """
 
     name: str
     layout: str
     rules: tuple[Rule, ...]
     scan_axis: int | None = None
+    item: str = "state"
 
     def to_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
         """The adapter with Hugging Face's names, its fused kernels split.
