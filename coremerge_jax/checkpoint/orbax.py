@@ -93,7 +93,7 @@ class _Source:
     Attributes:
         folder: of the checkpoint.
         item: the name of the tree in it, None where it is the checkpoint itself.
-        tree: with shapes and dtypes in place of arrays.
+        tree: parameters, with shapes and dtypes in place of arrays.
         custom: what was saved with it beside arrays.
     """
 
@@ -107,11 +107,13 @@ class _Source:
             raise FormatError(
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
             ) from error
-        for key, leaf in flatten(found.metadata).items():
+        self._whole = found.metadata
+        parameters = _parameters(found.metadata)
+        for key, leaf in flatten(parameters).items():
             if getattr(leaf, "shape", None) is None:
                 raise FormatError(f"{self}: {key!r} is not an array")
         self.tree = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.metadata
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parameters
         )
         self.custom = found.custom_metadata or {}
         if not jax.tree.leaves(self.tree):
@@ -129,12 +131,19 @@ class _Source:
                 return ocp.PLACEHOLDER
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
-        wanted = jax.tree_util.tree_map_with_path(want, self.tree)
+        wanted = jax.tree_util.tree_map_with_path(want, self._whole)
         try:
             read = flatten(ocp.load(self.folder, wanted, checkpointable_name=self.item))
         except Exception as error:
             raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
         return [np.asarray(read[key]) for key in keys]
+
+
+def _parameters(tree: Any) -> Any:
+    """Those of a train state of flax, whose optimizer has moments by the same keys; or the tree."""
+    if isinstance(tree, Mapping) and "params" in tree and {"step", "opt_state"} & tree.keys():
+        return {"params": tree["params"]}
+    return tree
 
 
 def open_orbax(
