@@ -242,7 +242,7 @@ def save_orbax(
             like = _Source(source, item).tree
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = to_tree(_of_rank(adapter, rank), like, **options)
+        tree = _arrays(to_tree(_of_rank(adapter, rank), like, **options))
     custom = {
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
@@ -256,6 +256,14 @@ def save_orbax(
             path.rename(folder / path.name)
         (folder / "new").rmdir()
         shutil.copy(folder / MARKER, folder / item)  # MaxText restores, and looks, in this folder
+
+
+def _arrays(tree: Any) -> Any:
+    """Nested dicts without the leaves that are still shapes: those of keys to ignore."""
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {key: _arrays(x) for key, x in tree.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    return {key: x for key, x in kept.items() if not isinstance(x, Mapping) or x}
 
 
 def _of_rank(adapter: Adapter, rank: int) -> Adapter:
