@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax import __version__
@@ -90,9 +89,12 @@ class _Source:
         item: the name of the tree in it, None where it is the checkpoint itself.
         tree: with shapes and dtypes in place of arrays.
         custom: what was saved with it beside arrays.
+
+    Raises:
+        FormatError: it cannot be read, or leaves are not arrays though all have to be.
     """
 
-    def __init__(self, folder: Path, item: str | None) -> None:
+    def __init__(self, folder: Path, item: str | None, *, only_arrays: bool = True) -> None:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self.item = folder, item
@@ -103,10 +105,11 @@ class _Source:
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
             ) from error
         for key, leaf in flatten(found.metadata).items():
-            if getattr(leaf, "shape", None) is None:
+            if only_arrays and not _is_array(leaf):
                 raise FormatError(f"{self}: {key!r} is not an array")
         self.tree = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.metadata
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf,
+            found.metadata,
         )
         self.custom = found.custom_metadata or {}
         if not jax.tree.leaves(self.tree):
@@ -117,19 +120,36 @@ class _Source:
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
         """Arrays of the tree, on the host."""
+        read = flatten(self.load(keys))
+        return [np.asarray(read[key]) for key in keys]
+
+    def load(self, keys: Collection[str] | None = None) -> Any:
+        """The tree with NumPy arrays, which may be written to; those with these keys, or all."""
         from orbax.checkpoint import v1 as ocp
 
         def want(path: tuple, leaf: Any) -> Any:
-            if key_of(path) not in keys:
+            if keys is not None and key_of(path) not in keys:
                 return ocp.PLACEHOLDER
-            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            return (
+                np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if _is_array(leaf) else leaf
+            )
 
         wanted = jax.tree_util.tree_map_with_path(want, self.tree)
         try:
-            read = flatten(ocp.load(self.folder, wanted, checkpointable_name=self.item))
+            return ocp.load(self.folder, wanted, checkpointable_name=self.item)
         except Exception as error:
             raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
-        return [np.asarray(read[key]) for key in keys]
+
+    def others(self) -> list[str]:
+        """The other items of the checkpoint."""
+        if self.item is None:
+            return []
+        found = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(name for name in found if name != self.item and not name.startswith("."))
+
+
+def _is_array(leaf: Any) -> bool:
+    return getattr(leaf, "shape", None) is not None
 
 
 def open_orbax(
@@ -206,8 +226,6 @@ def save_orbax(
         RecipeError: ``to`` is not known.
         UnsupportedError: ``head_dim`` is needed, or does not fit.
     """
-    from orbax.checkpoint import v1 as ocp
-
     rank = max(lora.rank for lora in adapter.outline.values())
     if to is not None:
         names = find_names(to)
@@ -227,13 +245,46 @@ def save_orbax(
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
     }
-    with atomic_folder(out, marker=MARKER, force=force) as folder:
-        # Orbax makes a folder of its own, as whole or not at all as this one.
-        # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
-        ocp.save(folder / "new", jax.tree.map(jnp.asarray, tree), custom_metadata=custom)
-        for path in (folder / "new").iterdir():
-            path.rename(folder / path.name)
-        (folder / "new").rmdir()
+    with atomic_folder(out, markers=(MARKER,), force=force) as folder:
+        write_tree(folder, tree, custom=custom)
+
+
+def open_tree(source: str | Path, *, item: str | None = None, step: int | None = None) -> "_Source":
+    """Opens any tree of parameters.
+
+    Args:
+        source: see `open_orbax`.
+        item: see `open_orbax`.
+        step: see `open_orbax`.
+
+    Raises:
+        FormatError: there is no such checkpoint, or it is broken.
+    """
+    return _Source(*_find(Path(source), step, item), only_arrays=False)
+
+
+def write_tree(
+    folder: Path, tree: Any, *, custom: Mapping[str, Any], item: str | None = None
+) -> None:
+    """Writes a checkpoint into an empty folder.
+
+    Args:
+        folder: which is there.
+        tree: with arrays.
+        custom: what to save with it beside arrays.
+        item: the name of the tree in the checkpoint.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    # Orbax makes a folder of its own.
+    # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
+    host = jax.local_devices(backend="cpu")[0]
+    arrays = jax.tree.map(lambda x: jax.device_put(x, host) if _is_array(x) else x, tree)
+    named = {} if item is None else {"checkpointable_name": item}
+    ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
+    for path in (folder / "new").iterdir():
+        path.rename(folder / path.name)
+    (folder / "new").rmdir()
 
 
 def _of_rank(adapter: Adapter, rank: int) -> Adapter:
