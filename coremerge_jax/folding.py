@@ -146,5 +146,6 @@ def _sum(weight: Array, a: list[Array], b: list[Array], scale: Array, *, axes: s
         left.reshape(*kernel.sizes("l"), rank, *kernel.sizes("i")),
         right.reshape(*kernel.sizes("l"), *kernel.sizes("o"), rank),
         precision=jax.lax.Precision.HIGHEST,
+        out_sharding=jax.typeof(weight).sharding,
     )
     return (weight.astype(wide) + update).astype(weight.dtype)
