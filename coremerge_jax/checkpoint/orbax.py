@@ -279,7 +279,12 @@ def write_tree(
     # Orbax makes a folder of its own.
     # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
     host = jax.local_devices(backend="cpu")[0]
-    arrays = jax.tree.map(lambda x: jax.device_put(x, host) if _is_array(x) else x, tree)
+
+    def put(x: Any) -> Any:
+        narrow = _is_array(x) and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
+        return jax.device_put(x, host) if narrow else x  # else it would lose bits
+
+    arrays = jax.tree.map(put, tree)
     named = {} if item is None else {"checkpointable_name": item}
     ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
     for path in (folder / "new").iterdir():
