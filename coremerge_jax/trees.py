@@ -111,7 +111,7 @@ class TreeFormat:
         if self.alpha is None:
             raise FormatError(
                 f"layout {layout.name!r} scales updates by alpha / rank, and the tree does not "
-                "hold alpha: give alpha (--alpha)"
+                "hold alpha: give alpha (coremerge convert --alpha)"
             )
         return self.alpha / (self.rank or rank)
 
@@ -139,7 +139,7 @@ class TreeFormat:
             raise FormatError(
                 f"{len(unmatched)} keys are not LoRA factors of layout {layout.name!r} (first: "
                 f"{unmatched[0]!r}{nearest(unmatched[0], set(kept) - set(unmatched))}); leave "
-                "them out with ignore (--ignore)"
+                "them out with ignore (coremerge convert --ignore)"
             )
         slots: dict[Slot, float | Array] = {}
         for (module, param), keys in found.items():
@@ -172,7 +172,9 @@ class TreeFormat:
                 + " or ".join(repr(layout.key) for layout in LAYOUTS.values())
             )
         names = " and ".join(repr(layout.name) for layout in fitting)
-        raise FormatError(f"the tree has keys of {names}; say which with layout (--layout)")
+        raise FormatError(
+            f"the tree has keys of {names}; say which with layout (coremerge convert --layout)"
+        )
 
     def _slot(
         self,
@@ -183,6 +185,9 @@ class TreeFormat:
         leaves: Mapping[str, Any],
     ) -> Slot:
         a, b = (leaves[keys[factor]] for factor in "ab")
+        for key, leaf in zip((keys["a"], keys["b"]), (a, b), strict=True):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise FormatError(f"{key!r} is of dtype {leaf.dtype}; expected floating point")
         shapes = tuple(a.shape), tuple(b.shape)
         axes = self._axes(module, *shapes)
         rank, other = axes.rank(*shapes)

@@ -43,7 +43,7 @@ class OrbaxFile(Adapter):
         self._slots = {path: slot for slot in places.slots for path in slot.paths}
         self._lock = threading.Lock()  # orbax runs an event loop of its own in each call
 
-        # Layers of a stack are asked for in a row, and each time the whole stack is read.
+        # A stack is read as a whole, and its layers may be asked for in several batches.
         @functools.lru_cache(maxsize=1)
         def read(slot: Slot) -> dict[str, LoRA]:
             a, b = source.read(slot.keys)
@@ -71,8 +71,12 @@ class OrbaxFile(Adapter):
         Raises:
             FormatError: a module has values that are not finite.
         """
+        wanted = list(paths)
+        found: dict[str, LoRA] = {}
         with self._lock:
-            found = {path: self._read(self._slots[path])[path] for path in paths}
+            for slot in dict.fromkeys(self._slots[path] for path in wanted):
+                found |= self._read(slot)
+        found = {path: found[path] for path in wanted}
         for path, lora in found.items():
             if not (np.isfinite(lora.a).all() and np.isfinite(lora.b).all()):
                 raise FormatError(
@@ -113,7 +117,7 @@ class _Source:
         )
         self.custom = found.custom_metadata or {}
         if not jax.tree.leaves(self.tree):
-            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays in it)")
+            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays found in it)")
 
     def __str__(self) -> str:
         return str(self.folder / (self.item or ""))
@@ -187,7 +191,10 @@ def open_orbax(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
     form = TreeFormat(**options)
-    places = form.places(flatten(tree.tree))
+    try:
+        places = form.places(flatten(tree.tree))
+    except FormatError as error:
+        raise FormatError(f"{tree}: {error}") from error
     metadata = form.metadata(places, name or folder.name)
     return OrbaxFile(tree, places, metadata)
 
@@ -375,7 +382,8 @@ def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str |
         known = [name for name in _ITEMS if name in items]
         if not known:
             raise FormatError(
-                f"{source}: several items, {_listed(items)}; say which with item (--item)"
+                f"{source}: several items, {_listed(items)}; say which with item (coremerge "
+                "convert --item)"
             )
         item = known[0]
     return source, item or items[0]

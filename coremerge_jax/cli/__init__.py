@@ -5,6 +5,7 @@ errors come at once.
 """
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
     # Else XLA lists, with every program from its cache, processor features that it would prefer.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("absl", "asyncio"):  # orbax's: what our errors tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

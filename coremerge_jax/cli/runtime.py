@@ -47,7 +47,11 @@ def taken_by_program() -> int:
 
 
 def room_for_batches(limit: int, taken: int) -> int:
-    """How much of a limit for the whole process is left for the data, of what is taken.
+    """How much memory is left for the data, in bytes.
+
+    Args:
+        limit: for the whole process.
+        taken: by the program itself and compilation.
 
     Raises:
         RecipeError: nothing is left.

@@ -97,12 +97,12 @@ def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> 
         where = "" if batch_axis == "auto" else f", stacked along axis {batch_axis}"
         raise FormatError(
             f"{problem}: expected (inputs, r) and (r, outputs) of one rank r{where}; "
-            "say how they are stored with axes (--axes)"
+            "say how they are stored with axes (coremerge convert --axes)"
         )
     ways = " or ".join(f"{axes.a},{axes.b}" for axes in fitting)
     raise FormatError(
         f"{problem} can be read in several ways ({ways}: i input, o output, r rank, l stacked "
-        "layers); say which with scan_axis (--scan-axis) or axes (--axes)"
+        "layers); say which with scan_axis (coremerge convert --scan-axis) or axes (--axes)"
     )
 
 

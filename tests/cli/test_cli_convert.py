@@ -1,6 +1,10 @@
 """``coremerge convert``: from an orbax checkpoint to PEFT and back, and what it refuses."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -108,6 +112,16 @@ def test_refusals(coremerge, tmp_path, tunix, options, words):
     for word in words:
         assert word in result.err, result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_data(tmp_path, tunix):
+    """In a process of its own: what orbax logs must not drown the one line."""
+    source, _ = tunix
+    shutil.rmtree(source / "1" / "model_params" / "d")
+    command = [sys.executable, "-m", "coremerge_jax", "convert", source, "-o", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: \S+: not a readable orbax checkpoint .*\n", result.stderr)
 
 
 def test_a_folder_that_holds_nothing(coremerge, tmp_path):
