@@ -49,7 +49,7 @@ def apply(
             "--base",
             metavar="MODEL",
             help="Its base model: a folder with safetensors files, a Hugging Face id, or an orbax "
-            "checkpoint of parameters, for which the host needs memory.",
+            "checkpoint of parameters, which takes three times its size of memory.",
             show_default=False,
         ),
     ],

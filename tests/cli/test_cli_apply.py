@@ -119,7 +119,7 @@ def test_a_base_that_is_an_orbax_checkpoint(coremerge, save, tmp_path):
     assert report["modules"]["layer.0.dense"]["tensor"] == "layer_0/dense/kernel"
     assert report["modules"].keys() == set(opened)
     assert (
-        "does not fit"
+        "axes 'io' for kernel"
         in coremerge("apply", adapter, "--base", base, "--axes", "*=io", "-o", out, "--force").err
     )
 
