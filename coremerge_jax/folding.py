@@ -90,7 +90,7 @@ def _add_to_layer(key: str, layer: np.ndarray, axes: str, lora: LoRA, scale: flo
     # Rows are what changes slowest in memory, inputs or outputs; and a row may be part of an axis.
     ahead = layer.transpose(sorted(range(len(axes)), key=lambda axis: axes[axis] != axes[0]))
     transposed = axes.startswith("i")
-    unit = lora.shape[transposed] // len(ahead)
+    unit = lora.shape[1 if transposed else 0] // len(ahead)
 
     def read(start: int, stop: int) -> np.ndarray:
         return ahead[start // unit : stop // unit].reshape(stop - start, -1)
@@ -115,36 +115,37 @@ def _fold(
     layers = [unchanged] * math.prod(kernel.sizes("l"))
     for path, place in kernel.modules.items():
         layers[place] = loras[path]
-    a = [pad_rank(lora.a, -2, rank) for lora in layers]
-    b = [pad_rank(lora.b, -1, rank) for lora in layers]
+    on_host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(layers))
+    xp: Any = np if on_host else jnp
+    wide = widest(*(x.dtype for x in jax.tree.leaves(layers)))
+    a = xp.stack([pad_rank(lora.a.astype(wide), -2, rank) for lora in layers])
+    b = xp.stack([pad_rank(lora.b.astype(wide), -1, rank) for lora in layers])
+    a = a.reshape(*kernel.sizes("l"), rank, *kernel.sizes("i"))
+    b = b.reshape(*kernel.sizes("l"), *kernel.sizes("o"), rank)
+    # One product with the axes of the kernel, so that it is sharded as the kernel is.
+    names = string.ascii_uppercase[: len(kernel.axes)]
+    batch, i, o = ("".join(names[axis] for axis in kernel.find(letter)) for letter in "lio")
     # Compilers choose a sharding of the result, if not told. A traced array's is theirs to choose.
     sharding = None if _is_traced(weight) else getattr(weight, "sharding", None)
-    return _program(kernel.axes, sharding, donate)(weight, a, b, jnp.float32(scale))
+    program = _program(f"{batch}r{i},{batch}{o}r->{names}", sharding, donate)
+    return program(weight, a, b, jnp.float32(scale))
 
 
 @functools.lru_cache
-def _program(axes: str, sharding: Any, donate: bool) -> Any:
+def _program(product: str, sharding: Any, donate: bool) -> Any:
     return jax.jit(
-        functools.partial(_sum, axes=axes),
+        functools.partial(_sum, product=product),
         out_shardings=sharding,
         donate_argnums=0 if donate else (),
     )
 
 
-def _sum(weight: Array, a: list[Array], b: list[Array], scale: Array, *, axes: str) -> Array:
-    """The sum, given ``(r, n)`` and ``(m, r)`` of each layer."""
+def _sum(weight: Array, a: Array, b: Array, scale: Array, *, product: str) -> Array:
     wide = widest(np.dtype(np.float32), weight.dtype)
-    kernel = Kernel("", weight.shape, axes, {})
-    rank = a[0].shape[0]
-    # One product whose axes are those of the kernel, so that it is sharded as the kernel is.
-    names = string.ascii_uppercase[: len(axes)]
-    i, o, layers = ("".join(names[axis] for axis in kernel.find(letter)) for letter in "iol")
-    left = jnp.stack([x.astype(wide) for x in a])
-    right = jnp.stack([x.astype(wide) for x in b]) * scale.astype(wide)
     update = jnp.einsum(
-        f"{layers}r{i},{layers}{o}r->{names}",
-        left.reshape(*kernel.sizes("l"), rank, *kernel.sizes("i")),
-        right.reshape(*kernel.sizes("l"), *kernel.sizes("o"), rank),
+        product,
+        a.astype(wide),
+        b.astype(wide) * scale.astype(wide),
         precision=jax.lax.Precision.HIGHEST,
         out_sharding=jax.typeof(weight).sharding,
     )

@@ -98,8 +98,11 @@ def find_kernels(
         kernels[key] = kernel
     missing = [path for path in outline if path not in owners]
     if missing:
-        several = [key for key, leaf in leaves.items() if len(getattr(leaf, "shape", ())) > 1]
-        shown = ", ".join(f"{path!r}{nearest(path, several)}" for path in missing[:_SHOWN])
+        shapes = {key: getattr(leaf, "shape", ()) for key, leaf in leaves.items()}
+        there = [f"{key} {shape}" for key, shape in shapes.items() if len(shape) > 1]
+        shown = ", ".join(
+            f"{path!r} {outline[path].shape}{nearest(path, there)}" for path in missing[:_SHOWN]
+        )
         raise MismatchError(
             f"no kernel for {len(missing)} of {len(outline)} modules: {shown}; is it the right "
             "base, are names (--names) and scan_axis (--scan-axis) right?"

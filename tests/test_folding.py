@@ -183,7 +183,7 @@ def test_what_a_tree_has_no_place_for():
 def test_what_does_not_fit():
     (adapter,) = random_adapters({"x": (6, 8)}, [2], dtype="float32")
     with pytest.raises(
-        cm.MismatchError, match=r"no kernel for 1 of 1 modules: 'x'; nearest is 'y/"
+        cm.MismatchError, match=r"no kernel for 1 of 1 modules: 'x' .6, 8.; nearest is 'y/w .8, 6.'"
     ):
         cm.fold_tree(params({"y": (8, 6)}), adapter)
     with pytest.raises(cm.MismatchError, match=r"x/w: kernel \(8, 7\) does not fit"):

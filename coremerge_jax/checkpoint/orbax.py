@@ -128,12 +128,17 @@ class _Source:
         return [np.asarray(read[key]) for key in keys]
 
     def load(self, keys: Collection[str] | None = None) -> Any:
-        """The tree with NumPy arrays, which may be written to; those with these keys, or all."""
+        """The tree with NumPy arrays, which may be written to; those with these keys, or all.
+
+        In the tree of all, arrays of uint32 are JAX's: so orbax gives random keys as what they are.
+        """
         from orbax.checkpoint import v1 as ocp
 
         def want(path: tuple, leaf: Any) -> Any:
             if keys is not None and key_of(path) not in keys:
                 return ocp.PLACEHOLDER
+            if keys is None and getattr(leaf, "dtype", None) == np.uint32:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host())
             return (
                 np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if _is_array(leaf) else leaf
             )
@@ -150,6 +155,14 @@ class _Source:
             return []
         found = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted(name for name in found if name != self.item and not name.startswith("."))
+
+
+def _host() -> jax.sharding.Sharding:
+    try:
+        devices = jax.local_devices(backend="cpu")
+    except RuntimeError:  # where JAX_PLATFORMS does not name it
+        devices = jax.local_devices()
+    return jax.sharding.SingleDeviceSharding(devices[0])
 
 
 def _is_array(leaf: Any) -> bool:
@@ -285,11 +298,12 @@ def write_tree(
 
     # Orbax makes a folder of its own.
     # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
-    host = jax.local_devices(backend="cpu")[0]
+    host = _host()
 
     def put(x: Any) -> Any:
-        narrow = _is_array(x) and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
-        return jax.device_put(x, host) if narrow else x  # else it would lose bits
+        if isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            return x  # as a JAX array, it would lose bits
+        return jax.device_put(x, host) if _is_array(x) else x
 
     arrays = jax.tree.map(put, tree)
     named = {} if item is None else {"checkpointable_name": item}

@@ -169,13 +169,19 @@ def test_the_tree_of_a_step_with_several_items(tmp_path):
 
 
 def test_a_model_of_nnx_goes_on(tmp_path):
-    model = nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 4, rngs=nnx.Rngs(1)))
-    (adapter,) = random_adapters({"layers.0": (6, 8), "layers.1": (4, 6)}, [2], dtype="float32")
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(8, 6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), nnx.Linear(6, 4, rngs=rngs)
+    )
+    (adapter,) = random_adapters({"layers.0": (6, 8), "layers.2": (4, 6)}, [2], dtype="float32")
     ocp.save(tmp_path / "base", nnx.state(model))
     cm.apply_adapter(adapter, tmp_path / "base", tmp_path / "out")
     folded = cm.fold_tree(nnx.state(model), adapter)
     restored = ocp.load(tmp_path / "out", nnx.state(model))
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(folded), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = map(jax.random.key_data, (x, y))
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
@@ -194,11 +200,16 @@ def refusal(error, adapter, folder, **options):
 def test_names_that_are_not_there(adapter, maxtext, tmp_path):
     folder = save(tmp_path / "base", maxtext)
     message = refusal(cm.MismatchError, adapter, folder)
-    assert "no kernel for 9 of 9 modules: 'model.layers.0.self_attn.q_proj'; nearest is" in message
+    assert (
+        "no kernel for 9 of 9 modules: 'model.layers.0.self_attn.q_proj' (8, 16); nearest is"
+        in message
+    )
     assert "(--names)" in message
     (other,) = random_adapters({**SHAPES, "model.layers.3.mlp.down_proj": (EMBED, 24)}, [2])
     message = refusal(cm.MismatchError, other, folder, **NAMES)
-    assert "no kernel for 1 of 10 modules: 'decoder.layers.3.mlp.wo'; nearest is" in message
+    assert (
+        "no kernel for 1 of 10 modules: 'decoder.layers.3.mlp.wo' (16, 24); nearest is" in message
+    )
     wide = {path: (m, n + 8) for path, (m, n) in SHAPES.items()}
     message = refusal(cm.MismatchError, random_adapters(wide, [2])[0], folder, **NAMES)
     assert "no kernel for 9 of 9" in message
