@@ -25,7 +25,7 @@ coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
 _source = partial(typer.Option, show_default=False, rich_help_panel="How the source is stored")
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
 
-_NAMES = "tunix|tunix-gemma|gemma|maxtext-llama|maxtext-qwen"
+NAMES = "tunix|tunix-gemma|gemma|maxtext-llama|maxtext-qwen"
 _LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
 
 
@@ -43,7 +43,7 @@ def convert(
     to: Annotated[
         str,
         _target(
-            metavar=f"peft|orbax|{_NAMES}",
+            metavar=f"peft|orbax|{NAMES}",
             help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
             "one that this implementation of a model family restores.",
         ),
@@ -51,7 +51,7 @@ def convert(
     names: Annotated[
         str | None,
         _target(
-            metavar=_NAMES,
+            metavar=NAMES,
             help="Translate module names between Hugging Face and this implementation of a model "
             "family, whichever they are not.",
         ),

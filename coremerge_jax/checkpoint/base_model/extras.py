@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from coremerge_jax.checkpoint.base_model.folder import FLOATS, BaseModel
+from coremerge_jax.addition import FLOATS
+from coremerge_jax.checkpoint.base_model.folder import BaseModel
 from coremerge_jax.checkpoint.base_model.names import Prefix, nearest
 from coremerge_jax.checkpoint.base_model.tied import TOKENS, may_be_tied
 from coremerge_jax.checkpoint.peft.keys import unwrapped

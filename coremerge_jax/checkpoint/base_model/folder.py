@@ -9,6 +9,7 @@ import huggingface_hub
 import jax
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from coremerge_jax.addition import FLOATS
 from coremerge_jax.checkpoint.peft.source import find_folder
 from coremerge_jax.checkpoint.tensor_file import TensorReader
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -16,9 +17,6 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-# Dtypes of weights that take an update.
-FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 # Files of weights, by their ending, and what belongs to them.
 _WEIGHTS = (
