@@ -64,7 +64,7 @@ def write_tunix(adapter, path):
 
 
 def write_maxtext(adapter, path):
-    there = translate(adapter, "maxtext-llama", head_dim=HEAD_DIM)
+    there = translate(adapter, "maxtext-llama3.1", head_dim=HEAD_DIM)
     tree = {"decoder": {"layers": {"self_attention": {}}}}
     for name in ("query", "out"):
         layers = [there[f"decoder.layers.{i}.self_attention.{name}"] for i in range(3)]

@@ -30,7 +30,7 @@ coremerge apply merged --base models/llama -o llama-merged
 
 coremerge apply merged --base meta-llama/Llama-3.1-8B -o llama-merged --scale 0.8
 
-coremerge apply merged --base checkpoints/base -o out --names maxtext-llama --head-dim 128"""
+coremerge apply merged --base checkpoints/base -o out --names maxtext-llama3.1 --head-dim 128"""
 
 
 def apply(

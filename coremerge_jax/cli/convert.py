@@ -18,14 +18,14 @@ EPILOG = """[bold]Examples[/]
 
 coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
 
-coremerge convert adapter -o checkpoint --to maxtext-llama --head-dim 128
+coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
 
 coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
 
 _source = partial(typer.Option, show_default=False, rich_help_panel="How the source is stored")
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
 
-NAMES = "tunix|tunix-gemma|gemma|maxtext-llama|maxtext-qwen"
+NAMES = "tunix|tunix-gemma|gemma|maxtext-llama3.1|maxtext-qwen"
 _LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
 
 

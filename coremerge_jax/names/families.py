@@ -110,7 +110,7 @@ NAME_MAPS = {
         ),
         NameMap("gemma", "gemma", _in_layers("layer.{i}.", "layer_{i}/", _GEMMA)),
         NameMap(
-            "maxtext-llama",
+            "maxtext-llama3.1",
             "qwix",
             _in_layers("decoder.layers.{i}.", "decoder/layers/", _MAXTEXT, _LLAMA),
             scan_axis=1,

@@ -24,7 +24,7 @@ SHAPES = {
         "mlp.down_proj": (EMBED, 24),
     }.items()
 }
-NAMES = {"names": "maxtext-llama", "head_dim": HEAD_DIM}
+NAMES = {"names": "maxtext-llama3.1", "head_dim": HEAD_DIM}
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_scanned_layers_of_maxtext(adapter, maxtext, tmp_path):
 
 def test_names_of_the_base_are_left_as_they_are(adapter, maxtext, tmp_path):
     save(tmp_path / "base", maxtext)
-    cm.save_orbax(adapter, tmp_path / "adapter", to="maxtext-llama", head_dim=HEAD_DIM)
+    cm.save_orbax(adapter, tmp_path / "adapter", to="maxtext-llama3.1", head_dim=HEAD_DIM)
     opened = cm.open_adapter(tmp_path / "adapter")
     one = cm.apply_adapter(opened, tmp_path / "base", tmp_path / "one", **NAMES)
     two = cm.apply_adapter(opened, tmp_path / "base", tmp_path / "two")
@@ -213,7 +213,7 @@ def test_names_that_are_not_there(adapter, maxtext, tmp_path):
     wide = {path: (m, n + 8) for path, (m, n) in SHAPES.items()}
     message = refusal(cm.MismatchError, random_adapters(wide, [2])[0], folder, **NAMES)
     assert "no kernel for 9 of 9" in message
-    assert "head_dim" in refusal(cm.UnsupportedError, adapter, folder, names="maxtext-llama")
+    assert "head_dim" in refusal(cm.UnsupportedError, adapter, folder, names="maxtext-llama3.1")
     assert "names 'llama'" in refusal(cm.RecipeError, adapter, folder, names="llama")
 
 

@@ -83,14 +83,14 @@ def test_their_checkpoints(adapter, tmp_path, state, axis):
         manager.save(7, args=ocp.args.Composite(items=save), custom_metadata=metadata)
     opened = cm.open_orbax(tmp_path / "c")
     assert {path.split(".")[0] for path in opened.outline} == {"decoder"}
-    assert_same(translate(opened, "maxtext-llama", head_dim=HEAD_DIM), adapter, 1e-6)
+    assert_same(translate(opened, "maxtext-llama3.1", head_dim=HEAD_DIM), adapter, 1e-6)
     cm.save_orbax(opened, tmp_path / "again", like=tmp_path / "c")
     assert_same(cm.open_orbax(tmp_path / "again"), opened, 1e-6)
 
 
 def test_they_restore_ours(adapter, tmp_path):
     """By the calls that restore_lora_from_path makes (maxtext/utils/lora_utils.py)."""
-    cm.save_orbax(adapter, tmp_path / "ours", to="maxtext-llama", head_dim=HEAD_DIM)
+    cm.save_orbax(adapter, tmp_path / "ours", to="maxtext-llama3.1", head_dim=HEAD_DIM)
     path = tmp_path / "ours" / "model_params"
     told = ocp.StandardCheckpointer().metadata(path).custom_metadata["lora"]
     assert told == {"lora_rank": RANK, "lora_alpha": RANK}

@@ -30,7 +30,7 @@ EXPECTED = {
         "layer_0/mlp/_LoRAEinsum_gating_einsum/lora/b": (2 * RANK, 2, 40),
         "layer_0/mlp/_LoRAEinsum_linear/lora/a": (40, 2 * RANK),
     },
-    "maxtext-llama": {
+    "maxtext-llama3.1": {
         "decoder/layers/self_attention/query/kernel_lora_a": (WIDTH, 2, RANK),
         "decoder/layers/self_attention/query/kernel_lora_b": (RANK, 2, HEADS * HEAD_DIM),
         "decoder/layers/mlp/wo/kernel_lora_b": (RANK, 2, WIDTH),
