@@ -1,11 +1,14 @@
 """W + ΔW on the host: summed in float32 at least, rounded once, by blocks of rows."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.lora import LoRA, widest
+from coremerge_jax.processors import processors
 
 # Dtypes of weights that take an update.
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -18,7 +21,6 @@ BLOCK = 2**18
 _unwarned = np.errstate(over="ignore", invalid="ignore")
 
 
-@_unwarned
 def add_update(
     name: str,
     lora: LoRA,
@@ -30,6 +32,8 @@ def add_update(
     scale: float = 1.0,
 ) -> float:
     """Adds an update to a weight ``(m, n)`` that is read and written by blocks of rows.
+
+    Blocks are computed by several threads, of which one at a time reads or writes.
 
     Args:
         name: of the weight, for messages.
@@ -50,14 +54,22 @@ def add_update(
     a, b = np.asarray(lora.a, np.float32), np.asarray(lora.b, np.float32)
     left, right = (a.T, b.T) if transposed else (b, a)
     step = unit * max(1, BLOCK // (unit * right.shape[1]))
-    norm = lost = 0.0
-    for start in range(0, len(left), step):
+    lock = threading.Lock()
+
+    @_unwarned
+    def add_block(start: int) -> tuple[float, float]:
         delta = left[start : start + step] @ right
         delta *= np.float32(scale)
-        changed, rest = add(name, read(start, start + len(delta)), delta)
-        write(start, changed)
-        norm += _square(delta)
-        lost += _square(rest)
+        with lock:
+            weight = read(start, start + len(delta))
+        changed, rest = add(name, weight, delta)
+        with lock:
+            write(start, changed)
+        return _square(delta), _square(rest)
+
+    with ThreadPoolExecutor(processors()) as pool:
+        norms, losses = zip(*pool.map(add_block, range(0, len(left), step)), strict=True)
+    norm, lost = sum(norms), sum(losses)
     return (lost / norm) ** 0.5 if norm else 0.0
 
 
