@@ -90,8 +90,8 @@ def convert(
         list[str] | None,
         _source(
             metavar="PATTERN=A,B",
-            help="Axes of the factors of some modules: i input, o output, r rank, l stacked; such "
-            "as '*/moe=lir,lro'.",
+            help="Axes of the factors of some modules: i input, o output, r rank, l stacked layers "
+            "or experts, e experts of each layer; such as '*/moe=lir,lro'.",
         ),
     ] = None,
     ignore: Annotated[
