@@ -33,7 +33,7 @@ class Slot:
         dtypes: of a and b.
         axes: of a and b.
         kind: what sort of module it is.
-        wanted: the rank to write, where the scale depends on it; None for any.
+        wanted: the rank to write, where that matters; None for any.
     """
 
     paths: tuple[str, ...]
@@ -94,7 +94,7 @@ class TreeFormat:
     Attributes:
         layout: a name of `layouts.LAYOUTS`; found out by the keys by default.
         alpha: of layouts that scale by alpha / rank.
-        rank: that the scale is of; by default that of the factors.
+        rank: that the scale is of, and to write factors with; by default that of the factors.
         scan_axis: 0 or 1, where stacked layers are in both factors; None for none; ``"auto"`` where
             shapes and names show it.
         axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its factors
@@ -217,7 +217,7 @@ class TreeFormat:
             dtypes=(a.dtype, b.dtype),
             axes=axes,
             kind=layout.kind(param),
-            wanted=(self.rank or rank) if layout.scaled else None,
+            wanted=self.rank or (rank if layout.scaled else None),
         )
 
     def _axes(self, module: str, a: Shape, b: Shape) -> Axes:

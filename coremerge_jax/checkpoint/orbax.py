@@ -1,6 +1,5 @@
 """Orbax checkpoints to adapters and back."""
 
-import dataclasses
 import functools
 import re
 import shutil
@@ -23,18 +22,17 @@ from coremerge_jax.checkpoint.orbax_tree import (
     write_tree,
 )
 from coremerge_jax.checkpoint.peft.config import PeftConfig
+from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.errors import FormatError
-from coremerge_jax.layouts.axes import pad_rank
-from coremerge_jax.lora import Adapter, LoRA, Metadata
+from coremerge_jax.lora import Adapter, AdapterFile, LoRA, Metadata
 from coremerge_jax.names import find_names, outline_tree
 from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, to_tree
 
-_CONFIG = "adapter_config.json"
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 
 
-class OrbaxFile(Adapter):
-    """An adapter whose factors are still in its checkpoint, see `open_orbax`. Not a pytree."""
+class OrbaxFile(AdapterFile):
+    """An adapter whose factors are still in its checkpoint, see `open_orbax`."""
 
     def __init__(self, source: OrbaxTree, places: Places, metadata: Metadata) -> None:
         super().__init__(places.outline(), metadata=metadata)
@@ -48,20 +46,6 @@ class OrbaxFile(Adapter):
             return slot.read(a, b, places.slots[slot])
 
         self._read = read
-
-    def __getitem__(self, path: str) -> LoRA:
-        return self.read([path])[path]
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._slots
-
-    def __repr__(self) -> str:
-        return repr(self.outline)
-
-    @property
-    def outline(self) -> Adapter:
-        """The adapter with shapes and dtypes in place of its factors."""
-        return Adapter(self._modules, metadata=self.metadata)
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths.
@@ -187,7 +171,7 @@ def save_orbax(
             like, item = _parameters(source.tree), source.item
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = _arrays(to_tree(_of_rank(adapter, rank), like, **options))
+        tree = _arrays(to_tree(adapter, like, **options))
     custom = {
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
@@ -216,21 +200,12 @@ def _arrays(tree: Any) -> Any:
     return {key: x for key, x in kept.items() if not isinstance(x, Mapping) or x}
 
 
-def _of_rank(adapter: Adapter, rank: int) -> Adapter:
-    """All factors padded to a rank with zeros."""
-    modules = {
-        path: dataclasses.replace(lora, a=pad_rank(lora.a, -2, rank), b=pad_rank(lora.b, -1, rank))
-        for path, lora in adapter.read(adapter).items()
-    }
-    return adapter.replace(modules=modules)
-
-
 def _told(source: OrbaxTree) -> dict[str, float | int]:
     """Rank and alpha, where something beside the arrays says them."""
     lora = source.custom.get("lora")
     names = {"rank": "lora_rank", "alpha": "lora_alpha"}
     if not isinstance(lora, Mapping):
-        files = (folder / _CONFIG for folder in (source.folder, source.folder.parent))
+        files = (folder / CONFIG for folder in (source.folder, source.folder.parent))
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             return {}

@@ -49,7 +49,7 @@ class TreeFolding(Folding):
         self._base = open_tree(base, item=item, step=step)
         leaves = flatten(self._base.tree)
         _check_base(str(self._base), leaves)
-        if names is not None and not find_names(names).fits(adapter.outline):
+        if names is not None:
             adapter = find_names(names).from_hugging_face(adapter, head_dim=head_dim)
         self._kernels = find_kernels(leaves, adapter, **options)
         modules = {
