@@ -13,8 +13,7 @@ from coremerge_jax.processors import processors
 # Dtypes of weights that take an update.
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 
-# Elements of a weight that are in memory at a time, a few times over: they fit into caches, which
-# makes three times the speed of blocks of 16 MiB.
+# Elements of a weight that are in memory at a time, a few times over: they fit into caches.
 BLOCK = 2**18
 
 # What overflows is found in the result, and refused.

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from coremerge_jax.addition import FLOATS
-from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError
+from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError, hint
 from coremerge_jax.layouts.axes import Shape
 from coremerge_jax.lora import Adapter
-from coremerge_jax.trees import module_paths, nearest
+from coremerge_jax.trees import module_paths
 
 # Of a layer or an expert, in a module's path.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)|\[\d+\]")
@@ -101,7 +101,7 @@ def find_kernels(
         shapes = {key: getattr(leaf, "shape", ()) for key, leaf in leaves.items()}
         there = [f"{key} {shape}" for key, shape in shapes.items() if len(shape) > 1]
         shown = ", ".join(
-            f"{path!r} {outline[path].shape}{nearest(path, there)}" for path in missing[:_SHOWN]
+            f"{path!r} {outline[path].shape}{hint(path, there)}" for path in missing[:_SHOWN]
         )
         raise MismatchError(
             f"no kernel for {len(missing)} of {len(outline)} modules: {shown}; is it the right "

@@ -1,10 +1,9 @@
 """Trees of parameters (of a model, of a checkpoint) to adapters and back."""
 
 import dataclasses
-import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.errors import FormatError, MismatchError, hint
 from coremerge_jax.layouts import LAYOUTS, Axes, Layout
 from coremerge_jax.layouts.axes import Shape, pad_rank
 from coremerge_jax.layouts.layout import container, find_axes, is_numbered, separate_numbers
@@ -152,7 +151,7 @@ class TreeFormat:
         if unmatched:
             raise FormatError(
                 f"{len(unmatched)} keys are not LoRA factors of layout {layout.name!r} (first: "
-                f"{unmatched[0]!r}{nearest(unmatched[0], set(kept) - set(unmatched))}); leave "
+                f"{unmatched[0]!r}{hint(unmatched[0], set(kept) - set(unmatched))}); leave "
                 "them out with ignore (coremerge convert --ignore)"
             )
         slots: dict[Slot, float | Array] = {}
@@ -352,7 +351,7 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
         if missing:
             first = min(missing)
             raise MismatchError(
-                f"{what} {first!r}{nearest(first, there)} ({len(missing)} in all); expected the "
+                f"{what} {first!r}{hint(first, there)} ({len(missing)} in all); expected the "
                 "same modules in both"
             )
     for path, lora in tree.items():
@@ -361,12 +360,6 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
                 f"module {path!r} is {adapter[path].shape} (m, n) in the adapter, and {lora.shape} "
                 "in the tree"
             )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint for a message."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0)
-    return f"; nearest is {near[0]!r}" if near else ""
 
 
 def _single(x: Array) -> Array:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax.cli.console import Stages, describe_paths, print_json, print_table
-from coremerge_jax.cli.convert import NAMES
+from coremerge_jax.cli.console import Stages, describe_paths, folder_size, print_json, print_table
+from coremerge_jax.cli.convert import NAMES, parse_axes
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def apply(
             "--base",
             metavar="MODEL",
             help="Its base model: a folder with safetensors files, a Hugging Face id, or an orbax "
-            "checkpoint of parameters, which takes three times its size of memory.",
+            "checkpoint of parameters, which is held in memory.",
             show_default=False,
         ),
     ],
@@ -98,7 +98,7 @@ def apply(
         "names": names,
         "head_dim": head_dim,
         "scan_axis": scan_axis,
-        "axes": _parse_axes(axes) if axes else None,
+        "axes": parse_axes(axes, "PATTERN=AXES", "*/q_einsum=oio"),
         "item": item,
         "step": step,
     }
@@ -107,16 +107,6 @@ def apply(
     if as_json:
         return print_json(report)
     return _show(report)
-
-
-def _parse_axes(texts: list[str]) -> dict[str, str]:
-    parsed = {}
-    for text in texts:
-        pattern, separator, letters = text.rpartition("=")
-        if not separator:
-            raise RecipeError(f"--axes {text!r}: expected PATTERN=AXES, such as '*/q_einsum=oio'")
-        parsed[pattern] = letters
-    return parsed
 
 
 def _report(
@@ -158,8 +148,7 @@ def _write(
         report = folding.write(
             output, force=force, provenance={"sources": [source]}, advance=advance
         )
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return {"output": str(output), "bytes": size, "report": report}
+    return {"output": str(output), "bytes": folder_size(output), "report": report}
 
 
 def _show(report: Mapping[str, Any]) -> None:

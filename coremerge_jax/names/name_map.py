@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import MismatchError, UnsupportedError
+from coremerge_jax.errors import MismatchError, UnsupportedError, hint
 from coremerge_jax.lora import Adapter, Array, LoRA
-from coremerge_jax.trees import nearest
 
 # From the outputs of Hugging Face's kernel to those of the other, or back.
 Change = Callable[[Array, int, bool], Array]
@@ -134,7 +133,7 @@ class NameMap:
             return rule, layer
         known = [name for rule in self.rules for name in (rule.theirs if theirs else (rule.ours,))]
         raise MismatchError(
-            f"module {path!r} has no name in {self.name}{nearest(path, known)}, with a number for "
+            f"module {path!r} has no name in {self.name}{hint(path, known)}, with a number for "
             "{i}"
         )
 
