@@ -1,5 +1,7 @@
 """Checkpoints as MaxText writes and restores them, by the same calls to orbax."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,3 +115,31 @@ def test_they_restore_ours(adapter, tmp_path):
     for name in ("query", "key", "value", "out"):
         scaled = update(expected, name) * (ALPHA / RANK)
         assert distance(update(restored, name), scaled) < 1e-6, name
+
+
+def test_adapters_for_serving(adapter, tmp_path):
+    """Shapes of get_lora_abstract_state (maxtext/utils/lora_utils.py); other kernels are None."""
+    scaled = {path: (x.a.T, x.b.T / (ALPHA / RANK)) for path, x in adapter.items()}
+    tree = {"self_attention": {}, "mlp": {"wi_0": {"kernel": None}}}
+    for theirs, ours in (("q", "query"), ("v", "value"), ("o", "out")):
+        pairs = [scaled[f"model.layers.{i}.self_attn.{theirs}_proj"] for i in range(LAYERS)]
+        a, b = (np.stack(x, axis=1) for x in zip(*pairs, strict=True))
+        if ours == "out":  # (heads, layers, head_dim, r)
+            a = a.reshape(HEADS, HEAD_DIM, LAYERS, RANK).transpose(0, 2, 1, 3)
+        else:  # (r, layers, heads, head_dim)
+            b = b.reshape(RANK, LAYERS, -1, HEAD_DIM)
+        tree["self_attention"][ours] = {"lora_a.kernel": a, "lora_b.kernel": b}
+    params = {"params": {"decoder": {"layers": tree}}}
+    state = TrainState(step=0, apply_fn=None, params=params, tx=None, opt_state={})
+    with ocp.CheckpointManager(tmp_path / "c", item_names=("items",)) as manager:
+        manager.save(0, args=ocp.args.Composite(items=ocp.args.PyTreeSave(state)))
+        manager.wait_until_finished()
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
+    (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(config))
+    found = cm.open_orbax(tmp_path / "c", scan_axis=1)
+    expected = {
+        f"decoder.layers.{i}.self_attention.{ours}": adapter[f"model.layers.{i}.self_attn.{x}_proj"]
+        for i in range(LAYERS)
+        for x, ours in (("q", "query"), ("v", "value"), ("o", "out"))
+    }
+    assert_same(found, expected, 1e-6)
