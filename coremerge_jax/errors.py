@@ -1,5 +1,9 @@
 """The errors that a user can meet. Each message names the culprit and says what to do."""
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class CoreMergeError(ValueError):
     """Base of every error that this library raises on purpose."""
@@ -19,3 +23,21 @@ class MismatchError(CoreMergeError):
 
 class RecipeError(CoreMergeError):
     """A rule, space, parameter or option that does not exist, or a value that it cannot have."""
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
+    """The names that are most like this one, of those that differ in numbers alone the first."""
+    unlike: dict[str, str] = {}
+    for other in names:
+        unlike.setdefault(_general(other), other)
+    close = difflib.get_close_matches(_general(name), unlike, n=count, cutoff=0)
+    return [unlike[key] for key in close]
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """What a message says of the nearest name, if there is one."""
+    return "".join(f"; nearest is {found!r}" for found in nearest(name, names))
+
+
+def _general(name: str) -> str:
+    return re.sub(r"\d+", "0", name)

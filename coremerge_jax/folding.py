@@ -1,18 +1,20 @@
 """Adapters folded into the parameters of a model in memory: W + ΔW in each kernel's own layout."""
 
-import itertools
+import functools
 import math
-from functools import partial
+import string
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import FormatError, MismatchError
-from coremerge_jax.layouts.axes import Shape
-from coremerge_jax.lora import Adapter, Array, LoRA
-from coremerge_jax.trees import flatten, key_of, module_paths, nearest
+from coremerge_jax.addition import add_update
+from coremerge_jax.kernels import Kernel, find_kernels
+from coremerge_jax.layouts.axes import pad_rank
+from coremerge_jax.lora import Adapter, Array, LoRA, widest
+from coremerge_jax.trees import flatten, key_of
 
 
 def fold_tree(
@@ -20,120 +22,131 @@ def fold_tree(
     adapter: Adapter,
     *,
     scan_axis: int | str | None = "auto",
+    axes: Mapping[str, str] | None = None,
     scale: float = 1.0,
     donate: bool = False,
 ) -> Any:
     """Parameters of a base model with an adapter's updates in them.
 
-    Sums are computed in float32 and rounded once. Sharded parameters stay sharded as they are.
+    Sums are computed in float32 (with float64 kernels, in float64) and rounded once. NumPy arrays
+    stay on the host; JAX arrays stay sharded as they are, and each device computes its part.
+
+    Which axes of a kernel are its inputs is known from shapes. As in all JAX stacks, the first ones
+    are where that fits, also if others would; else those that fit alone; else ``axes`` has to say.
 
     Args:
         params: any pytree of arrays, such as an `nnx.State`, with the names that `from_tree` gives
             the adapter's modules; see `names` for other implementations' names.
-        adapter: each of its modules must have a kernel in ``params``. Inputs are the kernel's
-            first axes where that fits, else those that fit alone.
-        scan_axis: 0 or 1, where stacked layers are in a kernel; ``"auto"`` where shapes show it.
+        adapter: each of its modules must have a kernel in ``params``. A stack of layers may have
+            some that the adapter does not change.
+        scan_axis: 0 or 1, where stacked layers (or experts) are in a kernel; None for none;
+            ``"auto"`` where shapes show it.
+        axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its kernel, a
+            letter each: ``i`` input, ``o`` output, ``l`` stacked layers or experts; such as
+            ``"oio"`` for heads, inputs and head size.
         scale: multiplies the updates.
         donate: reuse the memory of JAX arrays in ``params``, which are gone then.
 
     Raises:
         MismatchError: a module has no kernel, or one of another shape.
-        FormatError: which axes of a kernel are inputs, or layers, cannot be told.
+        FormatError: which axes of a kernel are inputs, or layers, cannot be told; or a NumPy kernel
+            cannot hold the result.
+        UnsupportedError: a kernel is quantized, or the adapter is more than low-rank updates.
     """
-    leaves = flatten(params)
-    places = {key: _places(key, leaf, adapter, scan_axis) for key, leaf in leaves.items()}
-    found = {path for paths, _ in filter(None, places.values()) for path in paths}
-    missing = [path for path in adapter if path not in found]
-    if missing:
-        raise MismatchError(
-            f"no kernel for module {missing[0]!r}{nearest(missing[0], leaves)} ({len(missing)} of "
-            f"{len(adapter)} modules)"
-        )
+    kernels = find_kernels(flatten(params), adapter, scan_axis=scan_axis, axes=axes)
 
     def folded(path: tuple, leaf: Any) -> Any:
-        place = places[key_of(path)]
-        if place is None:
+        kernel = kernels.get(key_of(path))
+        if kernel is None:
             return leaf
-        paths, order = place
-        loras = adapter.read(paths)
-        return _fold(leaf, [loras[p] for p in paths], order, scale, donate)
+        loras = adapter.read(kernel.modules)
+        if isinstance(leaf, np.ndarray) and not _is_traced((loras, scale)):
+            copy = leaf.copy()
+            for _ in fold_on_host(copy, kernel, loras, scale):
+                pass
+            return copy
+        return _fold(leaf, kernel, loras, scale, donate)
 
     return jax.tree_util.tree_map_with_path(folded, params)
 
 
-# The axes of a kernel in the order batch, outputs, inputs; and how many are of the batch.
-Order = tuple[tuple[int, ...], bool]
+def fold_on_host(
+    weight: np.ndarray, kernel: Kernel, loras: Mapping[str, LoRA], scale: float
+) -> Iterator[tuple[str, float]]:
+    """Adds updates to a kernel, in place; gives the rounding loss of each module.
+
+    Raises:
+        FormatError: the kernel's dtype cannot hold the result.
+    """
+    rest = [axis for axis, letter in enumerate(kernel.axes) if letter != "l"]
+    layers = weight.transpose([*kernel.find("l"), *rest])
+    axes = kernel.axes.replace("l", "")
+    for path, place in kernel.modules.items():
+        layer = layers[np.unravel_index(place, kernel.sizes("l"))]
+        yield path, _add_to_layer(kernel.key, layer, axes, loras[path], scale)
 
 
-def _places(
-    key: str, leaf: Any, adapter: Adapter, scan_axis: int | str | None
-) -> tuple[tuple[str, ...], Order] | None:
-    """The modules whose kernel this is, and its axes; None if it is no adapted kernel."""
-    module, _, param = key.rpartition("/")
-    shape: Shape = tuple(getattr(leaf, "shape", ()))
-    outline = adapter.outline
-    (path,) = module_paths(module, param, ())
-    if path in outline:
-        return (path,), (_axes(key, shape, outline[path]), False)
-    axes = (0, 1) if scan_axis == "auto" else (scan_axis,)
-    found = []
-    for axis in axes:
-        if not isinstance(axis, int) or axis >= len(shape):
-            continue
-        paths = module_paths(module, param, (shape[axis],))
-        if all(path in outline for path in paths):
-            rest = shape[:axis] + shape[axis + 1 :]
-            order = _axes(key, rest, outline[paths[0]])
-            found.append((paths, ((axis, *(k + (k >= axis) for k in order)), True)))
-    if len(found) > 1:
-        raise FormatError(
-            f"{key}: layers of kernel {shape} can be stacked along axis 0 or 1; say which with "
-            "scan_axis (--scan-axis)"
-        )
-    return found[0] if found else None
+def _add_to_layer(key: str, layer: np.ndarray, axes: str, lora: LoRA, scale: float) -> float:
+    # Rows are what changes slowest in memory, inputs or outputs; and a row may be part of an axis.
+    ahead = layer.transpose(sorted(range(len(axes)), key=lambda axis: axes[axis] != axes[0]))
+    transposed = axes.startswith("i")
+    unit = lora.shape[1 if transposed else 0] // len(ahead)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return ahead[start // unit : stop // unit].reshape(stop - start, -1)
+
+    def write(start: int, rows: np.ndarray) -> None:
+        part = ahead[start // unit : (start + len(rows)) // unit]
+        part[...] = rows.reshape(part.shape)
+
+    return add_update(key, lora, read, write, transposed=transposed, unit=unit, scale=scale)
 
 
-def _axes(key: str, shape: Shape, lora: LoRA) -> tuple[int, ...]:
-    """The output axes, then the input axes, of a kernel ``shape``."""
-    every = tuple(range(len(shape)))
-    m, n = lora.shape
-    if math.prod(shape) == m * n:
-        for k in every:
-            if math.prod(shape[:k]) == n and k > 0:
-                return (*every[k:], *every[:k])
-        fitting = [
-            inputs
-            for k in range(1, len(shape))
-            for inputs in itertools.combinations(every, k)
-            if math.prod(shape[i] for i in inputs) == n
-        ]
-        if len(fitting) == 1:
-            return (*(i for i in every if i not in fitting[0]), *fitting[0])
-        if fitting:
-            raise FormatError(
-                f"{key}: which axes of kernel {shape} are the {n} inputs is not clear"
-            )
-    raise MismatchError(f"{key}: kernel {shape} does not fit an update of {m} outputs, {n} inputs")
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _fold(leaf: Array, loras: list[LoRA], order: Order, scale: float, donate: bool) -> Array:
-    a = [lora.a for lora in loras]
-    b = [lora.b for lora in loras]
-    if isinstance(leaf, np.ndarray):
-        return np.asarray(_sum(np, leaf, a, b, order, scale))
-    fold = jax.jit(partial(_sum, jnp, order=order), donate_argnums=0 if donate else ())
-    return fold(leaf, a, b, scale=jnp.float32(scale))
+def _fold(
+    weight: Array, kernel: Kernel, loras: Mapping[str, LoRA], scale: float, donate: bool
+) -> Array:
+    rank = max(lora.rank for lora in loras.values())
+    m, n = next(iter(loras.values())).shape
+    unchanged = LoRA(a=np.zeros((0, n), np.float32), b=np.zeros((m, 0), np.float32))
+    layers = [unchanged] * math.prod(kernel.sizes("l"))
+    for path, place in kernel.modules.items():
+        layers[place] = loras[path]
+    on_host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(layers))
+    xp: Any = np if on_host else jnp
+    wide = widest(*(x.dtype for x in jax.tree.leaves(layers)))
+    a = xp.stack([pad_rank(lora.a.astype(wide), -2, rank) for lora in layers])
+    b = xp.stack([pad_rank(lora.b.astype(wide), -1, rank) for lora in layers])
+    a = a.reshape(*kernel.sizes("l"), rank, *kernel.sizes("i"))
+    b = b.reshape(*kernel.sizes("l"), *kernel.sizes("o"), rank)
+    # One product with the axes of the kernel, so that it is sharded as the kernel is.
+    names = string.ascii_uppercase[: len(kernel.axes)]
+    batch, i, o = ("".join(names[axis] for axis in kernel.find(letter)) for letter in "lio")
+    # Compilers choose a sharding of the result, if not told. A traced array's is theirs to choose.
+    sharding = None if _is_traced(weight) else getattr(weight, "sharding", None)
+    program = _program(f"{batch}r{i},{batch}{o}r->{names}", sharding, donate)
+    return program(weight, a, b, jnp.float32(scale))
 
 
-def _sum(xp: Any, kernel: Array, a: list, b: list, order: Order, scale: Any) -> Array:
-    axes, stacked = order
-    shape = [kernel.shape[i] for i in axes]
-    pairs = [(x.astype(xp.float32), y.astype(xp.float32)) for x, y in zip(a, b, strict=True)]
-    updates = [_matmul(xp, y * xp.float32(scale) if xp is np else y * scale, x) for x, y in pairs]
-    update = xp.stack(updates) if stacked else updates[0]
-    update = update.reshape(shape).transpose(np.argsort(axes).tolist())
-    return (kernel.astype(xp.float32) + update).astype(kernel.dtype)
+@functools.lru_cache
+def _program(product: str, sharding: Any, donate: bool) -> Any:
+    return jax.jit(
+        functools.partial(_sum, product=product),
+        out_shardings=sharding,
+        donate_argnums=0 if donate else (),
+    )
 
 
-def _matmul(xp: Any, b: Array, a: Array) -> Array:
-    return b @ a if xp is np else jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+def _sum(weight: Array, a: Array, b: Array, scale: Array, *, product: str) -> Array:
+    wide = widest(np.dtype(np.float32), weight.dtype)
+    update = jnp.einsum(
+        product,
+        a.astype(wide),
+        b.astype(wide) * scale.astype(wide),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=jax.typeof(weight).sharding,
+    )
+    return (weight.astype(wide) + update).astype(weight.dtype)

@@ -224,3 +224,28 @@ class Adapter(Mapping[str, LoRA]):
         self.extras = dict(zip(extras, children[len(paths) :], strict=True))
         self.metadata = metadata
         return self
+
+
+class AdapterFile(Adapter):
+    """An adapter whose factors are still in a file: made of its outline. Not a pytree.
+
+    Who makes one says how modules are read.
+    """
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """The modules with these paths."""
+        raise NotImplementedError
+
+    def __getitem__(self, path: str) -> LoRA:
+        return self.read([path])[path]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._modules
+
+    def __repr__(self) -> str:
+        return repr(self.outline)
+
+    @functools.cached_property
+    def outline(self) -> Adapter:
+        """The adapter with shapes and dtypes in place of its factors."""
+        return Adapter(self._modules, metadata=self.metadata, extras=self.extras)

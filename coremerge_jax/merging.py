@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import os
 import threading
 import zlib
 from collections import deque
@@ -24,6 +23,7 @@ from coremerge_jax.extras import merge_extras
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
 from coremerge_jax.precision import computing
+from coremerge_jax.processors import processors
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, TiesAbove, as_rule, chain
 from coremerge_jax.rules.base import dense
 from coremerge_jax.spaces import Projection, Space, core
@@ -227,7 +227,7 @@ def _workers() -> int:
     """How many batches to work on at once."""
     if jax.default_backend() != "cpu":
         return 2  # one is read while the other is computed
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processors()
 
 
 def _each(fn: Callable, batches: list[Group], workers: int) -> Iterator[tuple[Group, Any]]:

@@ -25,15 +25,16 @@ def from_nnx(model: nnx.Module, *, name: str | None = None, **options: Any) -> A
 def update_nnx(model: nnx.Module, adapter: Adapter, **options: Any) -> None:
     """Puts an adapter in place of the LoRA factors of a model.
 
-    Their rank becomes that of the adapter; `truncate` it first where shapes must not change.
+    Their rank becomes that of the adapter; `truncate` it first where shapes must not change. That
+    of a model of qwix stays, as its LoraRule holds it: smaller ones are filled up with zeros.
 
     Args:
         model: has LoRA factors for the modules of the adapter, and for no others.
         adapter: such as the result of `merge`.
-        **options: see `TreeFormat`. For a model of qwix, ``alpha`` and ``rank`` of its LoraRule:
-            it goes on to scale by them, whatever rank the factors have.
+        **options: see `TreeFormat`. For a model of qwix, the ``alpha`` of its LoraRule.
 
     Raises:
-        MismatchError: the adapter and the model have not the same modules.
+        MismatchError: the adapter and the model have not the same modules; or a model of qwix has a
+            smaller rank.
     """
     nnx.update(model, to_tree(adapter, nnx.state(model, nnx.LoRAParam), **options))

@@ -1,10 +1,9 @@
 """Trees of parameters (of a model, of a checkpoint) to adapters and back."""
 
 import dataclasses
-import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.errors import FormatError, MismatchError, hint
 from coremerge_jax.layouts import LAYOUTS, Axes, Layout
 from coremerge_jax.layouts.axes import Shape, pad_rank
 from coremerge_jax.layouts.layout import container, find_axes, is_numbered, separate_numbers
@@ -33,6 +32,7 @@ class Slot:
         dtypes: of a and b.
         axes: of a and b.
         kind: what sort of module it is.
+        wanted: the rank to write, where that matters; None for any.
     """
 
     paths: tuple[str, ...]
@@ -41,6 +41,7 @@ class Slot:
     dtypes: tuple[np.dtype, np.dtype]
     axes: Axes
     kind: Kind
+    wanted: int | None = None
 
     @property
     def rank(self) -> int:
@@ -61,9 +62,21 @@ class Slot:
         return {path: LoRA(a=x, b=y, kind=self.kind) for path, x, y in pairs}
 
     def write(self, modules: Mapping[str, LoRA], scale: float | Array) -> tuple[Array, Array]:
-        """The factors to store, given the modules; ranks are padded to the largest with zeros."""
+        """The factors to store, given the modules; their ranks are made equal with zeros.
+
+        Raises:
+            MismatchError: a module's rank is larger than that of the scale.
+        """
         loras = [modules[path] for path in self.paths]
         rank = max(lora.rank for lora in loras)
+        if self.wanted is not None:
+            if rank > self.wanted:
+                raise MismatchError(
+                    f"module {self.paths[0]!r} has rank {rank}, and updates are scaled by alpha / "
+                    f"{self.wanted}; truncate the adapter, or make the factors anew with this rank "
+                    f"and say rank={rank}"
+                )
+            rank = self.wanted
         on_host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loras))
         xp: Any = np if on_host else jnp
         a = xp.stack([pad_rank(lora.a, -2, rank) for lora in loras])
@@ -80,7 +93,7 @@ class TreeFormat:
     Attributes:
         layout: a name of `layouts.LAYOUTS`; found out by the keys by default.
         alpha: of layouts that scale by alpha / rank.
-        rank: that the scale is of; by default that of the factors.
+        rank: that the scale is of, and to write factors with; by default that of the factors.
         scan_axis: 0 or 1, where stacked layers are in both factors; None for none; ``"auto"`` where
             shapes and names show it.
         axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its factors
@@ -138,7 +151,7 @@ class TreeFormat:
         if unmatched:
             raise FormatError(
                 f"{len(unmatched)} keys are not LoRA factors of layout {layout.name!r} (first: "
-                f"{unmatched[0]!r}{nearest(unmatched[0], set(kept) - set(unmatched))}); leave "
+                f"{unmatched[0]!r}{hint(unmatched[0], set(kept) - set(unmatched))}); leave "
                 "them out with ignore (coremerge convert --ignore)"
             )
         slots: dict[Slot, float | Array] = {}
@@ -203,6 +216,7 @@ class TreeFormat:
             dtypes=(a.dtype, b.dtype),
             axes=axes,
             kind=layout.kind(param),
+            wanted=self.rank or (rank if layout.scaled else None),
         )
 
     def _axes(self, module: str, a: Shape, b: Shape) -> Axes:
@@ -282,7 +296,8 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
     """An adapter in the form of a tree: the inverse of `from_tree`.
 
     The rank of a stored pair is the largest of its modules' ranks, which may differ from that of
-    ``like``: `truncate` first where shapes must not change.
+    ``like``: `truncate` first where shapes must not change. Where the layout scales by alpha /
+    rank, it is that rank.
 
     Args:
         adapter: has the modules of ``like``, and no others.
@@ -291,7 +306,8 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
 
     Raises:
         FormatError: where the factors of ``like`` belong cannot be told, see `TreeFormat`.
-        MismatchError: the adapter and the tree have not the same modules, or not of one shape.
+        MismatchError: the adapter and the tree have not the same modules, or not of one shape; or
+            its rank is larger than that of the scale.
     """
     stored = TreeFormat(**options).places(flatten(like)).write(adapter)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: stored.get(key_of(path), leaf), like)
@@ -335,7 +351,7 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
         if missing:
             first = min(missing)
             raise MismatchError(
-                f"{what} {first!r}{nearest(first, there)} ({len(missing)} in all); expected the "
+                f"{what} {first!r}{hint(first, there)} ({len(missing)} in all); expected the "
                 "same modules in both"
             )
     for path, lora in tree.items():
@@ -344,12 +360,6 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
                 f"module {path!r} is {adapter[path].shape} (m, n) in the adapter, and {lora.shape} "
                 "in the tree"
             )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint for a message."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0)
-    return f"; nearest is {near[0]!r}" if near else ""
 
 
 def _single(x: Array) -> Array:

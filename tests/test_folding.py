@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import dense, random_adapters
 
 import coremerge_jax as cm
+from coremerge_jax import addition
 
 
 def params(shapes, seed=0, dtype="float32"):
@@ -70,9 +71,120 @@ def test_a_state_of_nnx():
     np.testing.assert_allclose(model(x), x @ weights[0] @ weights[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_axes_that_shapes_do_not_tell(on_device):
+    """gemma's query: 2 heads of 4 are as wide as the 8 inputs."""
+    (adapter,) = random_adapters({"layer.0.attn.q_einsum": (8, 8)}, [2], dtype="float32")
+    kernel = params({"x": (2, 8, 4)})["x"]["w"]
+    tree = {"layer_0": {"attn": {"q_einsum": {"w": jnp.asarray(kernel) if on_device else kernel}}}}
+    with pytest.raises(cm.FormatError, match=r"is not clear; say which with axes \(--axes\)"):
+        cm.fold_tree(tree, adapter)
+    folded = cm.fold_tree(tree, adapter, axes={"*/q_einsum": "oio"})
+    update = dense(adapter["layer.0.attn.q_einsum"]).reshape(2, 4, 8).swapaxes(1, 2)
+    found = folded["layer_0"]["attn"]["q_einsum"]["w"]
+    np.testing.assert_allclose(found, kernel + update, rtol=1e-5, atol=1e-5)
+    for letters, message in (
+        ("io", "axes 'io' for kernel"),
+        ("xio", "expected a letter an axis"),
+        ("ioo", "does not fit an update of 8 outputs, 8 inputs"),
+    ):
+        with pytest.raises(cm.CoreMergeError, match=message):
+            cm.fold_tree(tree, adapter, axes={"*/q_einsum": letters})
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_layers_of_experts(on_device):
+    shapes = {f"layers.{i}.moe.wi[{e}]": (6, 8) for i in range(2) for e in range(3)}
+    (adapter,) = random_adapters(shapes, [2], dtype="float32")
+    kernel = params({"x": (3, 2, 8, 6)})["x"]["w"]
+    tree = {"layers": {"moe": {"wi": jnp.asarray(kernel) if on_device else kernel}}}
+    with pytest.raises(cm.MismatchError, match="no kernel for 6 of 6 modules"):
+        cm.fold_tree(tree, adapter)
+    # Of two stacks the first is that of layers.
+    tree = jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
+    folded = cm.fold_tree(tree, adapter, axes={"layers/moe": "llio"})["layers"]["moe"]["wi"]
+    for i in range(2):
+        for e in range(3):
+            expected = kernel[e, i] + dense(adapter[f"layers.{i}.moe.wi[{e}]"]).T
+            np.testing.assert_allclose(folded[i, e], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_stack_with_layers_that_are_not_changed(on_device):
+    (one,) = random_adapters({"layers.1.x": (6, 8)}, [2], dtype="float32")
+    (two,) = random_adapters({"layers.3.x": (6, 8)}, [3], seed=1, dtype="float32")
+    adapter = cm.Adapter({**one, **two})
+    kernel = params({"x": (4, 8, 6)})["x"]["w"]
+    tree = {"layers": {"x": {"kernel": jnp.asarray(kernel) if on_device else kernel}}}
+    folded = cm.fold_tree(tree, adapter)["layers"]["x"]["kernel"]
+    np.testing.assert_array_equal(folded[::2], kernel[::2])
+    for i in (1, 3):
+        expected = kernel[i] + dense(adapter[f"layers.{i}.x"]).T
+        np.testing.assert_allclose(folded[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_on_the_host_are_changed_by_blocks(monkeypatch):
+    monkeypatch.setattr(addition, "BLOCK", 10)
+    (adapter,) = random_adapters({f"layers.{i}.x": (12, 8) for i in range(2)}, [2])
+    kernel = params({"x": (3, 2, 8, 4)}, dtype="float64")["x"]["w"]
+    tree = {"layers": {"x": {"kernel": kernel}}}
+    folded = cm.fold_tree(tree, adapter, axes={"*": "olio"})["layers"]["x"]["kernel"]
+    for i in range(2):
+        update = dense(adapter[f"layers.{i}.x"]).reshape(3, 4, 8).swapaxes(1, 2)
+        np.testing.assert_allclose(folded[:, i], kernel[:, i] + update, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_axes_are_the_inputs_where_that_fits():
+    (adapter,) = random_adapters({"x": (8, 8)}, [2], dtype="float32")
+    tree = params({"x": (2, 4, 1, 8)})
+    folded = cm.fold_tree(tree, adapter)
+    expected = tree["x"]["w"] + dense(adapter["x"]).T.reshape(2, 4, 1, 8)
+    np.testing.assert_allclose(folded["x"]["w"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("traced", ["params", "adapter", "scale"])
+def test_inside_jit(traced):
+    (adapter,) = random_adapters({"x": (6, 8)}, [2], dtype="float32")
+    given = {"params": params({"x": (8, 6)}), "adapter": adapter, "scale": np.float32(0.5)}
+    rest = {name: value for name, value in given.items() if name != traced}
+    folded = jax.jit(lambda value: cm.fold_tree(**rest, **{traced: value}))(given[traced])
+    expected = given["params"]["x"]["w"] + 0.5 * dense(adapter["x"]).T
+    np.testing.assert_allclose(folded["x"]["w"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_one_shape_are_one_program(caplog):
+    (adapter,) = random_adapters({f"layers.{i}.x": (7, 9) for i in range(3)}, [2], dtype="float32")
+    tree = {"layers": {str(i): {"x": {"kernel": jnp.ones((9, 7))}} for i in range(3)}}
+    with jax.log_compiles():
+        cm.fold_tree(tree, adapter)
+    assert caplog.text.count("Compiling jit(_sum)") == 1
+
+
+def test_what_a_tree_has_no_place_for():
+    (adapter,) = random_adapters({"x": (6, 8)}, [2], dtype="float32")
+    tree = params({"x": (8, 6)})
+    with pytest.raises(cm.UnsupportedError, match="'score'"):
+        cm.fold_tree(tree, adapter.replace(extras={"score": np.ones(3)}))
+    with pytest.raises(cm.UnsupportedError, match="x/w: dtype int8, so it is quantized"):
+        cm.fold_tree(params({"x": (8, 6)}, dtype="int8"), adapter)
+    conv = cm.LoRA(adapter["x"].a, adapter["x"].b, cm.Kind("conv2d", kernel=(2, 2, 2)))
+    with pytest.raises(cm.UnsupportedError, match="'x' is a convolution"):
+        cm.fold_tree(params({"x": (2, 2, 2, 6)}), cm.Adapter({"x": conv}))
+    with pytest.raises(cm.FormatError, match="'x/kernel' and 'x/w' are both of module 'x'"):
+        cm.fold_tree({"x": {"kernel": tree["x"]["w"], **tree["x"]}}, adapter)
+    layers = random_adapters({f"layers.{i}.x": (8, 3) for i in range(3)}, [2], dtype="float32")
+    stacks = {"layers": {"x": {"kernel": np.ones((3, 3, 8), np.float32)}}}
+    with pytest.raises(cm.FormatError, match=r"stacked along axis 0 or 1; .* \(--scan-axis\)"):
+        cm.fold_tree(stacks, layers[0])
+    one, two = (cm.fold_tree(stacks, layers[0], scan_axis=axis) for axis in (0, 1))
+    assert not np.array_equal(*(x["layers"]["x"]["kernel"] for x in (one, two)))
+
+
 def test_what_does_not_fit():
     (adapter,) = random_adapters({"x": (6, 8)}, [2], dtype="float32")
-    with pytest.raises(cm.MismatchError, match=r"no kernel for module 'x'; nearest is 'y/w'"):
+    with pytest.raises(
+        cm.MismatchError, match=r"no kernel for 1 of 1 modules: 'x' .6, 8.; nearest is 'y/w .8, 6.'"
+    ):
         cm.fold_tree(params({"y": (8, 6)}), adapter)
     with pytest.raises(cm.MismatchError, match=r"x/w: kernel \(8, 7\) does not fit"):
         cm.fold_tree(params({"x": (8, 7)}), adapter)

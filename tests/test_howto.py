@@ -64,7 +64,7 @@ def write_tunix(adapter, path):
 
 
 def write_maxtext(adapter, path):
-    there = translate(adapter, "maxtext-llama", head_dim=HEAD_DIM)
+    there = translate(adapter, "maxtext-llama3.1", head_dim=HEAD_DIM)
     tree = {"decoder": {"layers": {"self_attention": {}}}}
     for name in ("query", "out"):
         layers = [there[f"decoder.layers.{i}.self_attention.{name}"] for i in range(3)]
@@ -80,12 +80,20 @@ def write_maxtext(adapter, path):
     ocp.save(path, tree, custom_metadata={"lora": lora})
 
 
+def write_maxtext_base(path):
+    kernels = {"query": (WIDTH, 3, HEADS, HEAD_DIM), "out": (HEADS, 3, HEAD_DIM, WIDTH)}
+    attention = {name: {"kernel": np.ones(shape)} for name, shape in kernels.items()}
+    ocp.save(path, {"params": {"params": {"decoder": {"layers": {"self_attention": attention}}}}})
+
+
 @pytest.mark.parametrize("write", [write_tunix, write_maxtext])
 def test_checkpoints(tmp_path, monkeypatch, capsys, write):
     monkeypatch.chdir(tmp_path)
     adapters = {task: llama(seed) for seed, task in enumerate(("math", "code"))}
     for task, adapter in adapters.items():
         write(adapter, tmp_path / "checkpoints" / task)
+    if write is write_maxtext:
+        write_maxtext_base(tmp_path / "checkpoints" / "base")
     page = "tunix.md" if write is write_tunix else "maxtext.md"
     run_commands(page, capsys)
     for task, adapter in adapters.items():

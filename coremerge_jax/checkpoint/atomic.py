@@ -10,13 +10,13 @@ from pathlib import Path
 from coremerge_jax.errors import FormatError
 
 
-def check_output(out: str | Path, *, marker: str, force: bool = False) -> Path:
+def check_output(out: str | Path, *, markers: tuple[str, ...], force: bool = False) -> Path:
     """The absolute path of an output folder that may be written.
 
     Args:
         out: the folder to write.
-        marker: a file that tells a folder of ours from any other folder.
-        force: whether an existing folder with the marker may be replaced.
+        markers: files that together tell a folder of ours from any other folder.
+        force: whether an existing folder with the markers may be replaced.
 
     Raises:
         FormatError: the output exists and may not be replaced.
@@ -28,13 +28,18 @@ def check_output(out: str | Path, *, marker: str, force: bool = False) -> Path:
         raise FormatError(f"{out}: exists and is not a folder; choose another output")
     if not force:
         raise FormatError(f"{out}: already exists; choose another output, or --force it")
-    if any(path.iterdir()) and not (path / marker).is_file():
-        raise FormatError(f"{out}: has no {marker}, so it is not replaced; choose another output")
+    missing = [marker for marker in markers if not (path / marker).is_file()]
+    if missing and any(path.iterdir()):
+        raise FormatError(
+            f"{out}: has no {missing[0]}, so it is not replaced; choose another output"
+        )
     return path
 
 
 @contextlib.contextmanager
-def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    out: str | Path, *, markers: tuple[str, ...], force: bool = False
+) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill, which then becomes `out` in one rename.
 
     An existing `out` is moved aside, and deleted only when the new one is in place. After any
@@ -42,13 +47,13 @@ def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Itera
 
     Args:
         out: the folder to write.
-        marker: a file that tells a folder of ours from any other folder.
-        force: whether an existing folder with the marker may be replaced.
+        markers: files that together tell a folder of ours from any other folder.
+        force: whether an existing folder with the markers may be replaced.
 
     Raises:
         FormatError: the output exists and may not be replaced.
     """
-    path = check_output(out, marker=marker, force=force)
+    path = check_output(out, markers=markers, force=force)
     unique = f".{path.name}.{uuid.uuid4().hex[:12]}"
     new, old = path.with_name(unique + ".new"), path.with_name(unique + ".old")
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -57,7 +62,7 @@ def atomic_folder(out: str | Path, *, marker: str, force: bool = False) -> Itera
         yield new
         _sync(*new.rglob("*"), new)
         if path.exists():
-            check_output(path, marker=marker, force=force)
+            check_output(path, markers=markers, force=force)
             path.rename(old)
         new.rename(path)
         _sync(path.parent)

@@ -1,45 +1,40 @@
-"""Orbax checkpoints to adapters and back. All calls to orbax are in this file.
+"""Orbax checkpoints to adapters and back."""
 
-It is imported late, as that takes time which those who merge PEFT folders need not wait.
-"""
-
-import dataclasses
 import functools
 import re
+import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax import __version__
 from coremerge_jax.checkpoint.atomic import atomic_folder
+from coremerge_jax.checkpoint.orbax_tree import (
+    MARKER,
+    OrbaxTree,
+    is_array,
+    open_tree,
+    write_tree,
+)
 from coremerge_jax.checkpoint.peft.config import PeftConfig
+from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.errors import FormatError
-from coremerge_jax.layouts.axes import pad_rank
-from coremerge_jax.lora import Adapter, LoRA, Metadata
+from coremerge_jax.lora import Adapter, AdapterFile, LoRA, Metadata
 from coremerge_jax.names import find_names, outline_tree
-from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, key_of, to_tree
+from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, to_tree
 
-MARKER = "_CHECKPOINT_METADATA"
-_TREE = "_METADATA"  # in the folder of each tree of arrays
-CONFIG = "adapter_config.json"
-
-_STEP = re.compile(r"(?:.*_)?(\d+)")  # folder of a step
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 
-# Where training stacks put trained parameters, in a checkpoint of several items.
-_ITEMS = ("model_params", "lora", "state", "params", "items", "default", "pytree", "model")
 
+class OrbaxFile(AdapterFile):
+    """An adapter whose factors are still in its checkpoint, see `open_orbax`."""
 
-class OrbaxFile(Adapter):
-    """An adapter whose factors are still in its checkpoint, see `open_orbax`. Not a pytree."""
-
-    def __init__(self, source: "_Source", places: Places, metadata: Metadata) -> None:
+    def __init__(self, source: OrbaxTree, places: Places, metadata: Metadata) -> None:
         super().__init__(places.outline(), metadata=metadata)
         self._slots = {path: slot for slot in places.slots for path in slot.paths}
         self._lock = threading.Lock()  # orbax runs an event loop of its own in each call
@@ -51,20 +46,6 @@ class OrbaxFile(Adapter):
             return slot.read(a, b, places.slots[slot])
 
         self._read = read
-
-    def __getitem__(self, path: str) -> LoRA:
-        return self.read([path])[path]
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._slots
-
-    def __repr__(self) -> str:
-        return repr(self.outline)
-
-    @property
-    def outline(self) -> Adapter:
-        """The adapter with shapes and dtypes in place of its factors."""
-        return Adapter(self._modules, metadata=self.metadata)
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths.
@@ -86,54 +67,11 @@ class OrbaxFile(Adapter):
         return found
 
 
-class _Source:
-    """One tree of a checkpoint.
-
-    Attributes:
-        folder: of the checkpoint.
-        item: the name of the tree in it, None where it is the checkpoint itself.
-        tree: with shapes and dtypes in place of arrays.
-        custom: what was saved with it beside arrays.
-    """
-
-    def __init__(self, folder: Path, item: str | None) -> None:
-        from orbax.checkpoint import v1 as ocp
-
-        self.folder, self.item = folder, item
-        try:
-            found = ocp.metadata(folder, item)
-        except Exception as error:
-            raise FormatError(
-                f"{self}: not a readable orbax checkpoint ({_line(error)})"
-            ) from error
-        for key, leaf in flatten(found.metadata).items():
-            if getattr(leaf, "shape", None) is None:
-                raise FormatError(f"{self}: {key!r} is not an array")
-        self.tree = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.metadata
-        )
-        self.custom = found.custom_metadata or {}
-        if not jax.tree.leaves(self.tree):
-            raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays found in it)")
-
-    def __str__(self) -> str:
-        return str(self.folder / (self.item or ""))
-
-    def read(self, keys: Sequence[str]) -> list[np.ndarray]:
-        """Arrays of the tree, on the host."""
-        from orbax.checkpoint import v1 as ocp
-
-        def want(path: tuple, leaf: Any) -> Any:
-            if key_of(path) not in keys:
-                return ocp.PLACEHOLDER
-            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-        wanted = jax.tree_util.tree_map_with_path(want, self.tree)
-        try:
-            read = flatten(ocp.load(self.folder, wanted, checkpointable_name=self.item))
-        except Exception as error:
-            raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
-        return [np.asarray(read[key]) for key in keys]
+def _parameters(tree: Any) -> Any:
+    """Those of a train state of flax, whose optimizer has moments by the same keys; or the tree."""
+    if isinstance(tree, Mapping) and "params" in tree and {"step", "opt_state"} & tree.keys():
+        return {"params": tree["params"]}
+    return tree
 
 
 def open_orbax(
@@ -163,19 +101,22 @@ def open_orbax(
     Raises:
         FormatError: there is no such checkpoint, it is broken, or does not tell enough.
     """
-    folder, item = _find(Path(source), step, item)
-    tree = _Source(folder, item)
+    tree = open_tree(source, item=item, step=step)
     for option, value in _told(tree).items():
         if options.setdefault(option, value) not in (None, value):
             raise FormatError(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
     form = TreeFormat(**options)
+    leaves = flatten(_parameters(tree.tree))
+    for key, leaf in leaves.items():
+        if not is_array(leaf):
+            raise FormatError(f"{tree}: {key!r} is not an array")
     try:
-        places = form.places(flatten(tree.tree))
+        places = form.places(leaves)
     except FormatError as error:
         raise FormatError(f"{tree}: {error}") from error
-    metadata = form.metadata(places, name or folder.name)
+    metadata = form.metadata(places, name or tree.folder.name)
     return OrbaxFile(tree, places, metadata)
 
 
@@ -196,7 +137,7 @@ def save_orbax(
 
     Args:
         adapter: what to write.
-        out: the folder to make.
+        out: the folder to make; of a step, such as ``checkpoints/1``, where Tunix shall restore it.
         to: the implementation of a model family that shall restore it, of `names.NAME_MAPS`; names
             are translated from Hugging Face's. By default, factors ``lora_a (n, r)`` and
             ``lora_b (r, m)`` below the parts of each module's path, where layers of one shape are
@@ -213,11 +154,11 @@ def save_orbax(
         RecipeError: ``to`` is not known.
         UnsupportedError: ``head_dim`` is needed, or does not fit.
     """
-    from orbax.checkpoint import v1 as ocp
-
     rank = max(lora.rank for lora in adapter.outline.values())
+    item: str | None = None
     if to is not None:
         names = find_names(to)
+        item = names.item
         adapter = names.from_hugging_face(adapter, head_dim=head_dim)
         like = outline_tree(adapter, names, head_dim)
         options |= {"layout": names.layout, "scan_axis": names.scan_axis}
@@ -226,33 +167,40 @@ def save_orbax(
         tree = stacked(adapter)
     else:
         if isinstance(like, str | Path):
-            like = _Source(*_find(Path(like), None, None)).tree
+            source = open_tree(like)
+            like, item = _parameters(source.tree), source.item
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = to_tree(_of_rank(adapter, rank), like, **options)
+        tree = _arrays(to_tree(adapter, like, **options))
     custom = {
         "lora": {"lora_rank": rank, "lora_alpha": rank},
         "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
     }
-    with atomic_folder(out, marker=MARKER, force=force) as folder:
-        # Orbax makes a folder of its own, as whole or not at all as this one.
-        # As JAX arrays: what restores NumPy arrays as such has to say how they are sharded.
-        ocp.save(folder / "new", jax.tree.map(jnp.asarray, tree), custom_metadata=custom)
-        for path in (folder / "new").iterdir():
-            path.rename(folder / path.name)
-        (folder / "new").rmdir()
+    if force:
+        _check_replaceable(Path(out))
+    item = item or "state"
+    with atomic_folder(out, markers=(MARKER,), force=force) as folder:
+        write_tree(folder, tree, item=item, custom=custom)
+        shutil.copy(folder / MARKER, folder / item)  # MaxText restores, and looks, in this folder
 
 
-def _of_rank(adapter: Adapter, rank: int) -> Adapter:
-    """All factors padded to a rank with zeros."""
-    modules = {
-        path: dataclasses.replace(lora, a=pad_rank(lora.a, -2, rank), b=pad_rank(lora.b, -1, rank))
-        for path, lora in adapter.read(adapter).items()
-    }
-    return adapter.replace(modules=modules)
+def _check_replaceable(out: Path) -> None:
+    """Refuses a checkpoint that is no adapter written here: ``force`` is not for a base model."""
+    if (out / MARKER).is_file() and not {"lora", "coremerge"} <= open_tree(out).custom.keys():
+        raise FormatError(
+            f"{out}: no adapter that coremerge wrote, so it is not replaced; choose another output"
+        )
 
 
-def _told(source: _Source) -> dict[str, float | int]:
+def _arrays(tree: Any) -> Any:
+    """Nested dicts without the leaves that are still shapes: those of keys to ignore."""
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {key: _arrays(x) for key, x in tree.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    return {key: x for key, x in kept.items() if not isinstance(x, Mapping) or x}
+
+
+def _told(source: OrbaxTree) -> dict[str, float | int]:
     """Rank and alpha, where something beside the arrays says them."""
     lora = source.custom.get("lora")
     names = {"rank": "lora_rank", "alpha": "lora_alpha"}
@@ -294,55 +242,3 @@ def stacked(adapter: Adapter) -> dict[str, Any]:
 
 def _transposed(lora: LoRA) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(lora.a).T, np.asarray(lora.b).T
-
-
-def is_orbax(source: str | Path) -> bool:
-    """Whether a folder looks like an orbax checkpoint, or like one of several steps."""
-    try:
-        _find(Path(source), None, None)
-    except (FormatError, OSError):
-        return False
-    return True
-
-
-def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, and the name of the tree in it that holds parameters."""
-    source = source.resolve()
-    if not source.is_dir():
-        raise FormatError(f"{source}: no such folder")
-    items = _items(source)
-    if not items:
-        steps = {int(m[1]): path for path in source.iterdir() if (m := _STEP.fullmatch(path.name))}
-        if step is not None and step not in steps:
-            raise FormatError(f"{source}: no step {step}; there are {sorted(steps)}")
-        if steps:
-            source = steps[max(steps) if step is None else step]
-            items = _items(source)
-    if not items:
-        raise FormatError(f"{source}: not an orbax checkpoint: no tree of arrays in it")
-    if item is not None and item not in items:
-        raise FormatError(f"{source}: no item {item!r}; there are {_listed(items)}")
-    if item is None and len(items) > 1:
-        known = [name for name in _ITEMS if name in items]
-        if not known:
-            raise FormatError(
-                f"{source}: several items, {_listed(items)}; say which with item (coremerge "
-                "convert --item)"
-            )
-        item = known[0]
-    return source, item or items[0]
-
-
-def _items(folder: Path) -> Sequence[str | None]:
-    """The trees of arrays in a checkpoint: None stands for the checkpoint itself."""
-    if (folder / _TREE).is_file():
-        return [None]
-    return sorted(path.name for path in folder.iterdir() if (path / _TREE).is_file())
-
-
-def _listed(items: Sequence[str | None]) -> str:
-    return ", ".join(map(repr, items))
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

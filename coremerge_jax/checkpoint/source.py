@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from coremerge_jax.checkpoint import peft
-from coremerge_jax.checkpoint.orbax import is_orbax, open_orbax
+from coremerge_jax.checkpoint.orbax import open_orbax
+from coremerge_jax.checkpoint.orbax_tree import is_orbax
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
 

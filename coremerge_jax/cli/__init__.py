@@ -65,8 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
     # Else XLA lists, with every program from its cache, processor features that it would prefer.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for name in ("absl", "asyncio"):  # orbax's: what our errors tell
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _quiet_orbax()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -80,6 +79,20 @@ def main(args: Sequence[str] | None = None) -> None:
     if code == 130:
         typer.echo("interrupted", err=True)
     sys.exit(code)
+
+
+def _quiet_orbax() -> None:
+    """Of what it says beside raising errors: log messages, and reads that fail after the first."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _report(error: Exception) -> int:

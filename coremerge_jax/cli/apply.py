@@ -4,13 +4,15 @@ import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax.cli.console import Stages, describe_paths, print_json, print_table
+from coremerge_jax.cli.console import Stages, describe_paths, folder_size, print_json, print_table
+from coremerge_jax.cli.convert import NAMES, parse_axes
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,11 +20,17 @@ if TYPE_CHECKING:
 
 _NAMED = 8  # names in a line
 
+_tree = partial(
+    typer.Option, show_default=False, rich_help_panel="A base that is an orbax checkpoint"
+)
+
 EPILOG = """[bold]Examples[/]
 
 coremerge apply merged --base models/llama -o llama-merged
 
-coremerge apply merged --base meta-llama/Llama-3.1-8B -o llama-merged --scale 0.8"""
+coremerge apply merged --base meta-llama/Llama-3.1-8B -o llama-merged --scale 0.8
+
+coremerge apply merged --base checkpoints/base -o out --names maxtext-llama3.1 --head-dim 128"""
 
 
 def apply(
@@ -30,7 +38,8 @@ def apply(
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="PEFT adapter: a folder, or a Hugging Face id.",
+            help="A PEFT adapter folder, a Hugging Face id, or an orbax checkpoint that tells its "
+            "alpha (else: coremerge convert first).",
             show_default=False,
         ),
     ],
@@ -39,7 +48,8 @@ def apply(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="Its base model in safetensors files: a folder, or a Hugging Face id.",
+            help="Its base model: a folder with safetensors files, a Hugging Face id, or an orbax "
+            "checkpoint of parameters, which is held in memory.",
             show_default=False,
         ),
     ],
@@ -52,27 +62,70 @@ def apply(
         bool, typer.Option("--dry-run", help="Check everything, write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    names: Annotated[
+        str | None,
+        _tree(
+            metavar=NAMES,
+            help="Translate the adapter's module names from Hugging Face's to those of this "
+            "implementation of a model family.",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None, _tree(metavar="D", help="Size of an attention head, for names that ask.")
+    ] = None,
+    scan_axis: Annotated[
+        int | None,
+        _tree(metavar="0|1", help="Axis of stacked layers. Default: found out by shapes."),
+    ] = None,
+    axes: Annotated[
+        list[str] | None,
+        _tree(
+            metavar="PATTERN=AXES",
+            help="Axes of some kernels: i input, o output, l stacked layers; such as "
+            "'*/q_einsum=oio'.",
+        ),
+    ] = None,
+    item: Annotated[
+        str | None, _tree(metavar="NAME", help="Which tree of a checkpoint with several.")
+    ] = None,
+    step: Annotated[int | None, _tree(metavar="N", help="Which step. Default: the last.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fold an adapter into the weights of its base model."""
     if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
-    report = _report(adapter, base, output, scale, force=force, dry_run=dry_run)
+    told = {
+        "names": names,
+        "head_dim": head_dim,
+        "scan_axis": scan_axis,
+        "axes": parse_axes(axes, "PATTERN=AXES", "*/q_einsum=oio"),
+        "item": item,
+        "step": step,
+    }
+    options = {name: value for name, value in told.items() if value is not None}
+    report = _report(adapter, base, output, scale, force=force, dry_run=dry_run, **options)
     if as_json:
         return print_json(report)
     return _show(report)
 
 
 def _report(
-    adapter: str, base: str, output: Path | None, scale: float, *, force: bool, dry_run: bool
+    adapter: str,
+    base: str,
+    output: Path | None,
+    scale: float,
+    *,
+    force: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> dict[str, Any]:
-    from coremerge_jax.checkpoint import open_peft
-    from coremerge_jax.checkpoint.base_model import Folding
+    from coremerge_jax.checkpoint import open_adapter
+    from coremerge_jax.checkpoint.base_model import find_folding
     from coremerge_jax.checkpoint.peft.source import same_folder
 
     stage = Stages()
     with stage("open"):
-        folding = Folding(open_peft(adapter), base, scale=scale)
+        folding = find_folding(open_adapter(adapter), base, scale=scale, **options)
     if output is not None:
         if same_folder(adapter, output):
             raise RecipeError(f"{output}: is the adapter; choose another output")
@@ -95,8 +148,7 @@ def _write(
         report = folding.write(
             output, force=force, provenance={"sources": [source]}, advance=advance
         )
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return {"output": str(output), "bytes": size, "report": report}
+    return {"output": str(output), "bytes": folder_size(output), "report": report}
 
 
 def _show(report: Mapping[str, Any]) -> None:
@@ -106,7 +158,7 @@ def _show(report: Mapping[str, Any]) -> None:
         groups[*module["shape"], module["dtype"]][path] = module["rounding_loss"]
     columns = ["modules", "stored as", "dtype"]
     rows = [
-        [describe_paths(list(losses)), "{} × {}".format(*shape), dtype]
+        [describe_paths(list(losses)), " × ".join(map(str, shape)), dtype]
         for (*shape, dtype), losses in groups.items()
     ]
     if done:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax.cli.console import describe_paths, describe_ranks, print_json, print_table
+from coremerge_jax.cli.console import (
+    describe_paths,
+    describe_ranks,
+    folder_size,
+    print_json,
+    print_table,
+)
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,15 +24,15 @@ EPILOG = """[bold]Examples[/]
 
 coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
 
-coremerge convert adapter -o checkpoint --to maxtext-llama --head-dim 128
+coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
 
 coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
 
 _source = partial(typer.Option, show_default=False, rich_help_panel="How the source is stored")
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
 
-_NAMES = "tunix|tunix-gemma|gemma|maxtext-llama|maxtext-qwen"
-_LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
+NAMES = "tunix|tunix-gemma|gemma|maxtext-llama3.1|maxtext-qwen"
+LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
 
 
 def convert(
@@ -43,7 +49,7 @@ def convert(
     to: Annotated[
         str,
         _target(
-            metavar=f"peft|orbax|{_NAMES}",
+            metavar=f"peft|orbax|{NAMES}",
             help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
             "one that this implementation of a model family restores.",
         ),
@@ -51,7 +57,7 @@ def convert(
     names: Annotated[
         str | None,
         _target(
-            metavar=_NAMES,
+            metavar=NAMES,
             help="Translate module names between Hugging Face and this implementation of a model "
             "family, whichever they are not.",
         ),
@@ -71,7 +77,7 @@ def convert(
     ] = None,
     force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
     layout: Annotated[
-        str | None, _source(metavar=_LAYOUTS, help="Default: found out by the keys.")
+        str | None, _source(metavar=LAYOUTS, help="Default: found out by the keys.")
     ] = None,
     alpha: Annotated[
         float | None, _source(metavar="NUMBER", help="LoRA's alpha, where nothing tells it.")
@@ -90,8 +96,8 @@ def convert(
         list[str] | None,
         _source(
             metavar="PATTERN=A,B",
-            help="Axes of the factors of some modules: i input, o output, r rank, l stacked; such "
-            "as '*/moe=lir,lro'.",
+            help="Axes of the factors of some modules: i input, o output, r rank, l stacked layers "
+            "or experts, e experts of each layer; such as '*/moe=lir,lro'.",
         ),
     ] = None,
     ignore: Annotated[
@@ -121,7 +127,7 @@ def convert(
         "layout": layout,
         "alpha": alpha,
         "rank": rank,
-        "axes": _parse_axes(axes) if axes else None,
+        "axes": parse_axes(axes, "PATTERN=A,B", "*/moe=lir,lro"),
         "ignore": ignore,
         "item": item,
         "step": step,
@@ -141,14 +147,15 @@ def convert(
     _show(source, adapter.outline, output, to, as_json)
 
 
-def _parse_axes(texts: list[str]) -> dict[str, str]:
+def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:
+    """Axes by pattern, from texts of a form."""
     parsed = {}
-    for text in texts:
+    for text in texts or []:
         pattern, separator, letters = text.rpartition("=")
-        if not separator or letters.count(",") != 1:
-            raise RecipeError(f"--axes {text!r}: expected PATTERN=A,B, such as '*/moe=lir,lro'")
+        if not separator or letters.count(",") != example.count(","):
+            raise RecipeError(f"--axes {text!r}: expected {form}, such as {example!r}")
         parsed[pattern] = letters
-    return parsed
+    return parsed or None
 
 
 def _parse_scan_axis(text: str) -> int | None:
@@ -158,7 +165,7 @@ def _parse_scan_axis(text: str) -> int | None:
 
 
 def _show(source: str, adapter: "Adapter", output: Path, to: str, as_json: bool) -> None:
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = folder_size(output)
     ranks = {path: lora.rank for path, lora in adapter.items()}
     if as_json:
         report = {"source": source, "output": str(output), "to": to, "bytes": size, "ranks": ranks}

@@ -16,6 +16,7 @@ from coremerge_jax.cli.console import (
     describe_paths,
     describe_range,
     describe_ranks,
+    folder_size,
     print_json,
     print_table,
 )
@@ -298,7 +299,7 @@ def _write(
     ranks = {path: written[path].rank for path in stream.outline}
     return {
         "output": str(output),
-        "bytes": sum(file.stat().st_size for file in output.iterdir()),
+        "bytes": folder_size(output),
         "signatures": _signatures(adapters, stream.outline, ranks),
         "energy_kept": kept or {},
     }

@@ -17,9 +17,9 @@ class Axes:
     """The axes of the factors of one kernel, a letter each.
 
     ``i`` is an input of the module (contracted by it), ``o`` an output, ``r`` the rank, and ``l`` a
-    batch of kernels (scanned layers, experts) that have updates of their own. Several axes of one
-    letter are one index, in the order in which they stand. PEFT's linear layers are
-    ``Axes("ri", "or")``, those of most JAX stacks ``Axes("ir", "ro")``.
+    batch of kernels that have updates of their own: scanned layers, or else experts, which are
+    ``e`` beside ``l``. Several axes of one letter are one index, in the order in which they stand.
+    PEFT's linear layers are ``Axes("ri", "or")``, those of most JAX stacks ``Axes("ir", "ro")``.
 
     Attributes:
         a: of the factor that acts on the inputs.
@@ -35,7 +35,7 @@ class Axes:
         Raises:
             FormatError: it does not.
         """
-        for name, letters, shape, others in (("a", self.a, a, "lri"), ("b", self.b, b, "lro")):
+        for name, letters, shape, others in (("a", self.a, a, "leri"), ("b", self.b, b, "lero")):
             if len(letters) != len(shape) or letters.count("r") != 1 or set(letters) - set(others):
                 raise FormatError(
                     f"{module}: axes {letters!r} for {name} of shape {shape}; expected one letter "
@@ -48,12 +48,12 @@ class Axes:
         return a[self.a.index("r")], b[self.b.index("r")]
 
     def batch(self, a: Shape) -> Shape:
-        """The lengths of the batch axes."""
-        return tuple(n for letter, n in zip(self.a, a, strict=True) if letter == "l")
+        """The lengths of the batch axes, layers first."""
+        return tuple(a[axis] for axis in _order(self.a, "leri") if self.a[axis] in "le")
 
     def matrices(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Stored factors to ``(L, r, n)`` and ``(L, m, r)``, with L = 1 without a batch."""
-        return _to_matrices(a, self.a, "lri"), _to_matrices(b, self.b, "lor")
+        return _to_matrices(a, self.a, "leri"), _to_matrices(b, self.b, "leor")
 
     def stored(self, a: Array, b: Array, like_a: Shape, like_b: Shape) -> tuple[Array, Array]:
         """The inverse of `matrices`.
@@ -64,7 +64,10 @@ class Axes:
             like_a: the stored shape of ``a``, of any rank.
             like_b: the stored shape of ``b``, of any rank.
         """
-        return _from_matrices(a, self.a, "lri", like_a), _from_matrices(b, self.b, "lor", like_b)
+        return (
+            _from_matrices(a, self.a, "leri", like_a),
+            _from_matrices(b, self.b, "leor", like_b),
+        )
 
 
 def _order(letters: str, wanted: str) -> list[int]:
@@ -73,16 +76,16 @@ def _order(letters: str, wanted: str) -> list[int]:
 
 
 def _to_matrices(x: Array, letters: str, wanted: str) -> Array:
-    sizes = [
+    layers, experts, *sizes = (
         math.prod(n for letter, n in zip(letters, x.shape, strict=True) if letter == w)
         for w in wanted
-    ]
-    return x.transpose(_order(letters, wanted)).reshape(sizes)
+    )
+    return x.transpose(_order(letters, wanted)).reshape(layers * experts, *sizes)
 
 
 def _from_matrices(x: Array, letters: str, wanted: str, like: Shape) -> Array:
     order = _order(letters, wanted)
-    rank = x.shape[wanted.index("r")]
+    rank = x.shape[wanted.index("r") - 1]
     sizes = [rank if letters[axis] == "r" else like[axis] for axis in order]
     return x.reshape(sizes).transpose(np.argsort(order).tolist())
 

@@ -35,7 +35,7 @@ class Layout:
 
     The factor of the inputs is called a here, with the rank as its last axis, and that of the
     outputs b, with the rank as its first axis; a batch axis, if there is one, is axis 0 of both or
-    axis 1 of both.
+    axis 1 of both, and if there are two, these are both.
 
     Attributes:
         name: for messages and options.
@@ -82,12 +82,10 @@ def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> 
     """
     if isinstance(batch_axis, int) and min(len(a), len(b)) < 3:
         batch_axis = None
-    fitting = [
-        axes for axes in (_axes(a, b, at) for at in (None, 0, 1)) if axes and _fit(axes, a, b)
-    ]
-    given = [axes for axes in fitting if axes == _axes(a, b, batch_axis)]
+    every = (_axes(a, b, at, batch) for at, batch in _BATCHES)
+    fitting = [axes for axes in every if axes and _fit(axes, a, b)]
     if batch_axis != "auto":
-        fitting = given
+        fitting = [axes for axes in fitting if _batch_axis(axes) == batch_axis]
     elif len(fitting) > 1:
         fitting = _likely(module, fitting)
     if len(fitting) == 1:
@@ -102,35 +100,43 @@ def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> 
     ways = " or ".join(f"{axes.a},{axes.b}" for axes in fitting)
     raise FormatError(
         f"{problem} can be read in several ways ({ways}: i input, o output, r rank, l stacked "
-        "layers); say which with scan_axis (coremerge convert --scan-axis) or axes (--axes)"
+        "layers, e experts); say which with scan_axis (coremerge convert --scan-axis) or axes "
+        "(--axes)"
     )
 
 
-def _axes(a: Shape, b: Shape, batch_axis: int | str | None) -> Axes | None:
-    """Axes with the batch at a place, None if there are too few."""
-    if min(len(a), len(b)) < (2 if batch_axis is None else 3):
+# Where batch axes can be in both factors: at a place, letters. The last two are scanned layers of
+# experts, which some libraries put behind each other in either order.
+_BATCHES = ((0, ""), (0, "l"), (1, "l"), (0, "le"), (0, "el"))
+
+
+def _axes(a: Shape, b: Shape, at: int, batch: str) -> Axes | None:
+    """Axes with a batch at a place, None if there are too few."""
+    inputs, outputs = (len(shape) - 1 - len(batch) for shape in (a, b))
+    if min(inputs, outputs) < 1:
         return None
-    first, second = ["i"] * (len(a) - 1) + ["r"], ["r"] + ["o"] * (len(b) - 1)
-    if isinstance(batch_axis, int):
-        first = ["i"] * (len(a) - 2) + ["r"]
-        second.pop()
-        first.insert(batch_axis, "l")
-        second.insert(batch_axis, "l")
-    return Axes("".join(first), "".join(second))
+    first, second = "i" * inputs + "r", "r" + "o" * outputs
+    return Axes(first[:at] + batch + first[at:], second[:at] + batch + second[at:])
+
+
+def _batch_axis(axes: Axes) -> int | None:
+    """Where layers are stacked."""
+    return axes.a.index("l") if "l" in axes.a else None
 
 
 def _fit(axes: Axes, a: Shape, b: Shape) -> bool:
     rank_a, rank_b = axes.rank(a, b)
-    batch_b = tuple(n for letter, n in zip(axes.b, b, strict=True) if letter == "l")
-    return rank_a == rank_b and axes.batch(a) == batch_b
+    return rank_a == rank_b and all(
+        a[axes.a.index(letter)] == b[axes.b.index(letter)] for letter in "le" if letter in axes.a
+    )
 
 
 def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
     """A numbered layer is not stacked along axis 1; one without a number is stacked."""
     if is_numbered(module):
-        return [axes for axes in fitting if not axes.a.startswith("il")]
+        return [axes for axes in fitting if _batch_axis(axes) != 1]
     if container(module) is None:
-        return fitting
+        return [axes for axes in fitting if not axes.a.startswith("el")]
     return [axes for axes in fitting if "l" in axes.a] or fitting
 
 

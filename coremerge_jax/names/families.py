@@ -100,24 +100,28 @@ NAME_MAPS = {
                 *_in_layers("layers.{i}.", "layers/{i}/", {**_TUNIX, **_TUNIX_MLP}),
                 Rule("lm_head", ("lm_head",), "lm_head/w_lora_{factor}"),
             ),
+            item="model_params",
         ),
         NameMap(
             "tunix-gemma",
             "qwix",
             _in_layers("layers.{i}.", "layers/{i}/", {**_TUNIX_GEMMA, **_TUNIX_MLP}),
+            item="model_params",
         ),
         NameMap("gemma", "gemma", _in_layers("layer.{i}.", "layer_{i}/", _GEMMA)),
         NameMap(
-            "maxtext-llama",
+            "maxtext-llama3.1",
             "qwix",
             _in_layers("decoder.layers.{i}.", "decoder/layers/", _MAXTEXT, _LLAMA),
             scan_axis=1,
+            item="model_params",
         ),
         NameMap(
             "maxtext-qwen",
             "qwix",
             _in_layers("decoder.layers.{i}.", "decoder/layers/", _MAXTEXT),
             scan_axis=1,
+            item="model_params",
         ),
     )
 }

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import MismatchError, UnsupportedError
+from coremerge_jax.errors import MismatchError, UnsupportedError, hint
 from coremerge_jax.lora import Adapter, Array, LoRA
-from coremerge_jax.trees import nearest
 
 # From the outputs of Hugging Face's kernel to those of the other, or back.
 Change = Callable[[Array, int, bool], Array]
@@ -44,12 +43,14 @@ class NameMap:
         layout: of `layouts.LAYOUTS`, that of its trees.
         rules: one for each kernel of a layer, or of the model.
         scan_axis: where its trees stack layers, None if they do not.
+        item: what its checkpoints call the tree.
     """
 
     name: str
     layout: str
     rules: tuple[Rule, ...]
     scan_axis: int | None = None
+    item: str = "state"
 
     def to_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
         """The adapter with Hugging Face's names, its fused kernels split.
@@ -132,7 +133,7 @@ class NameMap:
             return rule, layer
         known = [name for rule in self.rules for name in (rule.theirs if theirs else (rule.ours,))]
         raise MismatchError(
-            f"module {path!r} has no name in {self.name}{nearest(path, known)}, with a number for "
+            f"module {path!r} has no name in {self.name}{hint(path, known)}, with a number for "
             "{i}"
         )
 

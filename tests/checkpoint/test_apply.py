@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import coremerge_jax as cm
+from coremerge_jax import addition
 from coremerge_jax.checkpoint import save_peft
-from coremerge_jax.checkpoint.base_model import apply
+from coremerge_jax.checkpoint.base_model import files
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "vocab_size": 50}
 LINEAR = {"layers.0.q": (4, 6), "layers.0.v": (4, 6), "layers.1.q": (4, 6)}
@@ -130,11 +131,11 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("block", [apply._BLOCK, 9])
+@pytest.mark.parametrize("block", [addition.BLOCK, 9])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("split", [False, True])
 def test_every_kind_of_module(base, rng, tmp_path, monkeypatch, dtype, split, block):
-    monkeypatch.setattr(apply, "_BLOCK", block)
+    monkeypatch.setattr(addition, "BLOCK", block)
     modules = {}
     for path, kind in KINDS.items():
         name = path.partition("[")[0].rpartition(".")[2]
@@ -646,7 +647,7 @@ def test_outputs_that_may_not_be_written(small, rng, tmp_path):
 def test_an_exception_half_way(base, rng, monkeypatch):
     folder = base(*({f"{x}.weight": np.ones((4, 6), np.float32)} for x in "abc"))
     adapter = linear(rng, dict.fromkeys("abc", (4, 6)))
-    write, calls = apply.TensorEditor.write, []
+    write, calls = files.TensorEditor.write, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -654,7 +655,7 @@ def test_an_exception_half_way(base, rng, monkeypatch):
             raise KeyboardInterrupt
         write(*arguments)
 
-    monkeypatch.setattr(apply.TensorEditor, "write", failing)
+    monkeypatch.setattr(files.TensorEditor, "write", failing)
     refusal(adapter, folder, KeyboardInterrupt)
     assert len(calls) == 3
 
@@ -662,9 +663,9 @@ def test_an_exception_half_way(base, rng, monkeypatch):
 KILLED = """
 import os, signal, sys
 import coremerge_jax as cm
-from coremerge_jax.checkpoint.base_model import apply
+from coremerge_jax.checkpoint.base_model import files
 
-fold, calls = apply._fold, []
+fold, calls = files._fold, []
 
 def killing(*arguments):
     calls.append(arguments)
@@ -672,7 +673,7 @@ def killing(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return fold(*arguments)
 
-apply._fold = killing
+files._fold = killing
 cm.apply_adapter(cm.open_peft(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 

@@ -10,7 +10,7 @@ MARKER = "marker"
 
 
 def write(out, content="new", **options):
-    with atomic_folder(out, marker=MARKER, **options) as folder:
+    with atomic_folder(out, markers=(MARKER,), **options) as folder:
         (folder / MARKER).write_text(content)
         (folder / "more").mkdir()
         (folder / "more" / "data").write_text(content * 100)
@@ -46,7 +46,10 @@ def test_only_the_output_remains(tmp_path):
 def test_missing_parents_are_made_and_on_failure_removed(tmp_path):
     write(tmp_path / "a" / "b" / "out")
     assert tree(tmp_path / "a" / "b") == NEW
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "c" / "d" / "out", marker=MARKER):
+    with (
+        pytest.raises(RuntimeError),
+        atomic_folder(tmp_path / "c" / "d" / "out", markers=(MARKER,)),
+    ):
         raise RuntimeError
     assert not (tmp_path / "c").exists()
 
@@ -87,7 +90,10 @@ def test_a_failure_while_writing_changes_nothing(tmp_path, error, force):
     if force:
         write(tmp_path / "out", "old")
     before = tree(tmp_path)
-    with pytest.raises(error), atomic_folder(tmp_path / "out", marker=MARKER, force=force) as new:
+    with (
+        pytest.raises(error),
+        atomic_folder(tmp_path / "out", markers=(MARKER,), force=force) as new,
+    ):
         fail(new, error)
     assert tree(tmp_path) == before
 
@@ -118,7 +124,7 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(
 
 
 def test_check_output_makes_nothing(tmp_path):
-    assert check_output(tmp_path / "a" / "out", marker=MARKER) == tmp_path / "a" / "out"
+    assert check_output(tmp_path / "a" / "out", markers=(MARKER,)) == tmp_path / "a" / "out"
     assert tree(tmp_path) == {}
 
 
@@ -128,7 +134,7 @@ def test_a_full_disk_changes_nothing(small_disk):
     for name in ("out", "other"):
         with (
             pytest.raises(OSError, match="No space left"),
-            atomic_folder(small_disk / name, marker=MARKER, force=True) as folder,
+            atomic_folder(small_disk / name, markers=(MARKER,), force=True) as folder,
         ):
             (folder / "data").write_bytes(bytes(300_000))
         assert tree(small_disk) == before

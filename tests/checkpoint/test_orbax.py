@@ -232,6 +232,8 @@ def test_keys_of_the_base_model_are_named(adapter, tmp_path):
     with pytest.raises(cm.FormatError, match=r"1 keys are not LoRA factors .*'head/w'.*--ignore"):
         cm.open_orbax(tmp_path / "c")
     assert_same(cm.open_orbax(tmp_path / "c", ignore=["*/w"]), adapter, 1e-7)
+    cm.save_orbax(adapter, tmp_path / "again", like=tmp_path / "c", ignore=["*/w"])
+    assert_same(cm.open_orbax(tmp_path / "again"), adapter, 1e-7)  # without the base model
     tree["head"].pop("w_lora_b")
     write_v1(tree, tmp_path / "d", lora=LORA)
     with pytest.raises(cm.FormatError, match="'head/w_lora_a' has no partner"):

@@ -1,4 +1,5 @@
 import signal
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ class Result:
 def coremerge(capsys, monkeypatch):
     """Runs the command line in this process, as `coremerge ARGS` would."""
     monkeypatch.delenv("COREMERGE_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as it was, afterwards
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*args):

@@ -197,7 +197,7 @@ def paused(*args, **kwargs):
 module.{name} = paused
 """
 STAGES = {
-    "reading": PAUSE.format(module="checkpoint", name="open_peft"),
+    "reading": PAUSE.format(module="checkpoint", name="open_adapter"),
     "merging": PAUSE.format(module="truncation", name="truncate"),
     "writing": PAUSE.format(module="checkpoint.peft.writer", name="model_card"),
 }

@@ -105,7 +105,7 @@ def test_debug_shows_the_traceback(coremerge, monkeypatch):
 
 
 def test_bug_is_not_hidden(coremerge, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.checkpoint.open_peft", lambda source: len(source) / 0)
+    monkeypatch.setattr("coremerge_jax.checkpoint.open_adapter", lambda source: len(source) / 0)
     with pytest.raises(ZeroDivisionError):
         coremerge("inspect", "a")
 
@@ -113,7 +113,7 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("coremerge ", {"merge", "apply", "inspect", "rules", "demo"}),
+        ("coremerge ", {"merge", "apply", "inspect", "convert", "rules", "demo"}),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space k", {"knots"}),
         ("coremerge merge --rule t", {"task_arithmetic", "ties", "tsv"}),

@@ -19,8 +19,10 @@ EVERY = [
     Axes("ilr", "rlo"),  # scanned, axis 1
     Axes("ilr", "rloo"),  # MaxText's serving form
     Axes("lliir", "llroo"),
+    Axes("leir", "lero"),  # scanned layers of experts
+    Axes("elir", "elro"),  # the same along axis 1
 ]
-SIZES = {"l": (3, 2), "i": (4, 5), "o": (6, 2), "r": (7,)}
+SIZES = {"l": (3, 2), "e": (4,), "i": (4, 5), "o": (6, 2), "r": (7,)}
 
 
 def shape(letters):
@@ -36,13 +38,15 @@ def test_update_is_that_of_the_stored_factors(axes):
     names = iter("abcdefgh")
     inputs = [next(names) for _ in range(axes.a.count("i"))]
     outputs = [next(names) for _ in range(axes.b.count("o"))]
-    batch = [next(names) for _ in range(axes.a.count("l"))]
+    layers = [next(names) for _ in range(axes.a.count("l"))]
+    experts = [next(names) for _ in range(axes.a.count("e"))]
 
     def letters(stored):
-        pools = {"i": iter(inputs), "o": iter(outputs), "l": iter(batch), "r": iter("r")}
-        return "".join(next(pools[x]) for x in stored)
+        pools = {"i": inputs, "o": outputs, "l": layers, "e": experts, "r": "r"}
+        found = {letter: iter(pool) for letter, pool in pools.items()}
+        return "".join(next(found[letter]) for letter in stored)
 
-    spec = f"{letters(axes.b)},{letters(axes.a)}->{''.join(batch + outputs + inputs)}"
+    spec = f"{letters(axes.b)},{letters(axes.a)}->{''.join(layers + experts + outputs + inputs)}"
     expected = np.einsum(spec, b, a)
     first, second = axes.matrices(a, b)
     assert first.ndim == second.ndim == 3
@@ -94,6 +98,16 @@ def test_a_scan_axis_that_cannot_be_told_is_asked_for():
         (None, Axes("iir", "roo")),
     ):
         assert find_axes("decoder/layers/wi", *shapes, axis) == axes
+
+
+def test_layers_of_experts_are_asked_for():
+    """Where these are stacked does not show, nor do experts if there are as many as ranks."""
+    shapes = (3, 2, 16, 2), (3, 2, 2, 6)
+    with pytest.raises(FormatError, match=r"\(liir,lroo or leir,lero or elir,elro: .*--axes"):
+        find_axes("layers/moe", *shapes, "auto")
+    assert find_axes("layers/moe", *shapes, 1) == Axes("elir", "elro")
+    assert find_axes("layers/moe", (3, 4, 16, 2), (3, 4, 2, 6), 0) == Axes("leir", "lero")
+    assert find_axes("moe", (3, 4, 16, 2), (3, 4, 2, 6), "auto") == Axes("leir", "lero")
 
 
 @pytest.mark.parametrize(

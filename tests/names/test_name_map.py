@@ -54,7 +54,7 @@ def test_llama_of_maxtext_pairs_the_halves_of_a_head():
     """Its rotation acts on neighbours, and its attention does not divide by √head_dim."""
     (adapter,) = hugging_face()
     theirs = dense(adapter["model.layers.0.self_attn.q_proj"]).reshape(HEADS, HEAD_DIM, WIDTH)
-    there = translate(adapter, "maxtext-llama", head_dim=HEAD_DIM)
+    there = translate(adapter, "maxtext-llama3.1", head_dim=HEAD_DIM)
     ours = dense(there["decoder.layers.0.self_attention.query"]).reshape(HEADS, HEAD_DIM, WIDTH)
     half = HEAD_DIM // 2
     for j in range(half):
@@ -68,9 +68,9 @@ def test_llama_of_maxtext_pairs_the_halves_of_a_head():
 def test_what_cannot_be_translated():
     (adapter,) = hugging_face()
     with pytest.raises(cm.UnsupportedError, match=r"give head_dim \(--head-dim\)"):
-        translate(adapter, "maxtext-llama")
+        translate(adapter, "maxtext-llama3.1")
     with pytest.raises(cm.UnsupportedError, match="head_dim=6 does not fit"):
-        translate(adapter, "maxtext-llama", head_dim=6)
+        translate(adapter, "maxtext-llama3.1", head_dim=6)
     with pytest.raises(cm.RecipeError, match="expected one of tunix"):
         translate(adapter, "bert")
     more = adapter.replace(modules={**adapter, "score": adapter["model.layers.0.mlp.up_proj"]})

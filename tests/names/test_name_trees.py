@@ -30,7 +30,7 @@ EXPECTED = {
         "layer_0/mlp/_LoRAEinsum_gating_einsum/lora/b": (2 * RANK, 2, 40),
         "layer_0/mlp/_LoRAEinsum_linear/lora/a": (40, 2 * RANK),
     },
-    "maxtext-llama": {
+    "maxtext-llama3.1": {
         "decoder/layers/self_attention/query/kernel_lora_a": (WIDTH, 2, RANK),
         "decoder/layers/self_attention/query/kernel_lora_b": (RANK, 2, HEADS * HEAD_DIM),
         "decoder/layers/mlp/wo/kernel_lora_b": (RANK, 2, WIDTH),
@@ -43,7 +43,7 @@ EXPECTED = {
 def test_there_and_back(tmp_path, name):
     (adapter,) = hugging_face()
     cm.save_orbax(adapter, tmp_path / "there", to=name, head_dim=HEAD_DIM)
-    tree = ocp.metadata(tmp_path / "there").metadata
+    tree = ocp.metadata(tmp_path / "there", NAME_MAPS[name].item).metadata
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     assert all(path[-1].key == "value" for path in paths)
     shapes = {key: leaf.shape for key, leaf in flatten(tree).items()}

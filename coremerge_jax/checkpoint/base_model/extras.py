@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from coremerge_jax.checkpoint.base_model.folder import FLOATS, BaseModel
-from coremerge_jax.checkpoint.base_model.names import Prefix, nearest
+from coremerge_jax.addition import FLOATS
+from coremerge_jax.checkpoint.base_model.folder import BaseModel
+from coremerge_jax.checkpoint.base_model.names import Prefix, nearest_tensors
 from coremerge_jax.checkpoint.base_model.tied import TOKENS, may_be_tied
 from coremerge_jax.checkpoint.peft.keys import unwrapped
 from coremerge_jax.errors import MismatchError, UnsupportedError
@@ -74,7 +75,7 @@ def _place(extras: Extras, base: BaseModel, outline: Adapter, prefix: Prefix, na
     elif added or not _is_new(base, tensor, outline):
         raise MismatchError(
             f"{base.folder}: no place for the adapter's {name!r}: there is no tensor {tensor!r}; "
-            f"nearest are {nearest(tensor, base.shard)}"
+            f"nearest are {nearest_tensors(tensor, base.shard)}"
         )
     else:
         extras.appended[tensor] = value
@@ -107,7 +108,7 @@ def _token_rows(base: BaseModel, tensor: str, path: str, value: Array, outline: 
     if tensor not in base.shard:
         raise MismatchError(
             f"{base.folder}: no place for trained rows of {path!r}: there is no tensor {tensor!r}; "
-            f"nearest are {nearest(tensor, base.shard)}"
+            f"nearest are {nearest_tensors(tensor, base.shard)}"
         )
     told = outline.metadata.config.get("trainable_token_indices") or []
     if isinstance(told, Mapping):

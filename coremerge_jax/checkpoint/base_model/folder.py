@@ -9,6 +9,8 @@ import huggingface_hub
 import jax
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from coremerge_jax.addition import FLOATS
+from coremerge_jax.checkpoint.json_file import read_json
 from coremerge_jax.checkpoint.peft.source import find_folder
 from coremerge_jax.checkpoint.tensor_file import TensorReader
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -16,9 +18,7 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-# Dtypes of weights that take an update.
-FLOATS = ("float64", "float32", "bfloat16", "float16")
+_FOLDER = "a model's folder"
 
 # Files of weights, by their ending, and what belongs to them.
 _WEIGHTS = (
@@ -55,7 +55,7 @@ class BaseModel:
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self.folder = find_folder(source, _download, CONFIG)
-        self.config = _read_json(self.folder / CONFIG)
+        self.config = read_json(self.folder / CONFIG, _FOLDER)
         self._refuse_quantized()
         self.index = self._read_index()
         self.shards = {name: self._open(name) for name in self._names()}
@@ -147,7 +147,7 @@ class BaseModel:
         if (self.folder / WEIGHTS).is_file():  # transformers then takes no notice of an index
             return None
         if file.is_file():
-            return _read_json(file)
+            return read_json(file, _FOLDER)
         pickles = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
         if pickles:
             raise UnsupportedError(
@@ -155,7 +155,7 @@ class BaseModel:
                 "they are not; load the model with transformers and save it again, which writes "
                 "safetensors"
             )
-        raise FormatError(f"{self.folder}: no {WEIGHTS} and no {INDEX}; expected a model's folder")
+        raise FormatError(f"{self.folder}: no {WEIGHTS} and no {INDEX}; expected {_FOLDER}")
 
     def _weight_map(self) -> Mapping[str, str]:
         if self.index is None:
@@ -177,18 +177,6 @@ class BaseModel:
         if not file.is_file():
             raise FormatError(f"{file}: missing, though {INDEX} names it; get the whole model")
         return TensorReader(file, strict=False)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FormatError(f"{file.parent}: no {file.name}; expected a model's folder")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _sentence_parts(file: Path) -> set[str]:
@@ -226,5 +214,5 @@ def _is_whole(folder: Path) -> bool:
         return True
     if not (folder / INDEX).is_file():
         return False
-    names = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+    names = set(read_json(folder / INDEX, _FOLDER).get("weight_map", {}).values())
     return all((folder / name).is_file() for name in names)

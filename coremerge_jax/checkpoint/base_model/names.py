@@ -1,13 +1,11 @@
 """Paths of an adapter's modules to names of a base model's tensors."""
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Collection, Iterable, Mapping
 
 from coremerge_jax.checkpoint.peft import experts
 from coremerge_jax.checkpoint.peft.keys import unwrapped
-from coremerge_jax.errors import MismatchError
+from coremerge_jax.errors import MismatchError, nearest
 from coremerge_jax.lora import Kind
 
 _SHOWN = 3
@@ -68,7 +66,9 @@ def find_tensors(
     prefix = max(found, key=lambda prefix: len(found[prefix]))
     missing = [path for path in modules if path not in found[prefix]]
     expected = {path: prefix(_candidates(path, modules[path])[0]) for path in missing[:_SHOWN]}
-    named = [f"{path!r}, nearest to {nearest(expected[path], tensors)}" for path in expected]
+    named = [
+        f"{path!r}, nearest to {nearest_tensors(expected[path], tensors)}" for path in expected
+    ]
     if len(missing) == len(modules):
         raise MismatchError(
             f"{where}: none of the adapter's {len(modules)} modules is in this model; the first "
@@ -80,17 +80,9 @@ def find_tensors(
     )
 
 
-def nearest(name: str, tensors: Iterable[str]) -> str:
-    """The tensors whose names are most like this one, of those that differ in numbers the first."""
-    unlike: dict[str, str] = {}
-    for tensor in tensors:
-        unlike.setdefault(_general(tensor), tensor)
-    close = difflib.get_close_matches(_general(name), unlike, n=_SHOWN, cutoff=0)
-    return ", ".join(repr(unlike[key]) for key in close) or "nothing: it has no tensors"
-
-
-def _general(name: str) -> str:
-    return re.sub(r"\d+", "0", name)
+def nearest_tensors(name: str, tensors: Iterable[str]) -> str:
+    """The tensors whose names are most like this one, for messages."""
+    return ", ".join(map(repr, nearest(name, tensors, _SHOWN))) or "nothing: it has no tensors"
 
 
 def _prefixes(modules: Iterable[str], tensors: Iterable[str]) -> list[Prefix]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coremerge_jax.checkpoint.json_file import read_json
 from coremerge_jax.errors import FormatError, UnsupportedError
 
 # Fields that the reader handles, or that do not change what the update is.
@@ -96,15 +97,7 @@ class PeftConfig:
             FormatError: it is missing, broken or incomplete.
             UnsupportedError: it describes more than a plain low-rank update.
         """
-        if not file.is_file():
-            raise FormatError(f"{file.parent}: no {file.name}; expected a PEFT adapter folder")
-        try:
-            fields = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise FormatError(f"{file}: not valid JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise FormatError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-        config = cls(file, fields)
+        config = cls(file, read_json(file, "a PEFT adapter folder"))
         config._check_type()
         config._check_fields()
         config._check_scaling()

@@ -5,7 +5,6 @@ found says how to make a module or an extra of the tensors, once they are asked 
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from coremerge_jax.checkpoint.peft.keys import (
 )
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorReader
-from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.errors import FormatError, UnsupportedError, nearest
 from coremerge_jax.lora import Kind, LoRA
 
 Read = Callable[[str], np.ndarray]
@@ -274,11 +273,11 @@ class Contents:
                 unclaimed.append(name)
         if unclaimed:
             factors = [key for key in self._reader.tensors if split_factor(key)]
-            near = difflib.get_close_matches(unclaimed[0], factors, n=1, cutoff=0)
-            hint = f"; {unclaimed[0]!r} is nearest to {near[0]!r}" if near else ""
+            near = nearest(unclaimed[0], factors)
+            told = f"; {unclaimed[0]!r} is nearest to {near[0]!r}" if near else ""
             raise FormatError(
                 f"{self.file}: {len(unclaimed)} tensors that {CONFIG} does not account for: "
-                f"{', '.join(map(repr, unclaimed[:3]))}{hint}"
+                f"{', '.join(map(repr, unclaimed[:3]))}{told}"
             )
         return extras | {name: self._extra(*bias) for name, bias in self._biases.items()}
 

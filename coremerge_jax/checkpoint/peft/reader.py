@@ -9,14 +9,14 @@ from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.checkpoint.peft.contents import Contents
 from coremerge_jax.checkpoint.peft.source import CONFIG, locate, weights_file
 from coremerge_jax.checkpoint.tensor_file import TensorReader
-from coremerge_jax.lora import Adapter, LoRA, Metadata
+from coremerge_jax.lora import Adapter, AdapterFile, LoRA, Metadata
 
 # Fields that writing the extras of an adapter back needs.
 _EXTRA_FIELDS = ("bias", "modules_to_save", "revision", "trainable_token_indices")
 
 
-class PeftFile(Adapter):
-    """An adapter whose factors are still in its file, see `open_peft`. Not a pytree.
+class PeftFile(AdapterFile):
+    """An adapter whose factors are still in its file, see `open_peft`.
 
     Threads may read from it at once.
     """
@@ -25,20 +25,6 @@ class PeftFile(Adapter):
         outlines = {path: source.outline for path, source in contents.modules.items()}
         super().__init__(outlines, metadata=metadata, extras=contents.extras)
         self._reader, self._sources = reader, contents.modules
-
-    def __getitem__(self, path: str) -> LoRA:
-        return self.read([path])[path]
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._sources
-
-    def __repr__(self) -> str:
-        return repr(self.outline)
-
-    @property
-    def outline(self) -> Adapter:
-        """The adapter with shapes and dtypes in place of its factors."""
-        return Adapter(self._modules, metadata=self.metadata, extras=self.extras)
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths, by one opening of the file.

@@ -48,7 +48,7 @@ def check_output(
     for source in sources:
         if same_folder(source, out):
             raise FormatError(f"{out}: is one of the sources; choose another output")
-    atomic.check_output(out, marker=CONFIG, force=force)
+    atomic.check_output(out, markers=(CONFIG,), force=force)
 
 
 def save_peft(
@@ -94,7 +94,7 @@ def save_peft(
     layout = Layout(outline)
     parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
     kept: dict[str, float] = {}
-    with atomic.atomic_folder(out, marker=CONFIG, force=force) as folder:
+    with atomic.atomic_folder(out, markers=(CONFIG,), force=force) as folder:
         with TensorWriter(folder / WEIGHTS, layout.keys(), {"format": "pt"}) as file:
             writer = _Writer(layout, file, jnp.dtype(dtype))
             writer.write_extras(wide=True)

@@ -1,0 +1,194 @@
+"""Checks that need eight devices. `test_eight_devices.py` runs them in a process that has these."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp0
+import pytest
+from helpers import assert_same, random_adapters
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+import coremerge_jax as cm
+
+LAYERS = {f"layers.{i}.x": (32, 16) for i in range(4)}
+SPECS = {
+    "layers": P("x"),
+    "inputs": P(None, ("x", "y")),
+    "outputs": P(None, None, "y", "x"),
+    "both": P(None, "y", "x"),
+    "replicated": P(),
+}
+LORA = {"lora_rank": 2, "lora_alpha": 8}
+
+
+def mesh(mode=AxisType.Auto, shape=(4, 2)):
+    return jax.make_mesh(shape, ("x", "y"), axis_types=(mode, mode))
+
+
+def layers(dtype="float32"):
+    """Kernels of stacked layers, with two axes of outputs."""
+    kernel = np.random.default_rng(0).standard_normal((4, 16, 4, 8))
+    return {"layers": {"x": {"kernel": kernel.astype(dtype)}, "norm": np.ones(16, np.float32)}}
+
+
+def put(tree, sharding):
+    """On all devices; what has one axis, replicated."""
+    whole = NamedSharding(sharding.mesh, P())
+    return jax.tree.map(lambda x: jax.device_put(x, sharding if x.ndim > 1 else whole), tree)
+
+
+def kernel_of(tree):
+    return tree["layers"]["x"]["kernel"]
+
+
+@pytest.fixture
+def adapter():
+    return random_adapters(LAYERS, [2], dtype="float32")[0]
+
+
+def test_there_are_eight():
+    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_shardings_stay(adapter, mode, spec, donate):
+    expected = cm.fold_tree(layers(), adapter, scale=0.5)
+    params = put(layers(), NamedSharding(mesh(mode), SPECS[spec]))
+    sharding = kernel_of(params).sharding
+    folded = cm.fold_tree(params, adapter, scale=0.5, donate=donate)
+    assert kernel_of(folded).sharding == sharding
+    assert folded["layers"]["norm"] is params["layers"]["norm"]
+    assert kernel_of(params).is_deleted() == donate
+    np.testing.assert_allclose(kernel_of(folded), kernel_of(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_inside_jit_each_device_computes_its_part(adapter, mode, spec):
+    params = put(layers("bfloat16"), NamedSharding(mesh(mode), SPECS[spec]))
+    fold = jax.jit(cm.fold_tree, donate_argnums=0)
+    program = fold.lower(params, adapter).compile()
+    assert "all-gather" not in program.as_text()
+    expected = cm.fold_tree(layers("bfloat16"), adapter)
+    before = kernel_of(params)
+    after = kernel_of(fold(params, adapter))
+    assert before.is_deleted()
+    assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    np.testing.assert_allclose(
+        after.astype(jnp.float32), kernel_of(expected).astype(np.float32), rtol=2**-7
+    )
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")])
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_factors_that_are_sharded_too(adapter, mode, spec):
+    there = mesh(mode, (2, 4))
+    params = put(layers(), NamedSharding(there, P(None, "x", "y")))
+    sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(there, spec)), adapter)
+    expected = kernel_of(cm.fold_tree(layers(), adapter))
+    for fold in (cm.fold_tree, jax.jit(cm.fold_tree)):
+        folded = kernel_of(fold(params, sharded))
+        np.testing.assert_allclose(folded, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_is_folded_where_the_model_is(adapter):
+    merged = cm.merge([adapter, adapter], cm.mean())
+    params = put(layers(), NamedSharding(mesh(), SPECS["both"]))
+    folded, expected = cm.fold_tree(params, merged), cm.fold_tree(layers(), adapter)
+    np.testing.assert_allclose(kernel_of(folded), kernel_of(expected), rtol=1e-4, atol=1e-5)
+
+
+def factors(adapter):
+    """As qwix stacks layers, sharded over the inputs and outputs."""
+    a = np.stack([lora.a.T for lora in adapter.values()])
+    b = np.stack([lora.b.T / 4 for lora in adapter.values()])
+    there = mesh()
+    return {
+        "layers": {
+            "x": {
+                "w_lora_a": jax.device_put(a, NamedSharding(there, P(None, ("x", "y")))),
+                "w_lora_b": jax.device_put(b, NamedSharding(there, P("x", None, "y"))),
+            }
+        }
+    }
+
+
+def write_v0(path, tree, **options):
+    with ocp0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree, **options)
+
+
+@pytest.mark.parametrize("write", [ocp.save, write_v0])
+def test_sharded_factors_are_read(adapter, tmp_path, write):
+    write(tmp_path / "c", factors(adapter), custom_metadata={"lora": LORA})
+    found = cm.open_orbax(tmp_path / "c")
+    assert_same(found, adapter, 1e-7)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(dict(found)))
+
+
+def restore_v1(path, abstract):
+    return ocp.load(path, abstract)
+
+
+def restore_v0(path, abstract):
+    (item,) = (file.parent for file in path.glob("*/_METADATA"))
+    with ocp0.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(item, abstract)
+
+
+@pytest.mark.parametrize("restore", [restore_v1, restore_v0])
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        NamedSharding(mesh(shape=(8, 1)), P(None, "x")),
+        NamedSharding(mesh(shape=(2, 4)), P("x", "y")),
+        NamedSharding(mesh(AxisType.Explicit), P()),
+    ],
+    ids=["8", "2 x 4", "replicated"],
+)
+def test_what_is_written_is_restored_with_any_sharding(adapter, tmp_path, restore, sharding):
+    cm.save_orbax(adapter, tmp_path / "adapter")
+    tree = ocp.metadata(tmp_path / "adapter").metadata
+
+    def want(leaf):
+        fits = all(n % 8 == 0 for n in leaf.shape[1:2])
+        there = sharding if fits else NamedSharding(sharding.mesh, P())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
+
+    restored = restore(tmp_path / "adapter", jax.tree.map(want, tree))["layers"]["x"]
+    a = np.stack([lora.a.T for lora in adapter.values()])
+    b = np.stack([lora.b.T for lora in adapter.values()])
+    assert restored["lora_a"].sharding == sharding
+    np.testing.assert_array_equal(restored["lora_a"], a)
+    np.testing.assert_array_equal(restored["lora_b"], b)
+
+
+def test_a_sharded_base_in_a_checkpoint(adapter, tmp_path):
+    params = put(layers(), NamedSharding(mesh(), SPECS["both"]))
+    ocp.save(tmp_path / "base", params)
+    cm.apply_adapter(adapter, tmp_path / "base", tmp_path / "out")
+    sharding = NamedSharding(mesh(shape=(2, 4)), P("y", "x"))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding if x.ndim > 1 else NamedSharding(mesh(), P())
+        ),
+        layers(),
+    )
+    restored = kernel_of(ocp.load(tmp_path / "out", abstract))
+    assert restored.sharding == sharding
+    np.testing.assert_array_equal(restored, kernel_of(cm.fold_tree(layers(), adapter)))
+
+
+def test_checkpoints_of_one_device_and_for_one(adapter):
+    """See `test_eight_devices.py`."""
+    folder = Path(os.environ["COREMERGE_TEST_FOLDER"])
+    assert_same(cm.open_orbax(folder / "one"), adapter, 1e-7)
+    ocp.save(folder / "eight", factors(adapter), custom_metadata={"lora": LORA})
+    ocp.save(folder / "base", put(layers(), NamedSharding(mesh(), SPECS["both"])))
