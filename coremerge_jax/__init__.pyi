@@ -1,4 +1,4 @@
-from . import checkpoint, demo, layouts, linalg, rules, spaces
+from . import checkpoint, demo, layouts, linalg, rules, search, spaces
 from .checkpoint import (
     apply_adapter,
     load_peft,
@@ -14,6 +14,7 @@ from .layouts import Axes, Layout
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging import MergeStream, merge, merge_stream
 from .models import from_nnx, update_nnx
+from .projected import Projected, project
 from .rules import (
     cart,
     chain,
@@ -49,6 +50,7 @@ __all__ = [
     "MergeStream",
     "Metadata",
     "MismatchError",
+    "Projected",
     "RecipeError",
     "TreeFormat",
     "UnsupportedError",
@@ -79,11 +81,13 @@ __all__ = [
     "open_orbax",
     "open_peft",
     "pico",
+    "project",
     "prune",
     "rules",
     "save_orbax",
     "save_peft",
     "sce",
+    "search",
     "spaces",
     "svc",
     "task_arithmetic",

@@ -122,17 +122,9 @@ def merge_stream(
         MemoryError: a single module needs more than ``max_memory``.
     """
     parts = chain(as_rule(rule))
-    if not adapters:
-        raise MismatchError("no adapters to merge; expected at least one")
-    check_weights(parts, weights, len(adapters))
-    if parts.needs_key and key is None:
-        raise ValueError(f"{parts!r} draws random numbers: pass key=jax.random.key(seed)")
-    tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
-    if not tasks:
-        raise MismatchError("all weights are 0: nothing to merge")
+    check_rule(parts, key, len(adapters))
+    tasks = present_adapters(adapters, weights, allow_mismatch)
     present = [adapters[t] for t in tasks]
-    if not allow_mismatch:
-        check_compatible(present)
     merged_extras, config = merge_extras(present, extras)
     groups = group_modules(present)
     paths = [path for group in groups for path in group.paths]
@@ -436,12 +428,24 @@ def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
 
 
 def _project(rule: Chain, module: _Inputs, settings: _Settings) -> Projection:
-    ranks, space, dtype = settings
-    lora_b = module.b
-    if module.weights is not None:
-        lora_b = lora_b.astype(dtype) * _by_rank(module.weights, ranks)[None, :]
     elementwise = rule.equivariance == Equivariance.ELEMENTWISE
-    return space.project(module.a, lora_b, ranks, dtype=dtype, elementwise=elementwise)
+    return project_module(module.a, module.b, module.weights, *settings, elementwise=elementwise)
+
+
+def project_module(
+    a: jax.Array,
+    b: jax.Array,
+    weights: jax.Array | None,
+    ranks: tuple[int, ...],
+    space: Space,
+    dtype: Any,
+    *,
+    elementwise: bool,
+) -> Projection:
+    """A module's updates, multiplied by weights ``(T,)``, in a space: see `Space.project`."""
+    if weights is not None:
+        b = b.astype(dtype) * _by_rank(weights, ranks)[None, :]
+    return space.project(a, b, ranks, dtype=dtype, elementwise=elementwise)
 
 
 def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> tuple[LoRA, bool]:
@@ -555,16 +559,39 @@ def _is_zero(weights: Any, t: int) -> bool:
     return not isinstance(weights[t], jax.core.Tracer) and float(weights[t]) == 0
 
 
-def check_weights(rule: Chain, weights: Any, adapters: int) -> None:
-    """Checks that there is one weight per adapter, for `merge` and for the rule.
+def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> None:
+    """Checks that a rule has what it needs: a key, one weight per adapter.
 
     Raises:
         MismatchError: naming the number of weights and of adapters.
+        ValueError: there is no key for a rule that draws random numbers.
     """
-    own = [getattr(part, "weights", None) for part in rule.rules]
-    for given in (weights, *own):
-        if given is not None and len(given) != adapters:
-            raise MismatchError(f"{len(given)} weights for {adapters} adapters; expected one each")
+    if rule.needs_key and key is None:
+        raise ValueError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
+    for part in rule.rules:
+        _check_weights(getattr(part, "weights", None), adapters)
+
+
+def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
+    """Which adapters take part in a merge: those whose weight is not 0.
+
+    Raises:
+        MismatchError: none, or they do not belong together, or there is not one weight for each.
+    """
+    if not adapters:
+        raise MismatchError("no adapters to merge; expected at least one")
+    _check_weights(weights, len(adapters))
+    tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
+    if not tasks:
+        raise MismatchError("all weights are 0: nothing to merge")
+    if not allow_mismatch:
+        check_compatible([adapters[t] for t in tasks])
+    return tasks
+
+
+def _check_weights(weights: Any, adapters: int) -> None:
+    if weights is not None and len(weights) != adapters:
+        raise MismatchError(f"{len(weights)} weights for {adapters} adapters; expected one each")
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:

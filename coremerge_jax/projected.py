@@ -14,11 +14,20 @@ import numpy as np
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
-from coremerge_jax.merging import check_compatible, common_metadata, module_scales
+from coremerge_jax.merging import (
+    check_rule,
+    common_metadata,
+    module_scales,
+    present_adapters,
+    project_module,
+)
 from coremerge_jax.precision import computing
 from coremerge_jax.rules import Chain, Ties, as_rule, chain
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.stack import Group, group_modules, over_modules
+
+# The merged A and B of each stack, not yet scaled and rounded: see `Projected.updates`.
+Updates = list[tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
@@ -50,23 +59,39 @@ class Projected:
 
     Attributes:
         stacks: all modules.
+        space: where they are.
         extras: tensors that are not low-rank updates, already merged.
         order: the paths of the modules in the order of the adapters.
-        adapters: how many there are.
+        adapters: how many there are, those of weight 0 included.
         metadata: of what is merged.
     """
 
     stacks: tuple[Stack, ...]
-    extras: dict[str, jax.Array]
+    extras: dict[str, Array]
+    space: Space = flax.struct.field(pytree_node=False)
     order: tuple[str, ...] = flax.struct.field(pytree_node=False)
     adapters: int = flax.struct.field(pytree_node=False)
     metadata: Metadata = flax.struct.field(pytree_node=False)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What merges are computed in."""
+        return jax.tree.leaves(self.stacks[0].projection.factors)[0].dtype
+
+    def astype(self, dtype: Any) -> "Projected":
+        """The same, to be merged in another precision."""
+        with computing(str(np.dtype(dtype)), *jax.tree.leaves(self.stacks)):
+            stacks = jax.tree.map(
+                lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                self.stacks,
+            )
+        return self.replace(stacks=stacks)  # type: ignore[attr-defined]
 
     def merge(
         self,
         rule: Any,
         *,
-        weights: Array | Sequence[float] | Mapping[str, Array] | None = None,
+        weights: Any = None,
         scale: Any = 1.0,
         key: jax.Array | None = None,
     ) -> Adapter:
@@ -75,8 +100,8 @@ class Projected:
         Args:
             rule: as in `coremerge_jax.merge`; a `ties` with ``scope="model"`` is refused.
             weights: ``(T,)``, multiply the adapters' cores before the rule; or such weights by
-                path, for some modules. (Those of `coremerge_jax.merge` multiply the adapters before
-                they are projected, which is the same unless the rule is elementwise.)
+                path, for some modules. (Those of `project` multiply the adapters before they are
+                projected, which is the same unless the rule is elementwise.)
             scale: as in `coremerge_jax.merge`.
             key: as in `coremerge_jax.merge`.
 
@@ -84,42 +109,62 @@ class Projected:
             MismatchError: there is not one weight per adapter, or no module of a name.
             ValueError: the rule cannot be used here.
         """
+        return self.adapter(self.updates(rule, weights=weights, key=key), scale)
+
+    def updates(self, rule: Any, *, weights: Any = None, key: jax.Array | None = None) -> Updates:
+        """What `merge` computes before it scales, so that many scales can share it."""
         parts = chain(as_rule(rule))
+        check_rule(parts, key, self.adapters)
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
-            raise ValueError(f"{parts!r} trims over all modules at once; call merge instead")
-        if parts.needs_key and key is None:
-            raise ValueError(f"{parts!r} draws random numbers: pass key=jax.random.key(seed)")
+            raise ValueError(f"{parts!r} trims over all modules at once; use merge instead")
+        with self._computing():
+            return [
+                _merge_stack(parts, stack, self._weights(stack, weights), key)
+                for stack in self.stacks
+            ]
+
+    def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
+        """What `merge` makes of the updates. Factors are NumPy arrays unless they are traced."""
         scales = dict(zip(self.order, module_scales(self.order, scale), strict=True))
         modules: dict[str, LoRA] = {}
-        with self._computing():
-            for stack in self.stacks:
-                dtype = jax.tree.leaves(stack.projection.factors)[0].dtype
-                given = self._weights(stack, weights, dtype)
-                factor = jnp.stack([jnp.asarray(scales[path], dtype) for path in stack.paths])
-                a, b = _merge_stack(parts, stack, given, factor, key)
-                for i, (path, kind) in enumerate(zip(stack.paths, stack.kinds, strict=True)):
-                    modules[path] = LoRA(a=a[i], b=b[i], kind=kind)
+        for stack, update in zip(self.stacks, updates, strict=True):
+            with self._computing():
+                factors = jnp.stack([jnp.asarray(scales[x], self.dtype) for x in stack.paths])
+                a, b = _finish_stack(*update, factors, stack.dtypes)
+            if not isinstance(b, jax.core.Tracer):
+                a, b = np.asarray(a), np.asarray(b)
+            for path, kind, x, y in zip(stack.paths, stack.kinds, a, b, strict=True):
+                modules[path] = LoRA(a=x, b=y, kind=kind)
         ordered = {path: modules[path] for path in self.order}
         return Adapter(ordered, metadata=self.metadata, extras=self.extras)
+
+    def norms(self) -> np.ndarray:
+        """``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
+        squares = np.zeros(self.adapters)
+        for stack in self.stacks:
+            with self._computing():
+                found = np.asarray(_squares(stack.projection))
+            np.add.at(squares, np.asarray(stack.tasks), found)
+        return np.sqrt(squares)
 
     def _computing(self) -> Any:
         leaves = jax.tree.leaves(self.stacks)
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return contextlib.nullcontext()
-        return computing(str(jax.tree.leaves(self.stacks[0].projection.factors)[0].dtype))
+        return computing(str(self.dtype))
 
-    def _weights(self, stack: Stack, weights: Any, dtype: Any) -> jax.Array | None:
+    def _weights(self, stack: Stack, weights: Any) -> jax.Array | None:
         """``(L, T)``, of the adapters that have the modules."""
         if weights is None:
             return None
-        ones = jnp.ones(self.adapters, dtype)
+        ones = jnp.ones(self.adapters, self.dtype)
         if isinstance(weights, Mapping):
             unknown = [path for path in weights if path not in self.order]
             if unknown:
                 raise MismatchError(f"weights of {unknown[0]!r}: there is no such module")
-            rows = [jnp.asarray(weights.get(path, ones), dtype) for path in stack.paths]
+            rows = [jnp.asarray(weights.get(path, ones), self.dtype) for path in stack.paths]
         else:
-            rows = [jnp.asarray(weights, dtype)] * len(stack.paths)
+            rows = [jnp.asarray(weights, self.dtype)] * len(stack.paths)
         for row in rows:
             if row.shape != (self.adapters,):
                 raise MismatchError(
@@ -132,20 +177,21 @@ def project(
     adapters: Sequence[Adapter],
     *,
     space: Space | None = None,
+    weights: Sequence[float] | Array | None = None,
     elementwise: bool = True,
     precision: str | None = None,
     extras: str = "error",
     allow_mismatch: bool = False,
 ) -> Projected:
-    """Brings all modules of adapters into a merge space.
+    """Brings all modules of adapters into a merge space, for many merges.
 
     Args:
         adapters: as in `merge`.
         space: as in `merge`.
+        weights: as in `merge`.
         elementwise: whether rules that look at single entries will be used; if not, cheaper
             coordinates do.
-        precision: as in `merge`. With ``"float32"`` the result can be an argument of a function
-            that is compiled without JAX's x64 mode.
+        precision: as in `merge`.
         extras: as in `merge`.
         allow_mismatch: as in `merge`.
 
@@ -153,78 +199,79 @@ def project(
         MismatchError: the adapters do not belong together.
         UnsupportedError: adapters have extras and no policy for them was given.
     """
-    if not adapters:
-        raise MismatchError("no adapters to project; expected at least one")
-    if not allow_mismatch:
-        check_compatible(adapters)
-    merged_extras, config = merge_extras(adapters, extras)
-    outlines = [adapter.outline for adapter in adapters]
-    leaves = [x for x in jax.tree.leaves(outlines) if isinstance(x, jax.core.Tracer)]
+    space = space or core()
+    tasks = present_adapters(adapters, weights, allow_mismatch)
+    present = [adapters[t] for t in tasks]
+    merged_extras, config = merge_extras(present, extras)
+    outlines = [adapter.outline for adapter in present]
+    leaves = jax.tree.leaves((outlines, weights))
     stacks = []
-    with computing(precision, *leaves) as dtype:
-        for group in group_modules(adapters):
-            a, b = group.stack(adapters)
-            found = _project(a, b, space or core(), group.ranks, dtype, elementwise)
-            stacks.append(_stack(group, outlines, *found, (a.dtype, b.dtype)))
+    with computing(precision, *(x for x in leaves if isinstance(x, jax.core.Tracer))) as dtype:
+        for group in group_modules(present):
+            places = np.asarray(tasks, np.int32)[group.tasks]
+            given = None if weights is None else jnp.asarray(weights, dtype)[places]
+            a, b = group.stack(present)
+            projection, kept = _project_stack(a, b, given, group.ranks, space, dtype, elementwise)
+            kinds = [outlines[i[0]][x].kind for x, i in zip(group.paths, group.tasks, strict=True)]
+            stacks.append(_stack(group, places, kinds, projection, kept, (a.dtype, b.dtype)))
     return Projected(
         stacks=tuple(stacks),
-        extras={name: jnp.asarray(value) for name, value in merged_extras.items()},
+        space=space,
+        extras=merged_extras,
         order=tuple(dict.fromkeys(path for adapter in outlines for path in adapter)),
         adapters=len(adapters),
-        metadata=common_metadata(adapters, config),
+        metadata=common_metadata(present, config),
     )
 
 
 def _stack(
     group: Group,
-    outlines: Sequence[Adapter],
+    places: np.ndarray,
+    kinds: Sequence[Kind],
     projection: Projection,
     kept: jax.Array,
-    dtypes: tuple,
+    dtypes: tuple[np.dtype, np.dtype],
 ) -> Stack:
     names = [zlib.crc32(path.encode()) for path in group.paths]
-    firsts = zip(group.paths, group.tasks, strict=True)
     return Stack(
         projection=projection,
-        tasks=jnp.asarray(group.tasks),
+        tasks=jnp.asarray(places),
         names=jnp.asarray(np.asarray(names, np.uint32)),
         paths=group.paths,
-        kinds=tuple(outlines[tasks[0]][path].kind for path, tasks in firsts),
+        kinds=tuple(kinds),
         keeps_a=not isinstance(kept, jax.core.Tracer) and bool(np.asarray(kept).all()),
         dtypes=dtypes,
     )
 
 
-@partial(jax.jit, static_argnames=("space", "ranks", "dtype", "elementwise"))
-def _project(
+@partial(jax.jit, static_argnames=("ranks", "space", "dtype", "elementwise"))
+def _project_stack(
     a: jax.Array,
     b: jax.Array,
-    space: Space,
+    weights: jax.Array | None,
     ranks: tuple[int, ...],
+    space: Space,
     dtype: Any,
     elementwise: bool,
 ) -> tuple[Projection, jax.Array]:
     """The modules in the space, and whether their merges can have the A of the adapters."""
 
-    def one(pair: tuple[jax.Array, jax.Array]) -> tuple[Projection, jax.Array]:
-        found = space.project(*pair, ranks, dtype=dtype, elementwise=elementwise)
+    def one(row: tuple) -> tuple[Projection, jax.Array]:
+        a, b, weights = row
+        found = project_module(a, b, weights, ranks, space, dtype, elementwise=elementwise)
         return found, jnp.asarray(found.keeps_a)
 
-    return over_modules(one, (a, b))
+    return over_modules(one, (a, b, weights))
 
 
 @jax.jit
 def _merge_stack(
-    rule: Chain,
-    stack: Stack,
-    weights: jax.Array | None,
-    scale: jax.Array,
-    key: jax.Array | None,
+    rule: Chain, stack: Stack, weights: jax.Array | None, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The merged A and B of each module."""
+    """The merged A and B of each module, in the precision that is computed in."""
 
     def one(row: tuple) -> tuple[jax.Array, jax.Array]:
-        projection, tasks, name, weight, factor = row
+        projection, tasks, name, weight = row
         if weight is not None:
             projection = projection.weighted(weight)
         lora = projection.merge(
@@ -233,8 +280,26 @@ def _merge_stack(
             tasks=tasks,
             keep_a=True if stack.keeps_a else None,
         )
-        scaled = jnp.asarray(lora.b).astype(factor.dtype) * factor
-        return jnp.asarray(lora.a).astype(stack.dtypes[0]), scaled.astype(stack.dtypes[1])
+        return jnp.asarray(lora.a), jnp.asarray(lora.b)
 
-    rows = (stack.projection, stack.tasks, stack.names, weights, scale)
-    return over_modules(one, rows)
+    return over_modules(one, (stack.projection, stack.tasks, stack.names, weights))
+
+
+@partial(jax.jit, static_argnames="dtypes")
+def _finish_stack(
+    a: jax.Array, b: jax.Array, factors: jax.Array, dtypes: tuple[np.dtype, np.dtype]
+) -> tuple[jax.Array, jax.Array]:
+    scaled = b.astype(factors.dtype) * factors[:, None, None]
+    of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
+    return a.astype(of_a), scaled.astype(of_b)
+
+
+@jax.jit
+def _squares(projection: Projection) -> jax.Array:
+    """``(L, T)``, the squared norms of the updates."""
+
+    def one(projection: Projection) -> jax.Array:
+        gain = 1.0 if projection.gain is None else projection.gain[None, :, None]
+        return jnp.sum((projection.cores * gain) ** 2, axis=(1, 2))
+
+    return over_modules(one, projection)

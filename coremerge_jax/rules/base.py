@@ -116,11 +116,15 @@ class Rule:
         """Merges: what a rule has to implement. The result may stay in factors."""
         raise NotImplementedError
 
+    @classmethod
+    def name(cls) -> str:
+        """What the rule is called in text."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
-        return f"{name}({parameters})"
+        return f"{self.name()}({parameters})"
 
 
 class Step(Rule):

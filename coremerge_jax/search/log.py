@@ -1,0 +1,109 @@
+"""The log of a sweep: one line a record, so that what is killed can go on."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+from coremerge_jax.errors import FormatError, MismatchError
+
+_NORMS = 1e-3  # relative; far more than rounding errors of other machines, far less than training
+
+
+class Log:
+    """Records in a file of JSON lines, of which the first tells what is swept.
+
+    Args:
+        path: the file; None keeps nothing.
+        subject: what the records depend on, as JSON-like data.
+        norms: ``(T,)``, those of the adapters, by which they are known.
+
+    Raises:
+        FormatError: the file is not a log of a sweep.
+        MismatchError: it is that of another sweep.
+    """
+
+    def __init__(self, path: str | Path | None, subject: Mapping[str, Any], norms: np.ndarray):
+        self._path = None if path is None else Path(path)
+        self._header: dict[str, Any] = {
+            "sweep": dict(subject),
+            "norms": [float(f"{x:.6g}") for x in norms],
+        }
+        self._known: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            is_new = not self._read(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+            if is_new:
+                self._write(self._header)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+    def find(self, name: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The metrics and seconds of a candidate, if they are known."""
+        return self._known.get(identity(name, parameters))
+
+    def add(
+        self, name: str, parameters: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        """Notes a record."""
+        if self._file:
+            row = {"rule": name, "parameters": parameters, "metrics": metrics}
+            self._write({**row, "seconds": round(seconds, 4)})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self._file
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _read(self, path: Path) -> bool:
+        """Reads what is there, and drops a line that is not complete; false if nothing is."""
+        with contextlib.suppress(FileNotFoundError):
+            text = path.read_bytes()
+            complete = text[: text.rfind(b"\n") + 1]
+            try:
+                rows = [json.loads(line) for line in complete.splitlines()]
+                header, *records = rows or [self._header]
+                self._check(header)
+                self._known = {identity(x["rule"], x["parameters"]): x for x in records}
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise FormatError(f"{path}: not the log of a sweep; choose another file") from error
+            if complete != text:
+                os.truncate(path, len(complete))
+            return bool(rows)
+        return False
+
+    def _check(self, header: Mapping[str, Any]) -> None:
+        theirs, ours = header["sweep"], self._header["sweep"]
+        for what in dict.fromkeys([*ours, *theirs]):
+            if theirs.get(what) != ours.get(what):
+                raise MismatchError(
+                    f"{self._path}: the log of a sweep of other {what} ({theirs.get(what)}, now "
+                    f"{ours.get(what)}); choose another file"
+                )
+        norms, expected = np.asarray(header["norms"]), np.asarray(self._header["norms"])
+        if norms.shape != expected.shape or not np.allclose(norms, expected, rtol=_NORMS):
+            raise MismatchError(
+                f"{self._path}: the log of a sweep of other adapters (their norms were "
+                f"{norms.tolist()}, now {expected.tolist()}); choose another file"
+            )
+
+
+def identity(name: str, parameters: Mapping[str, Any]) -> str:
+    """What tells a candidate from all others."""
+    return json.dumps([name, dict(parameters)], sort_keys=True)

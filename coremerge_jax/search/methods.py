@@ -1,0 +1,135 @@
+"""Ways to walk through values of parameters: generators that propose, and are sent scores."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from coremerge_jax.search.parameters import SCALE
+
+Proposals = Generator[dict[str, Any], float, None]
+
+
+class Method(Protocol):
+    """A way to search."""
+
+    def propose(self, values: Mapping[str, Any]) -> Proposals:
+        """Yields values of parameters by name, and is sent the score of each; more is better.
+
+        Parameters that are left out keep the values that the rule has.
+
+        Args:
+            values: by name, the values to try, in order.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Every combination."""
+
+    def propose(self, values: Mapping[str, Any]) -> Proposals:
+        """See `Method`; scales change fastest, as all scales share one merge."""
+        names = sorted(values, key=lambda name: name == SCALE)
+        for row in itertools.product(*(_listed(name, values[name]) for name in names)):
+            found = dict(zip(names, row, strict=True))
+            yield {name: found[name] for name in values}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One parameter after another, in the order given (arXiv 2509.17786, appendix D.3).
+
+    Each is walked through its values in order, until ``patience`` of them in a row were no better
+    than the best before; the best is kept while the next parameters are searched.
+
+    Attributes:
+        patience: see above. The default is that of the authors' code.
+    """
+
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience={self.patience!r}: expected a whole number of at least 1")
+
+    def propose(self, values: Mapping[str, Any]) -> Proposals:
+        """See `Method`."""
+        best: dict[str, Any] = {}
+        for name, choices in values.items():
+            top, chosen, worse = -math.inf, None, 0
+            for value in _listed(name, choices):
+                score = yield {**best, name: value}
+                if chosen is None or score > top:
+                    top, chosen, worse = score, value, 0
+                else:
+                    worse += 1
+                if worse == self.patience:
+                    break
+            best[name] = chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Combinations drawn at random, none twice.
+
+    Values may be distributions of `scipy.stats` (whatever has ``rvs(random_state=...)``).
+
+    Attributes:
+        trials: how many, at most.
+        seed: of the draws.
+    """
+
+    trials: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"trials={self.trials!r}: expected a whole number of at least 1")
+
+    def propose(self, values: Mapping[str, Any]) -> Proposals:
+        """See `Method`."""
+        rng = np.random.default_rng(self.seed)
+        if any(hasattr(choices, "rvs") for choices in values.values()):
+            for _ in range(self.trials):
+                yield {name: _draw(name, choices, rng) for name, choices in values.items()}
+            return
+        lists = [_listed(name, choices) for name, choices in values.items()]
+        size = math.prod(map(len, lists))
+        for i in rng.choice(size, min(size, self.trials), replace=False, shuffle=True):
+            places = np.unravel_index(i, [len(choices) for choices in lists])
+            yield {name: x[int(j)] for name, x, j in zip(values, lists, places, strict=True)}
+
+
+def _listed(name: str, choices: Any) -> list[Any]:
+    """The values as Python numbers and words.
+
+    Raises:
+        ValueError: there is none, or they are a distribution.
+    """
+    if hasattr(choices, "rvs"):
+        raise ValueError(f"values of {name!r} are a distribution; only random() can draw from it")
+    if isinstance(choices, str | int | float):
+        choices = [choices]
+    found = [value.item() if hasattr(value, "item") else value for value in choices]
+    if not found:
+        raise ValueError(f"values of {name!r}: expected at least one")
+    return found
+
+
+def _draw(name: str, choices: Any, rng: np.random.Generator) -> Any:
+    if hasattr(choices, "rvs"):
+        value = choices.rvs(random_state=rng)
+        return value.item() if hasattr(value, "item") else value
+    listed = _listed(name, choices)
+    return listed[rng.integers(len(listed))]
+
+
+grid = Grid
+line = Line
+random = Random
+
+METHODS: dict[str, Callable[..., Method]] = {"grid": grid, "line": line, "random": random}

@@ -1,0 +1,95 @@
+"""Figures of sweeps and fits. Needs matplotlib."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coremerge_jax.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from coremerge_jax.search.fitting import Fit
+    from coremerge_jax.search.results import Sweep
+
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "coremerge",
+}
+
+
+def save(figure: Any, path: str | Path | None) -> Any:
+    """Writes a figure, if there is a path for it, and gives it back."""
+    if path is not None:
+        import matplotlib as mpl
+
+        dateless = {"Date": None} if Path(path).suffix == ".svg" else None
+        with mpl.rc_context(STYLE):
+            figure.savefig(path, bbox_inches="tight", dpi=150, metadata=dateless)
+    return figure
+
+
+def draw_sweep(sweep: "Sweep") -> Any:
+    """One panel a parameter."""
+    rules = list(dict.fromkeys(record.name for record in sweep))
+    names = list(dict.fromkeys(name for record in sweep for name in record.parameters))
+    varied = [name for name in names if len(_values(sweep, name)) > 1]
+    figure, panels = _panels(max(1, len(varied)))
+    for panel, name in zip(panels, varied, strict=False):
+        numbers = all(isinstance(x, int | float) for x in _values(sweep, name))
+        for i, rule in enumerate(rules):
+            points = [
+                (x.parameters[name] if numbers else str(x.parameters[name]), x)
+                for x in sweep
+                if x.name == rule and name in x.parameters
+            ]
+            if points:
+                _draw_rule(panel, points, sweep, numbers, color=f"C{i}", label=rule)
+        panel.set_xlabel(name)
+    panels[0].set_ylabel(sweep.objective)
+    if len(rules) > 1 and varied:
+        panels[0].legend(frameon=False)
+    return figure
+
+
+def _draw_rule(
+    panel: Any, points: list[tuple[Any, Any]], sweep: "Sweep", numbers: bool, **style: str
+) -> None:
+    """All points, and a line through the best at each place."""
+    shown = [(x, record.metrics[sweep.objective]) for x, record in points]
+    panel.plot(*zip(*shown, strict=True), ".", color=style["color"], alpha=0.25)
+    best: dict[Any, float] = {}
+    for x, y in shown:
+        best[x] = (max if sweep.maximize else min)(best.get(x, y), y)
+    order = sorted(best) if numbers else list(best)
+    panel.plot(order, [best[x] for x in order], **style)
+
+
+def draw_fit(fit: "Fit") -> Any:
+    """The losses by step."""
+    figure, (panel,) = _panels(1)
+    for name in ("loss", "validation"):
+        shown = [(row["step"], row[name]) for row in fit.history if name in row]
+        if shown:
+            panel.plot(*zip(*shown, strict=True), label=name)
+    panel.axvline(fit.step, color="gray", linestyle=":", label="kept")
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    panel.legend(frameon=False)
+    return figure
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("plots need matplotlib: pip install matplotlib") from error
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
+        return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _values(sweep: "Sweep", name: str) -> list[Any]:
+    return list(dict.fromkeys(x.parameters[name] for x in sweep if name in x.parameters))

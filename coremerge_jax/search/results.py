@@ -1,0 +1,146 @@
+"""What a sweep has found, as records, table, CSV and plot."""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from coremerge_jax.recipe import unknown
+from coremerge_jax.rules import Chain
+from coremerge_jax.search.parameters import SCALE
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One candidate, and what it scored.
+
+    Attributes:
+        name: of the rule.
+        rule: with the candidate's parameters.
+        parameters: by name.
+        metrics: by name.
+        seconds: for merging and evaluating.
+    """
+
+    name: str
+    rule: Chain
+    parameters: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    seconds: float
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the merged update."""
+        return self.parameters.get(SCALE, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The result of a sweep.
+
+    Attributes:
+        records: in the order of evaluation.
+        objective: the metric that is compared.
+        maximize: whether more of it is better.
+    """
+
+    records: tuple[Record, ...]
+    objective: str
+    maximize: bool = True
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @property
+    def best(self) -> Record:
+        """The first of those with the best score."""
+        return self.top(1)[0]
+
+    def top(self, count: int | None = None) -> list[Record]:
+        """The best records, best first."""
+
+        def rank(record: Record) -> float:
+            return -score(record.metrics, self.objective, self.maximize)
+
+        return sorted(self.records, key=rank)[:count]
+
+    def summary(self) -> str:
+        """How many candidates there are, and the best score, in a few words."""
+        best = self.best.metrics[self.objective]
+        return f"{len(self)} candidates, best {self.objective} {best:.4g}"
+
+    @property
+    def columns(self) -> list[str]:
+        """The names in `rows`: of the rule, of all parameters, of all metrics."""
+        names: dict[str, None] = dict.fromkeys(["rule"])
+        for part in ("parameters", "metrics"):
+            names |= dict.fromkeys(name for record in self for name in getattr(record, part))
+        return [*names, "seconds"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat mapping for each record, as for a data frame."""
+        return [
+            {"rule": x.name, **x.parameters, **x.metrics, "seconds": round(x.seconds, 4)}
+            for x in self
+        ]
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """The rows as CSV text; also written to ``path``, if given."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        if path is not None:
+            Path(path).write_text(text.getvalue(), encoding="utf-8")
+        return text.getvalue()
+
+    def table(self, count: int | None = 10) -> Table:
+        """The best records for a terminal, best first."""
+        one = len({record.name for record in self}) == 1
+        grid = Table(title=self.records[0].name if one else None, box=None, pad_edge=False)
+        columns = self.columns[1 if one else 0 : -1]
+        for column in columns:
+            justify: Any = "left" if column == "rule" else "right"
+            grid.add_column(column, justify=justify, overflow="fold")
+        for record in self.top(count):
+            row = {"rule": record.name, **record.parameters, **record.metrics}
+            grid.add_row(*(_show(row.get(column, "")) for column in columns))
+        return grid
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The objective against each parameter: all candidates, and the best at each value.
+
+        Args:
+            path: where to write the figure, if anywhere; its ending tells the format.
+
+        Returns:
+            The figure, of matplotlib, which has to be installed.
+        """
+        from coremerge_jax.search.plotting import draw_sweep, save
+
+        return save(draw_sweep(self), path)
+
+
+def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -> float:
+    """What is compared: more is better, and NaN is worst.
+
+    Raises:
+        RecipeError: there is no such metric.
+    """
+    objective = objective or next(iter(metrics), "score")
+    if objective not in metrics:
+        raise unknown("metric", objective, metrics)
+    value = metrics[objective] if maximize else -metrics[objective]
+    return -math.inf if math.isnan(value) else value
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

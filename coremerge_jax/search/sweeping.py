@@ -1,0 +1,177 @@
+"""Sweeps: adapters are projected once, then merged and judged for many values of parameters."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from coremerge_jax.lora import Adapter
+from coremerge_jax.projected import Projected, Updates, project
+from coremerge_jax.recipe import unknown
+from coremerge_jax.rules import Chain, as_rule, chain
+from coremerge_jax.search.log import Log, identity
+from coremerge_jax.search.methods import Grid, Method
+from coremerge_jax.search.parameters import SCALE, configure, label, parameters
+from coremerge_jax.search.progress import progress_line
+from coremerge_jax.search.results import Record, Sweep, score
+
+Metrics = float | Mapping[str, float]
+
+
+def sweep(
+    adapters: Sequence[Adapter] | Projected,
+    rules: Any,
+    evaluate: Callable[[Adapter], Metrics],
+    values: Mapping[str, Any],
+    *,
+    method: Method | None = None,
+    objective: str | None = None,
+    maximize: bool = True,
+    key: jax.Array | None = None,
+    log: str | Path | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """Merges with many values of parameters, and evaluates each merge.
+
+    Adapters are projected once. Candidates that differ in numbers alone share one compiled
+    program, and those that differ in scale alone share a merge too.
+
+    Args:
+        adapters: as in `merge`; or `project` of them, which chooses the space and all else.
+        rules: a rule; or several, by a name for each.
+        evaluate: gets the merged adapter, and returns a number, or numbers by name.
+        values: by the name of a parameter (see `parameters`), the values to try; ``"scale"``
+            multiplies the merged update. A rule is searched for the parameters that it has.
+        method: `grid` (by default), `line` or `random`.
+        objective: the metric that decides; by default the first.
+        maximize: whether more of it is better.
+        key: PRNG key, for rules that draw random numbers; the same for each candidate.
+        log: a file to which each record is added as it comes. A sweep that finds records of its
+            own candidates there does not evaluate these again.
+        progress: whether to show progress on stderr, where that is a terminal.
+
+    Returns:
+        All records, and which is best.
+
+    Raises:
+        RecipeError: no rule has a parameter of a name, or there is no such metric.
+        MismatchError: the log is that of other rules or adapters.
+        ValueError: a value is out of range, or a rule draws random numbers and has no key.
+    """
+    search = Search(adapters, rules, values, method, objective, maximize, key)
+    records = search.run(lambda _, merged: evaluate(merged), log)
+    return search.collect(records, progress=progress)
+
+
+class Search:
+    """A sweep as an iterator over its records; the arguments are those of `sweep`."""
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter] | Projected,
+        rules: Any,
+        values: Mapping[str, Any],
+        method: Method | None = None,
+        objective: str | None = None,
+        maximize: bool = True,
+        key: jax.Array | None = None,
+    ) -> None:
+        named = rules if isinstance(rules, Mapping) else {None: rules}
+        chains = {name: chain(as_rule(rule)) for name, rule in named.items()}
+        self.rules = {name or label(rule): rule for name, rule in chains.items()}
+        self.values, self.method = values, method or Grid()
+        self.objective, self.maximize, self.key = objective, maximize, key
+        known = {name for rule in self.rules.values() for name in parameters(rule)} | {SCALE}
+        for name in values:
+            if name not in known:
+                raise unknown("parameter", name, sorted(known))
+        self.projected = adapters if isinstance(adapters, Projected) else project(adapters)
+
+    def run(
+        self, judge: Callable[[Record, Adapter], Metrics], log: str | Path | None = None
+    ) -> Iterator[Record]:
+        """The records as they come; ``judge`` gets each before it has metrics, and the merge."""
+        subject = {
+            "rules": {name: repr(rule) for name, rule in self.rules.items()},
+            "space": repr(self.projected.space),
+            "key": None if self.key is None else jax.random.key_data(self.key).tolist(),
+        }
+        with Log(log, subject, self.projected.norms()) as known:
+            for name in self.rules:
+                yield from self._run_rule(name, judge, known)
+
+    def collect(self, records: Iterator[Record], *, progress: bool = False) -> Sweep:
+        """All records, with a line on stderr that tells how far they are."""
+        found: list[Record] = []
+        with progress_line("project", progress) as say:
+            for record in records:
+                found.append(record)
+                say(self._result(found).summary())
+        return self._result(found)
+
+    def _result(self, records: list[Record]) -> Sweep:
+        objective = self.objective or next(iter(records[0].metrics))
+        return Sweep(tuple(records), objective, self.maximize)
+
+    def _run_rule(
+        self, name: str, judge: Callable[[Record, Adapter], Metrics], known: Log
+    ) -> Iterator[Record]:
+        rule = self.rules[name]
+        start = {SCALE: 1.0} | parameters(rule)
+        own = {x: choices for x, choices in self.values.items() if x in start}
+        proposals = self.method.propose(own)
+        merges, scores = _Merges(self.projected, rule, self.key), dict[str, float]()
+        last: float | None = None
+        while True:
+            try:
+                proposed = proposals.send(last)  # type: ignore[arg-type]  # None starts it
+            except StopIteration:
+                return
+            candidate = {x: _plain(start[x]) for x in own} | proposed
+            which = identity(name, candidate)
+            if which not in scores:
+                record = self._record(name, candidate, merges, judge, known)
+                scores[which] = score(record.metrics, self.objective, self.maximize)
+                yield record
+            last = scores[which]
+
+    def _record(
+        self,
+        name: str,
+        candidate: Mapping[str, Any],
+        merges: "_Merges",
+        judge: Callable[[Record, Adapter], Metrics],
+        known: Log,
+    ) -> Record:
+        rule = configure(self.rules[name], candidate)
+        if found := known.find(name, candidate):
+            return Record(name, rule, candidate, found["metrics"], found["seconds"])
+        started = time.perf_counter()
+        metrics = judge(Record(name, rule, candidate, {}, 0.0), merges(rule, candidate))
+        if not isinstance(metrics, Mapping):
+            metrics = {self.objective or "score": metrics}
+        metrics = {metric: float(value) for metric, value in metrics.items()}
+        score(metrics, self.objective, self.maximize)  # refuses before it is noted
+        seconds = time.perf_counter() - started
+        known.add(name, candidate, metrics, seconds)
+        return Record(name, rule, candidate, metrics, seconds)
+
+
+class _Merges:
+    """Merges by one rule, of which the last is kept, for the next scale."""
+
+    def __init__(self, projected: Projected, rule: Chain, key: jax.Array | None) -> None:
+        self._projected, self._rule, self._key = projected, rule, key
+        self._last: tuple[str, Updates] | None = None
+
+    def __call__(self, rule: Chain, candidate: Mapping[str, Any]) -> Adapter:
+        which = identity("", {x: value for x, value in candidate.items() if x != SCALE})
+        if self._last is None or self._last[0] != which:
+            self._last = which, self._projected.updates(rule, key=self._key)
+        return self._projected.adapter(self._last[1], candidate.get(SCALE, 1.0))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,134 @@
+"""Adapters projected once merge as `merge` merges them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import KEY, assert_same, distance, random_adapters
+
+import coremerge_jax as cm
+
+SHAPES = {"a.q": (16, 12), "b.q": (16, 12), "a.up": (20, 16)}
+RANKS = (2, 4, 3)
+RULES = {name: make() for name, make in cm.rules.RULES.items()} | {
+    "ties|isotropize": cm.chain(cm.ties(), cm.isotropize()),
+    "dare|tsv": cm.chain(cm.dare(), cm.tsv()),
+}
+SPACES = {
+    "core": cm.core(),
+    "balanced": cm.core(gauge="balanced"),
+    "full": cm.full(),
+    "knots": cm.knots(),
+    "tucker": cm.tucker(rank=3),
+}
+
+
+@pytest.fixture
+def adapters():
+    """The second lacks a module, so that modules of one shape have two signatures."""
+    first, second, third = random_adapters(SHAPES, RANKS)
+    some = {path: lora for path, lora in second.items() if path != "b.q"}
+    return [first, second.replace(modules=some), third]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_as_merge(adapters, name):
+    projected = cm.project(adapters)
+    scale = {"a.*": 0.5, "*": 2.0}
+    merged = projected.merge(RULES[name], scale=scale, key=KEY)
+    expected = cm.merge(adapters, RULES[name], scale=scale, key=KEY)
+    assert list(merged) == list(expected)
+    assert_same(merged, expected, 1e-12)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_as_merge(adapters, space):
+    rule = cm.chain(cm.dare(), cm.ties(density=0.5))
+    merged = cm.project(adapters, space=SPACES[space]).merge(rule, key=KEY)
+    assert_same(merged, cm.merge(adapters, rule, space=SPACES[space], key=KEY), 1e-12)
+
+
+def test_weights_of_the_projection_are_those_of_merge(adapters):
+    for weights in ([1.0, 0.5, 2.0], [0.0, 1.0, 2.0]):
+        rule = cm.chain(cm.dare(), cm.ties(density=0.5))
+        merged = cm.project(adapters, weights=weights).merge(rule, key=KEY)
+        assert_same(merged, cm.merge(adapters, rule, weights=weights, key=KEY), 1e-12)
+
+
+def test_weights_of_a_merge_multiply_the_cores(adapters):
+    weights = np.array([1.0, 0.5, 2.0])
+    projected = cm.project(adapters)
+    merged = projected.merge(cm.tsv(), weights=weights)
+    assert_same(merged, cm.merge(adapters, cm.tsv(), weights=weights), 1e-9)
+    some = projected.merge(cm.tsv(), weights={"a.up": weights})
+    mixed = {path: (merged if path == "a.up" else projected.merge(cm.tsv()))[path] for path in some}
+    assert_same(some, mixed, 1e-12)
+
+
+def test_factors_keep_their_dtypes_and_origin():
+    adapters = random_adapters(SHAPES, RANKS, dtype="float32")
+    for lora in cm.project(adapters).merge(cm.tsv()).values():
+        assert isinstance(lora.a, np.ndarray)
+        assert lora.a.dtype == lora.b.dtype == np.float32
+
+
+def test_single_precision_inside_a_users_program(adapters):
+    projected = cm.project(adapters).astype("float32")
+    assert projected.dtype == np.float32
+
+    @jax.jit
+    def merged(projected, density):
+        return projected.merge(cm.ties(density=density))["a.up"].dense()
+
+    expected = cm.merge(adapters, cm.ties(density=0.5))["a.up"].dense()
+    assert distance(np.asarray(merged(projected, 0.5)), expected) < 1e-5
+
+
+def test_a_grid_of_parameters_is_one_program(adapters):
+    projected = cm.project(adapters)
+    densities = jnp.asarray([0.2, 0.5, 0.9])
+    grid = jax.vmap(lambda density: projected.merge(cm.ties(density=density)))(densities)
+    for i, density in enumerate(densities):
+        one = jax.tree.map(lambda x, i=i: x[i], grid)
+        assert_same(one, projected.merge(cm.ties(density=density)), 1e-6)
+
+
+def test_gradients_of_weights_by_module(adapters):
+    def norm(weights):
+        merged = cm.project(adapters, precision="float32").merge(cm.tsv(), weights=weights)
+        return sum(jnp.sum(lora.dense() ** 2) for lora in merged.values())
+
+    ones = {path: jnp.ones(3) for path in SHAPES}
+    gradient = jax.jit(jax.grad(norm))(ones)
+    step = 1e-2
+    for path in SHAPES:
+        up, down = (norm(ones | {path: ones[path].at[0].add(x)}) for x in (step, -step))
+        assert float(gradient[path][0]) == pytest.approx(float(up - down) / (2 * step), rel=1e-2)
+    assert gradient["b.q"][1] == 0  # the second adapter has no such module
+
+
+def test_norms_are_those_of_the_updates(adapters):
+    expected = [
+        np.sqrt(sum(np.sum(lora.dense() ** 2) for lora in adapter.values())) for adapter in adapters
+    ]
+    for name in ("core", "full", "knots"):
+        norms = cm.project(adapters, space=SPACES[name]).norms()
+        np.testing.assert_allclose(norms, expected, rtol=1e-12)
+
+
+def test_what_is_refused(adapters):
+    projected = cm.project(adapters)
+    with pytest.raises(cm.MismatchError, match="no adapters to merge"):
+        cm.project([])
+    with pytest.raises(ValueError, match="over all modules at once; use merge"):
+        projected.merge(cm.ties(scope="model"))
+    with pytest.raises(ValueError, match=r"pass key=jax\.random\.key"):
+        projected.merge(cm.dare())
+    with pytest.raises(cm.MismatchError, match="2 weights for 3 adapters"):
+        projected.merge(cm.task_arithmetic(weights=(1.0, 2.0)))
+    with pytest.raises(cm.MismatchError, match=r"shape \(2,\) for 3 adapters"):
+        projected.merge(cm.tsv(), weights=[1.0, 2.0])
+    with pytest.raises(cm.MismatchError, match=r"weights of 'c\.q': there is no such module"):
+        projected.merge(cm.tsv(), weights={"c.q": [1.0, 1.0, 1.0]})
+    with pytest.raises(cm.MismatchError, match="scale pattern 'z' matches no module"):
+        projected.merge(cm.tsv(), scale={"z": 2.0})
