@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
     from coremerge_jax.merging import MergeStream
     from coremerge_jax.rules import Chain, Rule
+    from coremerge_jax.search.methods import Method
     from coremerge_jax.spaces import Space
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,6 +104,13 @@ def format_space(space: "Space") -> str:
     from coremerge_jax.spaces import SPACES
 
     return _describe("space", space, SPACES)
+
+
+def parse_method(text: str) -> "Method":
+    """The way to search that ``NAME[:key=value,...]`` describes."""
+    from coremerge_jax.search.methods import METHODS
+
+    return _build("method", text, METHODS)
 
 
 def _build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
@@ -358,6 +367,37 @@ def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
         return scales["*"]
     rest = {"*": scales.pop("*")} if "*" in scales else {}
     return scales | rest
+
+
+def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """What to try, from ``NAME=V1,V2,...`` and ``NAME=START:STOP:STEP``, by name."""
+    values: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, listed = text.partition("=")
+        if not name or not listed:
+            raise RecipeError(f"values must be like scale=0.5,1 or scale=0.5:2:0.5, got {text!r}")
+        if name in values:
+            raise RecipeError(f"values of {name!r} are given twice")
+        values[name] = _parse_range(text, listed) if ":" in listed else _parse_list(text, listed)
+    return values
+
+
+def _parse_range(text: str, listed: str) -> list[Any]:
+    """Decimal, so that 0.1:0.3:0.1 ends with 0.3 and not with what rounding makes of it."""
+    try:
+        start, stop, step = map(Decimal, listed.split(":"))
+        count = int((stop - start) / step) + 1
+    except (ArithmeticError, ValueError) as error:
+        raise RecipeError(f"a range must be like 0.1:2:0.1, got {text!r}") from error
+    numbers = [start + i * step for i in range(count)]
+    if not numbers:
+        raise RecipeError(f"a range must go from its first to its second number, got {text!r}")
+    whole = all(x == int(x) for x in (start, step))
+    return [int(x) if whole else float(x) for x in numbers]
+
+
+def _parse_list(text: str, listed: str) -> list[Any]:
+    return [_frozen(value) for value in _load_yaml(f"[{listed}]", f"values {text!r}")]
 
 
 def parse_weights(text: str) -> tuple[float, ...]:

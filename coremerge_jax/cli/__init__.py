@@ -23,6 +23,8 @@ from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
 from coremerge_jax.cli.rules import rules
+from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
+from coremerge_jax.cli.sweep import sweep
 from coremerge_jax.errors import CoreMergeError, RecipeError
 
 app = typer.Typer(
@@ -33,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EPILOG)(merge)
+app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=APPLY_EPILOG)(apply)
 app.command()(inspect)
 app.command(epilog=CONVERT_EPILOG)(convert)

@@ -3,14 +3,12 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax import __version__
 from coremerge_jax.cli.console import (
     Stages,
     describe_paths,
@@ -20,6 +18,24 @@ from coremerge_jax.cli.console import (
     print_json,
     print_table,
 )
+from coremerge_jax.cli.options import (
+    Adapters,
+    AllowMismatch,
+    Dtype,
+    Energy,
+    Extras,
+    Precision,
+    Rank,
+    RecipeFile,
+    Rules,
+    Scale,
+    Seed,
+    Space,
+    Weights,
+    read_recipe,
+    run_option,
+)
+from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import (
     compile_seconds,
     keep_compiled_programs,
@@ -27,15 +43,7 @@ from coremerge_jax.cli.runtime import (
     taken_by_program,
 )
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.recipe import (
-    DTYPES,
-    EXTRAS,
-    PRECISIONS,
-    Recipe,
-    parse_scale,
-    parse_size,
-    parse_weights,
-)
+from coremerge_jax.recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter, LoRA
@@ -56,120 +64,28 @@ coremerge merge --recipe recipe.yaml -o merged --rank 32
 A recipe is a YAML file with the same content: adapters (relative to the file), weights, rules,
 space, scale, rank, energy, dtype, seed, precision, extras, allow_mismatch."""
 
-_method = partial(typer.Option, show_default=False, rich_help_panel="Method")
-_result = partial(typer.Option, show_default=False, rich_help_panel="Result")
-_run = partial(typer.Option, show_default=False, rich_help_panel="Run")
-
-
-def _complete(*choices: str) -> Any:
-    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
-
-
-def _complete_rule(incomplete: str) -> list[str]:
-    from coremerge_jax.rules import RULES
-
-    return [name for name in RULES if name.startswith(incomplete)]
-
 
 def merge(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER",
-            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: Adapters = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="OUT", help="Folder for the merged adapter."),
     ] = None,
-    rules: Annotated[
-        list[str] | None,
-        _method(
-            "--rule",
-            metavar="NAME[:key=value,...]",
-            help="Merge rule; several are applied in order. "
-            f"Default: {' '.join(Recipe.rules)}; see 'coremerge rules'.",
-            autocompletion=_complete_rule,
-        ),
-    ] = None,
-    space: Annotated[
-        str | None,
-        _method(
-            metavar="core|full|knots",
-            help=f"Where to merge. Default: {Recipe.space}.",
-            autocompletion=_complete("core", "full", "knots"),
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        _method(
-            metavar="[PATTERN=]NUMBER",
-            help="Scale of the merged update. With a pattern: of the modules whose path matches, "
-            f"the first that does counts. Default: {Recipe.scale}.",
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        _method(metavar="W1,W2,...", help="Weight of each adapter. Default: 1 each."),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        _method(metavar="N", help=f"Seed of random rules (dare). Default: {Recipe.seed}."),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        _method(
-            metavar="|".join(PRECISIONS),
-            help="Precision of the computation. Default: the best that the device has.",
-            autocompletion=_complete(*PRECISIONS),
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        _result(metavar="N", help="Cut the result to this rank. Default: nothing is cut."),
-    ] = None,
-    energy: Annotated[
-        float | None,
-        _result(
-            metavar="SHARE",
-            help="Cut the result to the fewest directions that hold this share of its squared "
-            "norm, such as 0.99. Default: nothing is cut.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        _result(
-            metavar="|".join(DTYPES),
-            help=f"Number format of the written factors. Default: {Recipe.dtype}.",
-            autocompletion=_complete(*DTYPES),
-        ),
-    ] = None,
-    extras: Annotated[
-        str | None,
-        _result(
-            metavar="|".join(EXTRAS),
-            help="What to do with trained weights that are not LoRA factors (heads, biases, "
-            f"tokens). Default: {Recipe.extras}.",
-            autocompletion=_complete(*EXTRAS[:3], "keep="),
-        ),
-    ] = None,
-    allow_mismatch: Annotated[
-        bool,
-        _run("--allow-mismatch", help="Merge even if base models differ or no module is common."),
-    ] = False,
-    recipe_file: Annotated[
-        Path | None,
-        _run(
-            "--recipe",
-            metavar="FILE.yaml",
-            help="Take adapters and options from a file; those given here replace them.",
-        ),
-    ] = None,
+    rules: Rules = None,
+    space: Space = None,
+    scale: Scale = None,
+    weights: Weights = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: Dtype = None,
+    extras: Extras = None,
+    allow_mismatch: AllowMismatch = False,
+    recipe_file: RecipeFile = None,
     max_memory: Annotated[
         str | None,
-        _run(
+        run_option(
             metavar="SIZE",
             help="Memory that the whole process may take, such as 2GiB. Default: what is good for "
             "speed; it does not grow with the number of modules.",
@@ -177,33 +93,30 @@ def merge(
     ] = None,
     dry_run: Annotated[
         bool,
-        _run(
+        run_option(
             "--dry-run",
             help="Check everything, show what would be done and what it would cost, write nothing.",
         ),
     ] = False,
-    force: Annotated[bool, _run("--force", help="Replace OUT if it exists.")] = False,
-    as_json: Annotated[bool, _run("--json", help="Print the result as JSON.")] = False,
+    force: Annotated[bool, run_option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, run_option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge LoRA adapters into one."""
-    given: dict[str, Any] = {
-        "adapters": tuple(adapters) if adapters else None,
-        "weights": parse_weights(weights) if weights is not None else None,
-        "rules": tuple(rules) if rules else None,
-        "space": space,
-        "scale": parse_scale(scale) if scale else None,
-        "rank": rank,
-        "energy": energy,
-        "dtype": dtype,
-        "seed": seed,
-        "precision": precision,
-        "extras": extras,
-        "allow_mismatch": allow_mismatch or None,
-    }
-    recipe = Recipe.load(recipe_file) if recipe_file else Recipe()
-    recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
-    if not recipe.adapters:
-        raise RecipeError("no adapters: name their folders, or give a recipe that does")
+    recipe = read_recipe(
+        recipe_file,
+        adapters=adapters,
+        rules=rules,
+        space=space,
+        scale=scale,
+        weights=weights,
+        seed=seed,
+        precision=precision,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        extras=extras,
+        allow_mismatch=allow_mismatch,
+    )
     if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     room = parse_size(max_memory) if max_memory else None
@@ -292,7 +205,7 @@ def _write(
             rank=recipe.rank,
             energy=recipe.energy,
             force=force,
-            card=_provenance(recipe, adapters),
+            card=provenance(recipe, describe_sources(recipe, adapters)),
         )
     stage.seconds["compile"] = round(compiled["compile"], 3)
     written = open_peft(output).outline
@@ -320,20 +233,6 @@ class _Watched:
         for part in self.stream:
             yield part
             self.advance()
-
-
-def _provenance(recipe: Recipe, adapters: "Sequence[Adapter]") -> dict[str, Any]:
-    """What the output records of its making: enough to make it again."""
-    from coremerge_jax.checkpoint import hash_source
-
-    return {
-        "coremerge_version": __version__,
-        "recipe": recipe.explicit().to_dict(),
-        "sources": [
-            {"name": adapter.metadata.name, "path": source, "sha256": hash_source(source)}
-            for source, adapter in zip(recipe.adapters, adapters, strict=True)
-        ],
-    }
 
 
 def _signatures(

@@ -45,7 +45,7 @@ class Sweep:
 
     Attributes:
         records: in the order of evaluation.
-        objective: the metric that is compared.
+        objective: the metric that is compared; empty where nothing is.
         maximize: whether more of it is better.
     """
 
@@ -74,6 +74,8 @@ class Sweep:
 
     def summary(self) -> str:
         """How many candidates there are, and the best score, in a few words."""
+        if not self.objective:
+            return f"{len(self)} candidates"
         best = self.best.metrics[self.objective]
         return f"{len(self)} candidates, best {self.objective} {best:.4g}"
 
@@ -135,7 +137,9 @@ def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -
     Raises:
         RecipeError: there is no such metric.
     """
-    objective = objective or next(iter(metrics), "score")
+    if not metrics:
+        return 0.0  # there is nothing to compare
+    objective = objective or next(iter(metrics))
     if objective not in metrics:
         raise unknown("metric", objective, metrics)
     value = metrics[objective] if maximize else -metrics[objective]

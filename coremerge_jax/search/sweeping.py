@@ -112,7 +112,7 @@ class Search:
         return self._result(found)
 
     def _result(self, records: list[Record]) -> Sweep:
-        objective = self.objective or next(iter(records[0].metrics))
+        objective = self.objective or next(iter(records[0].metrics), "")
         return Sweep(tuple(records), objective, self.maximize)
 
     def _run_rule(
