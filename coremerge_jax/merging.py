@@ -590,6 +590,8 @@ def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: 
 
 
 def _check_weights(weights: Any, adapters: int) -> None:
+    if isinstance(weights, int | float):
+        raise MismatchError(f"weights={weights}: expected a list, one for each adapter")
     if weights is not None and len(weights) != adapters:
         raise MismatchError(f"{len(weights)} weights for {adapters} adapters; expected one each")
 

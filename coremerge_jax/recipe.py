@@ -446,7 +446,7 @@ _KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
     int: (_is_whole, "a whole number"),
     float: (_is_number, "a number"),
     str: (_is_text, "a word"),
-    type(None): (lambda v: _is_number(v) or _is_list_of(_is_number)(v), "a list of numbers"),
+    type(None): (lambda v: _is_number(v) or _is_list_of(_is_number)(v), "numbers"),
 }
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -85,7 +85,7 @@ def test_whole_rank_stays_whole():
         ("tvs", "unknown rule 'tvs'; did you mean 'tsv'?"),
         ("", "unknown rule ''; expected one of: mean, "),
         ("slerp", "unknown rule 'slerp'; expected one of: mean, "),
-        ("tsv:rank=3", "rule 'tsv' has no parameters, got 'rank'"),
+        ("isotropize:rank=3", "rule 'isotropize' has no parameters, got 'rank'"),
         ("ties:densty=0.2", "unknown parameter of rule 'ties': 'densty'; did you mean 'density'?"),
         ("ties:density", "rule 'ties:density': expected NAME:key=value,key=value"),
         ("ties:0.2", "rule 'ties:0.2': expected NAME:key=value,key=value"),
@@ -97,8 +97,9 @@ def test_whole_rank_stays_whole():
         ("ties:elect=cont", "rule 'ties:elect=cont': elect='cont': expected 'sum' or 'count'"),
         ("ties:density=0.2,density=0.3", "'density' is given twice"),
         ("ties:weights=[1,", "rule 'ties:weights=[1,'"),
-        ("task_arithmetic:weights=much", "weights must be a list of numbers, got 'much'"),
-        ("task_arithmetic:weights=[1,x]", "weights must be a list of numbers, got (1, 'x')"),
+        ("tsv:rank=[1,2]", "rule 'tsv:rank=[1,2]': rank=(1, 2): expected a whole number"),
+        ("task_arithmetic:weights=much", "weights must be numbers, got 'much'"),
+        ("task_arithmetic:weights=[1,x]", "weights must be numbers, got (1, 'x')"),
     ],
 )
 def test_refuses_rule(text, message):
