@@ -18,11 +18,12 @@ class Svc(Step):
         γ_r = T / Σ_t max(alpha, s_rt),    s_rt = ⟨u_rᵀ M, u_rᵀ M_t⟩ / ‖u_rᵀ M_t‖²,
 
     which shrinks directions that several adapters share and that the merge has thus counted
-    several times. Not defined where singular values of M coincide: do not put it behind
-    `isotropize`. For derivatives, γ and the u_r count as constants.
+    several times. What M is multiplied by matters to the comparison with ``alpha`` alone: the sum
+    has T times the shares that the mean has. Not defined where singular values of M coincide: do
+    not put it behind `isotropize`. For derivatives, γ and the u_r count as constants.
 
     Attributes:
-        alpha: the least share; None is 1 / T, the paper's default.
+        alpha: the least share; None is 1 / T, as in the authors' script (which has 1 behind TSV).
     """
 
     alpha: float | jax.Array | None = None
@@ -62,7 +63,8 @@ class Pico(Step):
 
     and the merged update is scaled to the mean Frobenius norm of the M_t. The first step of a
     chain, in core or full space. Unlike other rules it looks at B alone: (B G, G⁻¹ A) gives
-    another result than (B, A). The scaling alpha / r of an adapter counts as part of B.
+    another result than (B, A). The scaling alpha / r of an adapter counts as part of B, while the
+    authors' code takes B as it is in the file.
     """
 
     equivariance = Equivariance.ORTHOGONAL

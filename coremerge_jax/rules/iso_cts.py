@@ -21,10 +21,12 @@ class IsoCts(Rule):
 
     s = round((d − ⌊common · d⌋) / T) and k = d − T s, with d the smaller side of the numerical
     shape of the merge space (core space: the sum of the ranks). Only numerically nonzero
-    directions count.
+    directions count. In full space, d is the smaller side of the updates themselves: low-rank
+    updates have fewer common directions than a large share of it, and then the result is Iso-C's.
 
     Attributes:
-        common: the share of directions for the common subspace; or k, a whole number.
+        common: the share of directions for the common subspace; or k, a whole number. The default
+            is the authors'.
         specific: s, a whole number; by default all that is left for it.
     """
 
