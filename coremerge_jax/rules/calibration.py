@@ -8,6 +8,10 @@ from coremerge_jax.linalg import Factored, in_range, inverse, lapack, matmul, ro
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
 
+_FIRST = (
+    "pico looks at the factors B of the adapters: it must be the first step, in core or full space"
+)
+
 
 @flax.struct.dataclass(kw_only=True, repr=False)
 class Svc(Step):
@@ -32,6 +36,14 @@ class Svc(Step):
 
     def __post_init__(self) -> None:
         check("alpha", self.alpha, lambda x: x > 0, "a number above 0")
+
+    def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
+        """Refused: nothing is merged yet."""
+        del cores, keys, context
+        raise ValueError(
+            "svc compares the merged core with those of the adapters: put it behind the rule that "
+            "merges"
+        )
 
     def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Maps ``(p, q)`` to ``(p, q)``."""
@@ -70,14 +82,16 @@ class Pico(Step):
     equivariance = Equivariance.ORTHOGONAL
     place = "before"
 
+    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Refused: there are no factors B behind a merge."""
+        del matrix, key, context
+        raise ValueError(_FIRST)
+
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Maps all cores before the merge."""
         del keys, context
         if not isinstance(cores, LoRA):
-            raise ValueError(
-                "pico looks at the factors B of the adapters: it must be the first step, in core "
-                "or full space"
-            )
+            raise ValueError(_FIRST)
         b = jnp.asarray(cores.b)
         change = _calibration(jnp.einsum("tpr,tqr->pq", b, b, precision="highest"), len(b))
         return LoRA(a=cores.a, b=b + jax.vmap(matmul, (None, 0))(change, b), kind=cores.kind)

@@ -60,7 +60,7 @@ class DcMerge(Rule):
         agrees = (jnp.sign(kept) == sign[None]) & (sign != 0)[None]
         count = jnp.sum(agrees, axis=0).astype(s.dtype)
         mean = jnp.sum(jnp.where(agrees, kept, 0), axis=0) * inverse(count)
-        owner = jnp.repeat(jnp.arange(len(s)), width)
+        owner = jnp.repeat(jnp.arange(len(s)), s.shape[1])
         blocks = jnp.where(owner[:, None] == owner[None, :], mean, 0)
         return matmul(matmul(cover[0], blocks), cover[1].T)
 

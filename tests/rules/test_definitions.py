@@ -171,6 +171,21 @@ def test_rules_that_do_not_depend_on_the_basis(name, space, seed):
     check(*SPECTRAL[name], seed, SPACES[space])
 
 
+@given(seed=st.integers(0, 2**31))
+def test_iso_cts_is_iso_c_where_everything_is_common(seed):
+    """In full space, 0.8 of 12 directions are more than the 7 that there are."""
+    check(cm.iso_cts(), SPECTRAL["isotropize"][1], seed, cm.full())
+
+
+def test_steps_at_the_wrong_place_are_refused():
+    adapters = random_adapters({"x": SHAPE}, RANKS)
+    with pytest.raises(ValueError, match="put it behind the rule that merges"):
+        cm.merge(adapters, cm.chain(cm.svc(), cm.tsv()))
+    for rule in (cm.chain(cm.tsv(), cm.pico()), cm.chain(cm.prune(), cm.pico())):
+        with pytest.raises(ValueError, match=r"pico .* must be the first step"):
+            cm.merge(adapters, rule)
+
+
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("name", DC)
 @given(seed=st.integers(0, 2**31), ranks=st.sampled_from([(2, 3, 2), (3, 3, 3)]))
