@@ -8,6 +8,10 @@ from coremerge_jax.linalg import Factored, in_range, inverse, lapack, matmul, ro
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
 
+_FIRST = (
+    "pico looks at the factors B of the adapters: it must be the first step, in core or full space"
+)
+
 
 @flax.struct.dataclass(kw_only=True, repr=False)
 class Svc(Step):
@@ -18,11 +22,12 @@ class Svc(Step):
         γ_r = T / Σ_t max(alpha, s_rt),    s_rt = ⟨u_rᵀ M, u_rᵀ M_t⟩ / ‖u_rᵀ M_t‖²,
 
     which shrinks directions that several adapters share and that the merge has thus counted
-    several times. Not defined where singular values of M coincide: do not put it behind
-    `isotropize`. For derivatives, γ and the u_r count as constants.
+    several times. What M is multiplied by matters to the comparison with ``alpha`` alone: the sum
+    has T times the shares that the mean has. Not defined where singular values of M coincide: do
+    not put it behind `isotropize`. For derivatives, γ and the u_r count as constants.
 
     Attributes:
-        alpha: the least share; None is 1 / T, the paper's default.
+        alpha: the least share; None is 1 / T, as in the authors' script (which has 1 behind TSV).
     """
 
     alpha: float | jax.Array | None = None
@@ -31,6 +36,14 @@ class Svc(Step):
 
     def __post_init__(self) -> None:
         check("alpha", self.alpha, lambda x: x > 0, "a number above 0")
+
+    def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
+        """Refused: nothing is merged yet."""
+        del cores, keys, context
+        raise ValueError(
+            "svc compares the merged core with those of the adapters: put it behind the rule that "
+            "merges"
+        )
 
     def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Maps ``(p, q)`` to ``(p, q)``."""
@@ -62,20 +75,23 @@ class Pico(Step):
 
     and the merged update is scaled to the mean Frobenius norm of the M_t. The first step of a
     chain, in core or full space. Unlike other rules it looks at B alone: (B G, G⁻¹ A) gives
-    another result than (B, A). The scaling alpha / r of an adapter counts as part of B.
+    another result than (B, A). The scaling alpha / r of an adapter counts as part of B, while the
+    authors' code takes B as it is in the file.
     """
 
     equivariance = Equivariance.ORTHOGONAL
     place = "before"
 
+    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+        """Refused: there are no factors B behind a merge."""
+        del matrix, key, context
+        raise ValueError(_FIRST)
+
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Maps all cores before the merge."""
         del keys, context
         if not isinstance(cores, LoRA):
-            raise ValueError(
-                "pico looks at the factors B of the adapters: it must be the first step, in core "
-                "or full space"
-            )
+            raise ValueError(_FIRST)
         b = jnp.asarray(cores.b)
         change = _calibration(jnp.einsum("tpr,tqr->pq", b, b, precision="highest"), len(b))
         return LoRA(a=cores.a, b=b + jax.vmap(matmul, (None, 0))(change, b), kind=cores.kind)

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import matmul, polar, truncate
+from coremerge_jax.linalg import lapack, matmul, polar, roundoff, truncate
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense
 from coremerge_jax.rules.linear import total
 
@@ -21,10 +21,12 @@ class IsoCts(Rule):
 
     s = round((d − ⌊common · d⌋) / T) and k = d − T s, with d the smaller side of the numerical
     shape of the merge space (core space: the sum of the ranks). Only numerically nonzero
-    directions count.
+    directions count. In full space, d is the smaller side of the updates themselves: low-rank
+    updates have fewer common directions than a large share of it, and then the result is Iso-C's.
 
     Attributes:
-        common: the share of directions for the common subspace; or k, a whole number.
+        common: the share of directions for the common subspace; or k, a whole number. The default
+            is the authors'.
         specific: s, a whole number; by default all that is left for it.
     """
 
@@ -47,7 +49,7 @@ class IsoCts(Rule):
 
         def own(core: jax.Array) -> tuple[jax.Array, jax.Array]:
             rest = core - matmul(shared, matmul(shared.T, core))
-            return truncate(rest, specific)
+            return truncate(rest, jnp.minimum(specific, _size(rest, core)))
 
         parts, frames = jax.vmap(own)(dense(cores))
         parts = jnp.concatenate([parts, joint[None]])
@@ -67,6 +69,13 @@ class IsoCts(Rule):
             common = side - tasks * rest
         specific = rest if self.specific is None else jnp.asarray(self.specific, dtype)
         return common, jnp.maximum(specific, 0)
+
+
+def _size(rest: jax.Array, core: jax.Array) -> jax.Array:
+    """How many directions of what is left of a core are more than its rounding errors."""
+    s = lapack.singular_values(jax.lax.stop_gradient(rest))
+    noise = roundoff(core) * jnp.sqrt(jnp.sum(jax.lax.stop_gradient(core) ** 2))
+    return jnp.sum(s > noise).astype(jnp.float32)
 
 
 def _orthogonalized(frames: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Elementwise rules: TIES, SCE, DARE and magnitude pruning."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -184,10 +186,11 @@ class Sce(Rule):
 
         merged = Σ_t w_t 1[sign M̂_t = γ] M̂_t / Σ_t w_t 1[sign M̂_t = γ],    γ = sign Σ_t M̂_t,
 
-    entry by entry, and 0 where γ = 0.
+    entry by entry, and 0 where γ = 0. Entries that all adapters have alike are lost (with density
+    1, all entries count); a module that only one adapter has is kept as it is.
 
     Attributes:
-        density: share of entries selected, in (0, 1].
+        density: share of entries selected, in (0, 1]. The default is that of the authors' model.
     """
 
     density: float | jax.Array = 0.1
@@ -200,23 +203,33 @@ class Sce(Rule):
         """Merges: all cores to one."""
         del key, context
         every = dense(cores)
-        variance = jnp.var(every, axis=0)
-        noise = linalg.roundoff(variance) ** 2 * jnp.max(every**2)
-        variance = jnp.where(variance > noise, variance, 0)
-        threshold = _threshold(variance, jnp.sum(variance > 0), self.density)
-        selected = (variance >= threshold) & (variance > 0) | (jnp.asarray(self.density) >= 1)
-        chosen = jnp.where(selected[None], every, 0)
+        if len(every) == 1:
+            return every[0]
+        chosen = jnp.where(self._selected(every)[None], every, 0)
         squares = jnp.sum(chosen**2, axis=(1, 2))
         agrees = jnp.sign(chosen) * jnp.sign(jnp.sum(chosen, axis=0))[None] > 0
         weights = jnp.where(agrees, (squares * linalg.inverse(jnp.sum(squares)))[:, None, None], 0)
         return jnp.sum(weights * chosen, axis=0) * linalg.inverse(jnp.sum(weights, axis=0))
 
+    def _selected(self, every: jax.Array) -> jax.Array:
+        """Where the variance is largest, ``(p, q)``."""
+        variance = jnp.var(every, axis=0)
+        noise = linalg.roundoff(variance) ** 2 * jnp.max(every**2)
+        variance = jnp.where(variance > noise, variance, 0)
+        number = _share(jnp.sum(variance > 0), self.density, variance.dtype)
+        least = linalg.kth_smallest(variance, variance.size + 1 - jnp.maximum(number, 1))
+        among = (variance >= least) & (variance > 0) & (number > 0)
+        return among | (jnp.asarray(self.density) >= 1)
+
 
 def _threshold(magnitude: jax.Array, size: jax.Array, density: float | jax.Array) -> jax.Array:
-    """The least of the largest entries of ``magnitude``, a share ``density`` of ``size``."""
-    share = jnp.asarray(density, magnitude.dtype)
-    kept = jnp.floor(size.astype(magnitude.dtype) * share).astype(size.dtype)
-    return linalg.kth_smallest(magnitude, magnitude.size - kept)
+    """The largest entry of ``magnitude`` that ⌊density · size⌋ are above; TIES keeps it as well."""
+    return linalg.kth_smallest(magnitude, magnitude.size - _share(size, density, magnitude.dtype))
+
+
+def _share(size: jax.Array, density: float | jax.Array, dtype: Any) -> jax.Array:
+    """``⌊density · size⌋``."""
+    return jnp.floor(size.astype(dtype) * jnp.asarray(density, dtype)).astype(size.dtype)
 
 
 ties = Ties

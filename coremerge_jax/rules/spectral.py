@@ -98,8 +98,10 @@ class Cart(Rule):
 
     Attributes:
         rank: k as an integer, or as a fraction ρ: k = ⌈ρ · min(p, q)⌉ of the numerical shape of
-            the merge space. An absolute rank means the same in every space, a fraction does not.
-        scale: weight of the deviations.
+            the merge space, as in the code of the core space paper (the rule's authors round down).
+            An absolute rank means the same in every space, a fraction does not.
+        scale: weight of the deviations. There is no good default: the authors and the core space
+            paper tune it, to 1.5 or more.
     """
 
     rank: float | int | jax.Array = 0.08

@@ -27,11 +27,12 @@ class Tucker:
     merges Pᵀ M_t Q, and U P and V Q lift the result. For derivatives, P and Q count as constants.
 
     Attributes:
-        rank: of the subspaces.
-        beta: 1 counts adapters by their norms, 0 counts all alike. The default is that of the
-            authors' published command for vision models.
+        rank: of the subspaces. This default, and the following, are the authors'.
+        beta: 1 counts adapters by their norms, 0 counts all alike. The authors choose it on
+            validation data; the default is that of their published command for vision models.
         iterations: at most.
-        tolerance: what the share that is lost has to change by, for another iteration.
+        tolerance: what the share that is lost has to change by, for another iteration after the
+            third.
     """
 
     rank: int = 16
@@ -87,7 +88,7 @@ class Tucker:
 
         def goes_on(state: tuple) -> jax.Array:
             *_, before, lost, count = state
-            return (count < 2) | (jnp.abs(before - lost) >= self.tolerance) & (
+            return (count < 3) | (jnp.abs(before - lost) >= self.tolerance) & (
                 count < self.iterations
             )
 

@@ -1,0 +1,73 @@
+"""The page of rules and spaces has all of them, says what the code says, and its examples run."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from test_howto import run_commands, run_python
+from test_readme import folder
+
+from coremerge_jax.rules import RULES
+from coremerge_jax.spaces import SPACES
+
+__all__ = ["folder"]  # a fixture
+
+PAGE = Path(__file__).parents[1] / "docs" / "rules.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def sections():
+    """The text under each heading of the third level, by its anchor."""
+    _, *parts = re.split(r"^### (.*)\n", TEXT, flags=re.MULTILINE)
+    titles, texts = parts[::2], parts[1::2]
+    anchors = [title.replace("`", "").replace(" ", "-") for title in titles]
+    return dict(zip(anchors, texts, strict=True))
+
+
+def table(text):
+    """By name: the anchor and the further cells of each row."""
+    for line in text.splitlines():
+        link, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if found := re.fullmatch(r"\[`(\w+)`\]\(#(.+)\)", link):
+            yield found[1], (found[2], *cells)
+
+
+RULE_ROWS, SPACE_ROWS = (dict(table(text)) for text in TEXT.split("\n## Spaces\n"))
+
+
+def test_the_table_has_every_rule():
+    assert list(RULE_ROWS) == list(RULES)
+    for name, (*_, kind, place) in RULE_ROWS.items():
+        assert RULES[name].equivariance.name.lower() == kind, name
+        assert getattr(RULES[name], "place", "at") == place, name
+
+
+def test_the_table_has_every_space():
+    assert list(SPACE_ROWS) == list(SPACES)
+    for name, (*_, lossless) in SPACE_ROWS.items():
+        assert SPACES[name].lossless == (lossless == "yes"), name
+
+
+@pytest.mark.parametrize("name", [*RULES, *SPACES])
+def test_parameters_and_defaults_are_told(name):
+    anchor, *_ = (RULE_ROWS | SPACE_ROWS)[name]
+    text = sections()[anchor]
+    numbers = {float(x) for x in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", text)}
+    for field in dataclasses.fields((RULES | SPACES)[name]):
+        assert f"`{field.name}`" in text, field.name
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            assert field.default in numbers, field.name
+
+
+def test_examples_run(folder, capsys):
+    assert (folder / "adapters").is_dir()
+    run_commands("../rules.md", capsys)
+    run_python("../rules.md")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        assert not path or (PAGE.parent / path).exists(), target
+        assert path or anchor in {*sections(), "chains"}, target
