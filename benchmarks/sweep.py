@@ -27,8 +27,8 @@ TARGET = 20.0
 NOTES = """\
 Seconds for all candidates, which nothing evaluates. *merges*: one call of `merge` for each, with
 compiled programs; the fastest of the rounds. *sweep*: the median of the rounds, projecting anew,
-with compiled programs. *first*: the same with nothing compiled, and how many programs that compiled:
-as many as a sweep of one candidate does. *error*: largest relative difference of a
+with compiled programs. *first*: the same with nothing compiled, and how many programs that
+compiled: as many as a sweep of one candidate does. *error*: largest relative difference of a
 module's update from that of `merge`, over all candidates."""
 
 

@@ -117,6 +117,18 @@ def test_nnx():
     assert {lora.rank for lora in found["small"].values()} == {4}
 
 
+def test_search(folder, capsys):
+    """The function in the first block of Python is the file that the command lines name."""
+    (folder / "evaluate.py").write_text(blocks("search.md", "python")[0])
+    run_commands("search.md", capsys)
+    assert (folder / "tuned" / "best" / "adapter_model.safetensors").is_file()
+    found = run_python("search.md")
+    losses = [row["validation"] for row in found["fitted"].history]
+    assert min(losses) < 0.8 * losses[0]
+    assert found["step"]._cache_size() == 1
+    assert all(jax.numpy.isfinite(found["gradient"]))
+
+
 def test_links_lead_to_files():
     for page in HOWTO.glob("*.md"):
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

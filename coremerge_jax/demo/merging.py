@@ -23,6 +23,7 @@ METHODS: tuple[tuple[str, str], ...] = (
     ("ties", "core"),
     ("dare + ties", "core"),
     ("tsv", "core"),
+    ("flatten + tsv", "core"),
     ("cart", "core"),
     ("task_arithmetic + isotropize", "core"),
     ("ties + isotropize", "core"),
@@ -70,11 +71,16 @@ def evaluate(
     return dict(zip(TASKS, accuracy(params, *questions(split, folder)).tolist(), strict=True))
 
 
+def parse_chain(text: str) -> cm.rules.Chain:
+    """The rules of a text such as ``"ties:density=0.3 + isotropize"``."""
+    return cm.chain(*(parse_rule(part.strip()) for part in text.split("+")))
+
+
 def merge(rule: str, space: str, folder: Path = DATA) -> cm.Adapter:
-    """Merges the shipped adapters by a rule such as ``"ties:density=0.3 + isotropize"``."""
+    """Merges the shipped adapters; see `parse_chain` for the rule."""
     return cm.merge(
         [cm.load_peft(path) for path in adapters(folder)],
-        cm.chain(*(parse_rule(part.strip()) for part in rule.split("+"))),
+        parse_chain(rule),
         space=parse_space(space),
         key=jax.random.key(0),
     )

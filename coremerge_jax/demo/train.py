@@ -17,11 +17,13 @@ import optax
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
-from coremerge_jax import Adapter, LoRA, load_peft
+from coremerge_jax import Adapter, LoRA, load_peft, project
 from coremerge_jax.demo import data
-from coremerge_jax.demo.merging import METHODS, evaluate, merge
+from coremerge_jax.demo.merging import METHODS, evaluate, parse_chain
 from coremerge_jax.demo.model import Params, fold, forward, init
 from coremerge_jax.demo.tasks import TASKS, resample
+from coremerge_jax.recipe import parse_space
+from coremerge_jax.search import sweep
 
 SEED = 1
 BATCH = 128
@@ -158,10 +160,22 @@ def save_adapter(adapter: Adapter, rank: int, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def validate(adapter: Adapter, scale: float = 1.0, *, folder: Path) -> float:
-    """Mean accuracy over tasks on the validation images."""
-    found = evaluate(adapter, scale=scale, split="validation", folder=folder)
-    return float(np.mean(list(found.values())))
+def choose_scales(folder: Path) -> dict[str, float]:
+    """The scale of each method that is best on the validation images."""
+
+    def mean_accuracy(adapter: Adapter) -> float:
+        return float(np.mean([*evaluate(adapter, split="validation", folder=folder).values()]))
+
+    loaded, scales = [load_peft(path) for path in data.adapters(folder)], {}
+    for name, space in METHODS:
+        rule = parse_chain(name)
+        projected = project(loaded, space=parse_space(space))
+        tried = SCALES if name != "mean" else (1.0,)  # the plain average is the baseline
+        key = jax.random.key(0)
+        swept = sweep(projected, rule, mean_accuracy, {"scale": tried}, key=key)
+        scales[f"{name} in {space}"] = swept.best.scale
+        print(name, space, swept.summary(), flush=True)
+    return scales
 
 
 def main(out: Path, base_steps: int = 2000, adapter_steps: int = 400) -> None:
@@ -186,13 +200,7 @@ def main(out: Path, base_steps: int = 2000, adapter_steps: int = 400) -> None:
         save_adapter(train_adapter(base, task, rank, examples, adapter_steps), rank, folder)
         print(task, evaluate(load_peft(folder), split="validation", folder=out)[task], flush=True)
 
-    scales = {}
-    for rule, space in METHODS:
-        merged = merge(rule, space, folder=out)
-        grid = SCALES if rule != "mean" else (1.0,)  # the plain average is the baseline
-        best = max(grid, key=lambda scale: validate(merged, scale, folder=out))
-        scales[f"{rule} in {space}"] = best
-        print(rule, space, best, validate(merged, best, folder=out), flush=True)
+    scales = choose_scales(out)
     (out / "scales.json").write_text(json.dumps(scales, indent=2) + "\n")
 
 
