@@ -67,14 +67,14 @@ class Pico(Step):
 
     equivariance = Equivariance.ORTHOGONAL
     place = "before"
+    first = True
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Maps all cores before the merge."""
         del keys, context
         if not isinstance(cores, LoRA):
             raise ValueError(
-                "pico looks at the factors B of the adapters: it must be the first step, in core "
-                "or full space"
+                "pico looks at the factors B of the adapters, which only core and full space have"
             )
         b = jnp.asarray(cores.b)
         change = _calibration(jnp.einsum("tpr,tqr->pq", b, b, precision="highest"), len(b))
