@@ -182,7 +182,7 @@ def _projection(
         if isinstance(space, Core) and space.gauge == "balanced":
             products += 6 * width * total * (m + n)
             core += tasks * 20 * width**3
-            kept = 4 * total * max(m, n)
+            kept = 6 * total * max(m, n)
     return cores, rank, _Part(products + 2 * m * total * rank, core, kept)
 
 
@@ -229,7 +229,7 @@ def _thin(cores: _Cores) -> float:
 def _polars(cores: _Cores, columns: int, deficient: bool = False) -> _Part:
     """Two polar factors: in about ten steps of two products, or by decompositions."""
     work = cores.side**2 * max(columns, cores.side)
-    passing = 14 * max(cores.entries, max(cores.p, cores.q) * columns)
+    passing = 18 * max(cores.entries, max(cores.p, cores.q) * columns)
     if deficient:
         return _Part(core=2 * 20 * work, passing=passing)
     return _Part(products=2 * 10 * 4 * work, passing=passing)
@@ -260,7 +260,7 @@ def _dc_merge(cores: _Cores) -> _Part:
     return _Part(
         products + polars.products,
         _thin(cores) + selection,
-        passing=polars.passing + 5 * abreast**2,
+        passing=polars.passing + 4 * abreast**2,
     )
 
 
