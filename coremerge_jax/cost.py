@@ -2,18 +2,26 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.linalg import lapack, matmul
-from coremerge_jax.rules import Chain, Equivariance, Ties
-from coremerge_jax.rules.base import Function
-from coremerge_jax.rules.spectral import Cart, Isotropize, Tsv
+from coremerge_jax.rules import Chain, Equivariance, Rule, Step, Ties, TiesAbove
+from coremerge_jax.rules.calibration import Pico, Svc
+from coremerge_jax.rules.dc_merge import DcMerge
+from coremerge_jax.rules.iso_cts import IsoCts
+from coremerge_jax.rules.linear import Mean, TaskArithmetic
+from coremerge_jax.rules.sparse import Dare, Prune, Sce
+from coremerge_jax.rules.spectral import Cart, Flatten, Isotropize, Tsv
 from coremerge_jax.spaces import Space
+from coremerge_jax.spaces.core import Core
 from coremerge_jax.spaces.full import Full
+from coremerge_jax.spaces.knots import Knots
+from coremerge_jax.spaces.tucker import Tucker
 from coremerge_jax.stack import Group
 
 # Beyond this, a batch gains nothing: what it works on should stay in a cache or near it.
@@ -48,55 +56,253 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
 
     Eigenvectors are counted as 9 d³ operations, a Cholesky factor and its inverse as 2 d³ / 3, a
     singular value decomposition as 20 m² n (Golub and Van Loan, Matrix Computations, 4th ed.,
-    sections 4.2, 8.3 and 8.6), and factors as well-conditioned.
+    sections 4.2, 8.3 and 8.6), and factors as well-conditioned. What is held in memory was
+    counted in compiled programs, and rounded up.
     """
-    (m, n), total, tasks, number = group.shape, sum(group.ranks), len(group.ranks), len(group.paths)
-    linear = rule.equivariance == Equivariance.LINEAR and space.lossless
-    merged = total if total <= min(m, n) else min(m, n)
-    p, q = (m, n) if isinstance(space, Full) else (min(m, total), min(n, total))
-    entries, side = p * q, min(p, q)
-    products = core = 0.0
-    if not linear:
-        products += 2 * total**2 * (m + n) + 2 * m * total * merged
-        elementwise = rule.equivariance == Equivariance.ELEMENTWISE
-        core += (9 if elementwise else 2 / 3) * (min(m, total) ** 3 + min(n, total) ** 3)
-        after_tsv = False
-        for part in rule.rules:
-            more = _rule_operations(part, group.ranks, entries, side, after_tsv)
-            products, core = products + more[0], core + more[1]
-            after_tsv = isinstance(part, Tsv)
-    dense = bool(rule.before) or isinstance(rule.reducer, Function)
-    cores = 0 if linear else 12 * max(entries, side * total) + 3 * tasks * dense * entries
+    (m, n), total, number = group.shape, sum(group.ranks), len(group.paths)
+    if rule.equivariance == Equivariance.LINEAR and space.lossless:
+        merged, parts = min(total, m, n), []
+    else:
+        cores, merged, projecting = _projection(group, space, rule.equivariance)
+        parts = [projecting, *_parts(rule, cores)]
     return Cost(
         modules=number,
-        products=number * products,
-        core=number * core,
+        products=number * sum(part.products for part in parts),
+        core=number * sum(part.core for part in parts),
         read=4 * number * total * (m + n),
         written=4 * number * merged * (m + n),
         held=4 * (2 * total + merged) * (m + n),
-        work=8 * (2 * (total + merged) * (m + n) + cores),
+        work=8 * (4 * total * (m + n) + sum(part.kept for part in parts))
+        + 8 * max((part.passing for part in parts), default=0),
     )
 
 
-def _rule_operations(
-    rule: object, ranks: Sequence[int], entries: int, side: int, after_tsv: bool
-) -> tuple[float, float]:
-    """Operations in products of matrices, and in all else."""
-    tasks, width, total = len(ranks), max(ranks), sum(ranks)
-    if isinstance(rule, Tsv):  # and two polar factors
-        thin = tasks * (4 * side * width**2 + 60 * width**3)
-        if total > side:  # of deficient rank, by singular value decompositions
-            return 0, thin + 2 * 20 * side**2 * total
-        return 2 * 10 * 4 * side**3, thin  # in about ten steps of two products
-    if isinstance(rule, Isotropize) and after_tsv:
-        return 2.0 * side**3, tasks * 20 * width**3
-    if isinstance(rule, Isotropize):
-        return 6 * side**3, 9 * side**3
-    if isinstance(rule, Cart):
-        return tasks * 6 * side**3, tasks * 9 * side**3
-    if isinstance(rule, Ties):
-        return tasks * 6 * width * entries, tasks * 80 * entries
-    return 0, tasks * 10 * entries
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a part of the merge of one module costs.
+
+    Attributes:
+        products: floating-point operations in products of matrices.
+        core: all others.
+        kept: numbers in memory until the end,
+        passing: and those only while it runs.
+    """
+
+    products: float = 0.0
+    core: float = 0.0
+    kept: int = 0
+    passing: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cores:
+    """What a rule is given.
+
+    Attributes:
+        tasks: how many adapters.
+        p: rows of their cores.
+        q: columns.
+        width: that of factors.
+        dense: whether they are no factors. Of the merged core: no blocks between bases.
+        merged: whether it is one core by now.
+    """
+
+    tasks: int
+    p: int
+    q: int
+    width: int
+    dense: bool = False
+    merged: bool = False
+
+    @property
+    def entries(self) -> int:
+        """Of one core."""
+        return self.p * self.q
+
+    @property
+    def side(self) -> int:
+        """The smaller one."""
+        return min(self.p, self.q)
+
+    @property
+    def abreast(self) -> int:
+        """Columns of all adapters' factors side by side."""
+        return self.tasks * self.width
+
+    @property
+    def number(self) -> int:
+        """How many cores there are."""
+        return 1 if self.merged else self.tasks
+
+    @property
+    def forming(self) -> float:
+        """Operations to make dense cores of factors, or of blocks."""
+        return 0.0 if self.dense else 2.0 * self.abreast * self.entries
+
+    def after(self, part: Rule) -> "_Cores":
+        """What the next part of a chain is given."""
+        if isinstance(part, Pico | Isotropize | Flatten) and not self.merged:
+            return self
+        merged = self.merged or not isinstance(part, Step)
+        if isinstance(part, Tsv | DcMerge):
+            return dataclasses.replace(self, dense=False, merged=True)
+        return dataclasses.replace(self, width=self.side, dense=True, merged=merged)
+
+
+def _projection(
+    group: Group, space: Space, equivariance: Equivariance
+) -> tuple[_Cores, int, _Part]:
+    """The cores in a merge space, the rank of what is lifted, and the cost of both ways."""
+    (m, n), total, tasks, width = group.shape, sum(group.ranks), len(group.ranks), max(group.ranks)
+    elementwise = equivariance == Equivariance.ELEMENTWISE
+    if isinstance(space, Full):  # lifted by identity matrices
+        lifting = _Part(products=2.0 * m * n * max(m, n), kept=m**2 + n**2)
+        return _Cores(tasks, m, n, width), min(m, n), lifting
+    p, q = min(m, total), min(n, total)
+    cores, rank, every, kept = _Cores(tasks, p, q, width), min(p, q), tasks * p * q, 0
+    products, core = 2.0 * total**2 * (m + n), 2 / 3 * (p**3 + q**3)
+    if isinstance(space, Tucker):
+        rank = min(p, q, space.rank)
+        cores = dataclasses.replace(cores, p=rank, q=rank)
+        # About ten iterations, each with products and eigenvectors on both sides.
+        products += 2.0 * (width + p + q + 10 * 2 * rank) * every
+        core += 11 * 9 * (p**3 + q**3)
+        kept = 8 * every
+    elif isinstance(space, Knots):
+        if elementwise:  # sees all columns
+            products += 2.0 * (every + n * q) * n
+            kept = tasks * p * n + n**2
+            q, rank = n, min(p, n)
+        products += 2.0 * (width + 2 * p) * every
+        core += 9 * p**3
+        kept += 4 * every
+        cores = _Cores(tasks, p, q, min(p, q), dense=True)
+    elif elementwise:
+        core = 9.0 * (p**3 + q**3)
+        if isinstance(space, Core) and space.gauge == "balanced":
+            products += 6 * width * total * (m + n)
+            core += tasks * 20 * width**3
+            kept = 6 * total * max(m, n)
+    return cores, rank, _Part(products + 2 * m * total * rank, core, kept)
+
+
+def _parts(rule: Chain, cores: _Cores) -> Iterator[_Part]:
+    """The cost of each part of a chain."""
+    for part in rule.rules:
+        cut = isinstance(part, Tsv) and part.rank is not None
+        yield _tsv(cores, cut=True) if cut else _PARTS.get(type(part), _entries)(cores)
+        cores = cores.after(part)
+
+
+def _entries(cores: _Cores, operations: int = 10) -> _Part:
+    """A few operations on each entry of each dense core."""
+    every = cores.number * cores.entries
+    kept = 0 if cores.merged else 3 * every
+    return _Part(cores.forming, operations * every, kept, passing=12 * cores.entries)
+
+
+def _ties(cores: _Cores) -> _Part:
+    every = cores.tasks * cores.entries
+    return _Part(3 * cores.forming, 80 * every, passing=12 * cores.entries)
+
+
+def _sce(cores: _Cores) -> _Part:
+    every = cores.tasks * cores.entries
+    return _Part(cores.forming, 60 * every, passing=3 * every + 12 * cores.entries)
+
+
+def _sum(cores: _Cores) -> _Part:
+    return _Part(cores.forming, cores.tasks * cores.entries, passing=12 * cores.entries)
+
+
+def _tsv(cores: _Cores, cut: bool = False) -> _Part:
+    deficient = cut or cores.abreast > cores.side
+    thin, polars = _thin(cores), _polars(cores, cores.abreast, deficient)
+    return dataclasses.replace(polars, core=thin + polars.core)
+
+
+def _thin(cores: _Cores) -> float:
+    """Operations for orthonormal bases of all factors, and what is between them decomposed."""
+    return cores.tasks * (4.0 * cores.side * cores.width**2 + 60 * cores.width**3)
+
+
+def _polars(cores: _Cores, columns: int, deficient: bool = False) -> _Part:
+    """Two polar factors: in about ten steps of two products, or by decompositions."""
+    work = cores.side**2 * max(columns, cores.side)
+    passing = 18 * max(cores.entries, max(cores.p, cores.q) * columns)
+    if deficient:
+        return _Part(core=2 * 20 * work, passing=passing)
+    return _Part(products=2 * 10 * 4 * work, passing=passing)
+
+
+def _cart(cores: _Cores) -> _Part:
+    one = _decomposed(cores)
+    products = cores.forming + cores.tasks * one.products
+    return _Part(products, cores.tasks * one.core, passing=one.passing)
+
+
+def _decomposed(cores: _Cores) -> _Part:
+    """One dense core taken apart, by its Gram matrix, and put together."""
+    entries, side = cores.entries, cores.side
+    return _Part(6.0 * entries * side, 9 * side**3, passing=12 * entries)
+
+
+def _iso_cts(cores: _Cores) -> _Part:
+    joint, polars = _decomposed(cores), _polars(cores, cores.abreast + cores.side)
+    products = cores.forming + joint.products + 4 * cores.entries * cores.abreast
+    return _Part(products + polars.products, joint.core + _thin(cores), passing=polars.passing)
+
+
+def _dc_merge(cores: _Cores) -> _Part:
+    abreast, polars = cores.abreast, _polars(cores, cores.abreast)
+    products = 2.0 * abreast**2 * (2 * cores.side + abreast)
+    selection = 60 * cores.tasks * abreast**2
+    return _Part(
+        products + polars.products,
+        _thin(cores) + selection,
+        passing=polars.passing + 4 * abreast**2,
+    )
+
+
+def _spectrum(cores: _Cores) -> _Part:
+    """Isotropize and flatten."""
+    one, width = _decomposed(cores), cores.width
+    if cores.dense:
+        return _Part(cores.number * one.products, cores.number * one.core, passing=one.passing)
+    if cores.merged:
+        return _Part(cores.forming, cores.tasks * 20.0 * width**3, passing=one.passing)
+    products = 10.0 * cores.side * width * cores.abreast
+    return _Part(products, cores.tasks * 10 * width**3, passing=one.passing)
+
+
+def _svc(cores: _Cores) -> _Part:
+    products = cores.forming + 2.0 * cores.tasks * cores.entries * (cores.side + cores.width)
+    return _Part(products, 20 * cores.entries * cores.side, passing=12 * cores.entries)
+
+
+def _pico(cores: _Cores) -> _Part:
+    gram = _decomposed(dataclasses.replace(cores, q=cores.p))
+    products = 4.0 * cores.p**2 * cores.abreast + 2 * cores.forming
+    return dataclasses.replace(gram, products=gram.products + products)
+
+
+_PARTS: dict[type, Callable[[_Cores], _Part]] = {
+    Mean: _sum,
+    TaskArithmetic: _sum,
+    Ties: _ties,
+    TiesAbove: _ties,
+    Sce: _sce,
+    Dare: partial(_entries, operations=60),
+    Prune: partial(_entries, operations=80),
+    Tsv: _tsv,
+    Cart: _cart,
+    IsoCts: _iso_cts,
+    DcMerge: _dc_merge,
+    Isotropize: _spectrum,
+    Flatten: _spectrum,
+    Svc: _svc,
+    Pico: _pico,
+}
 
 
 def fitting_workers(

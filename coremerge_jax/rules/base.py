@@ -63,6 +63,20 @@ def dense(matrix: jax.Array | LoRA | Factored) -> jax.Array:
     return jnp.asarray(matrix.dense() if isinstance(matrix, LoRA | Factored) else matrix)
 
 
+def thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
+    """Factors ``(T, p, r)`` and ``(T, r, q)`` of the cores; a dense core is a factor itself."""
+    if isinstance(cores, LoRA):
+        return jnp.asarray(cores.b), jnp.asarray(cores.a)
+    tasks, p, q = cores.shape
+    eye = jnp.broadcast_to(jnp.eye(min(p, q), dtype=cores.dtype), (tasks, min(p, q), min(p, q)))
+    return (eye, cores) if p <= q else (cores, eye)
+
+
+def side_by_side(x: jax.Array) -> jax.Array:
+    """``(T, p, r)`` to ``(p, T r)``."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+
+
 def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add) -> Any:
     """The sum over adapters of ``fn(core, ...)``, without the dense cores of all of them at once.
 
@@ -136,10 +150,12 @@ class Step(Rule):
     Attributes:
         place: ``"before"`` or ``"after"``.
         factored: whether `apply` takes a `Factored` as well as an array.
+        first: whether it looks at the adapters' factors, which other steps change.
     """
 
     place: ClassVar[str]
     factored: ClassVar[bool] = False
+    first: ClassVar[bool] = False
 
     def apply(self, matrix: Any, *, key: jax.Array | None, context: Context) -> Any:
         """Maps one core ``(p, q)`` to ``(p, q)``."""
@@ -245,7 +261,7 @@ def chain(*rules: "Rule | Callable") -> Chain:
         *rules: rules, or plain functions ``(T, p, q) -> (p, q)``.
 
     Raises:
-        ValueError: more than one part merges.
+        ValueError: more than one part merges, or a part must be the first and is not.
     """
     from coremerge_jax.rules.linear import task_arithmetic
 
@@ -256,6 +272,9 @@ def chain(*rules: "Rule | Callable") -> Chain:
     if len(reducers) > 1:
         names = " and ".join(repr(parts[i]) for i in reducers)
         raise ValueError(f"a chain merges once, but {names} all merge; keep one of them")
+    for late in parts[1:]:
+        if isinstance(late, Step) and late.first:
+            raise ValueError(f"{late!r} looks at the adapters' factors: it must be the first part")
     if not reducers:
         after = [isinstance(rule, Step) and rule.place == "after" for rule in parts]
         reducers = [after.index(True) if any(after) else len(parts)]

@@ -8,10 +8,6 @@ from coremerge_jax.linalg import Factored, in_range, inverse, lapack, matmul, ro
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
 
-_FIRST = (
-    "pico looks at the factors B of the adapters: it must be the first step, in core or full space"
-)
-
 
 @flax.struct.dataclass(kw_only=True, repr=False)
 class Svc(Step):
@@ -81,17 +77,15 @@ class Pico(Step):
 
     equivariance = Equivariance.ORTHOGONAL
     place = "before"
-
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Refused: there are no factors B behind a merge."""
-        del matrix, key, context
-        raise ValueError(_FIRST)
+    first = True
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Maps all cores before the merge."""
         del keys, context
         if not isinstance(cores, LoRA):
-            raise ValueError(_FIRST)
+            raise ValueError(
+                "pico looks at the factors B of the adapters, which only core and full space have"
+            )
         b = jnp.asarray(cores.b)
         change = _calibration(jnp.einsum("tpr,tqr->pq", b, b, precision="highest"), len(b))
         return LoRA(a=cores.a, b=b + jax.vmap(matmul, (None, 0))(change, b), kind=cores.kind)

@@ -4,9 +4,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import in_range, inverse, kth_smallest, lapack, matmul, polar, roundoff
-from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense
+from coremerge_jax.linalg import (
+    Factored,
+    in_range,
+    inverse,
+    kth_smallest,
+    lapack,
+    matmul,
+    orthonormal_factors,
+    polar,
+    roundoff,
+)
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, side_by_side, thin
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -39,30 +48,30 @@ class DcMerge(Rule):
         check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
         check("rho", self.rho, lambda x: x >= 1, "a number of at least 1")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
+    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
+        """Merges: all cores to one, as ``U blockdiag(…) Vᵀ``."""
         del key, context
-        width = cores.b.shape[2] if isinstance(cores, LoRA) else min(cores.shape[1:])
-        u, s, v = jax.vmap(lapack.svd)(_without_derivative(dense(cores)))
-        u, s, v = u[:, :, :width], s[:, :width], v[:, :, :width]
-        live = jax.vmap(in_range, (0, None))(s, roundoff(u))
-        u, v = (jnp.where(live[:, None, :], x, 0) for x in (u, v))
-        cover = [polar(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)) for x in (u, v)]
+        left, right, inner = orthonormal_factors(*thin(cores))
+        u, s, v = jax.vmap(lapack.svd)(_without_derivative(inner))
+        live = jax.vmap(in_range, (0, None))(s, max(map(roundoff, (left, right))))
+        u, v = (matmul(x, jnp.where(live[:, None, :], y, 0)) for x, y in ((left, u), (right, v)))
+        cover = [polar(side_by_side(x)) for x in (u, v)]
         smooth = jax.vmap(self._smooth)(s, live)
+        tasks, width = s.shape
         size = jnp.sum(live) ** 2
 
-        def coordinates(u: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
+        def kept_blocks(row: tuple) -> jax.Array:
+            u, s, v = row
             x = matmul(matmul(cover[0].T, u * s[None, :]), matmul(v.T, cover[1]))
-            return self._largest(x, size)
+            kept = self._largest(x, size).reshape(tasks, width, tasks, width)
+            return jnp.einsum("iajb,ij->iab", kept, jnp.eye(tasks, dtype=kept.dtype))
 
-        kept = jax.vmap(coordinates)(u, smooth, v)
+        kept = jax.lax.map(kept_blocks, (u, smooth, v))  # not all adapters' (T r)² entries at once
         sign = jnp.sign(jnp.sum(kept, axis=0))
         agrees = (jnp.sign(kept) == sign[None]) & (sign != 0)[None]
         count = jnp.sum(agrees, axis=0).astype(s.dtype)
         mean = jnp.sum(jnp.where(agrees, kept, 0), axis=0) * inverse(count)
-        owner = jnp.repeat(jnp.arange(len(s)), s.shape[1])
-        blocks = jnp.where(owner[:, None] == owner[None, :], mean, 0)
-        return matmul(matmul(cover[0], blocks), cover[1].T)
+        return Factored(cover[0], mean, cover[1])
 
     def _smooth(self, s: jax.Array, live: jax.Array) -> jax.Array:
         """Smoothed singular values ``(r,)`` of the same sum."""

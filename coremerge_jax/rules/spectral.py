@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import (
     Factored,
+    basis,
     flattened,
     isotropic,
     lapack,
@@ -17,7 +18,17 @@ from coremerge_jax.linalg import (
     truncate,
 )
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, Step, check, fold
+from coremerge_jax.rules.base import (
+    Context,
+    Cores,
+    Equivariance,
+    Rule,
+    Step,
+    check,
+    fold,
+    side_by_side,
+    thin,
+)
 from coremerge_jax.rules.linear import total
 
 
@@ -52,7 +63,7 @@ class Tsv(Rule):
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
         """Merges: all cores to one, as ``u blockdiag(S) vᵀ`` in any bases of the U_t and V_t."""
         del key, context
-        b, a = _thin(cores)
+        b, a = thin(cores)
         left, right, inner = orthonormal_factors(b, a)
         side = min(b.shape[1], a.shape[2])
         s = jax.vmap(lapack.singular_values)(jax.lax.stop_gradient(inner))
@@ -72,22 +83,8 @@ class Tsv(Rule):
         whole = jnp.all(kept >= inner.shape[1])
         updates, *bases = jax.lax.cond(whole, lambda: (inner, left, right), cut)
         # Stacked, so that both are one batch of decompositions.
-        u, v = jax.vmap(polar)(pad_rows(*map(_side_by_side, bases)))
+        u, v = jax.vmap(polar)(pad_rows(*map(side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
-
-
-def _thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
-    """Factors ``(T, p, r)`` and ``(T, r, q)``; a dense core is a factor itself."""
-    if isinstance(cores, LoRA):
-        return jnp.asarray(cores.b), jnp.asarray(cores.a)
-    tasks, p, q = cores.shape
-    eye = jnp.broadcast_to(jnp.eye(min(p, q), dtype=cores.dtype), (tasks, min(p, q), min(p, q)))
-    return (eye, cores) if p <= q else (cores, eye)
-
-
-def _side_by_side(x: jax.Array) -> jax.Array:
-    """``(T, p, r)`` to ``(p, T r)``."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -127,18 +124,35 @@ class Cart(Rule):
         return mean + jnp.asarray(self.scale, dtype) * deviations
 
 
+class _Spectrum(Step):
+    """A step that changes singular values and nothing else."""
+
+    equivariance = Equivariance.ORTHOGONAL
+    place = "after"
+    factored = True
+
+    def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
+        """Maps all cores before the merge: with orthonormal rows of A, their B."""
+        if not isinstance(cores, LoRA):
+            return super().prepare(cores, keys=keys, context=context)
+
+        def one(core: LoRA) -> LoRA:
+            a = jnp.asarray(core.a)
+            rows, coordinates, _, _ = basis(a.T, roundoff(a), singular=False)
+            b = matmul(jnp.asarray(core.b), coordinates.T)
+            return LoRA(a=rows.columns().T, b=self.apply(b, key=None, context=context))
+
+        return jax.vmap(one)(cores)
+
+
 @flax.struct.dataclass(kw_only=True, repr=False)
-class Isotropize(Step):
+class Isotropize(_Spectrum):
     """Iso-C: equal singular values (Marczak et al., arXiv 2502.04959).
 
     M = U S Vᵀ ↦ σ̄ · U Vᵀ with σ̄ the mean singular value. Only the numerical range counts: null
     directions stay null and do not enter the mean. (Averaged over them too, the result would
     depend on rounding errors.) By itself it merges the sum of the cores, which is Iso-C.
     """
-
-    equivariance = Equivariance.ORTHOGONAL
-    place = "after"
-    factored = True
 
     def apply(
         self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
@@ -149,7 +163,7 @@ class Isotropize(Step):
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
-class Flatten(Step):
+class Flatten(_Spectrum):
     """A flatter spectrum, of the same nuclear norm; a generalization of Iso-C, our own.
 
     M = U S Vᵀ ↦ U (S^power · tr S / tr S^power) Vᵀ over the numerical range: nothing with power 1,
@@ -160,9 +174,6 @@ class Flatten(Step):
     """
 
     power: float | jax.Array = 0.5
-    equivariance = Equivariance.ORTHOGONAL
-    place = "after"
-    factored = True
 
     def __post_init__(self) -> None:
         check("power", self.power, lambda x: x >= 0, "a number of at least 0")

@@ -238,3 +238,10 @@ def test_tucker(beta, seed):
         expected = left @ direct([left.T @ x @ right for x in updates]) @ right.T
         assert merged.rank == 3
         assert distance(dense(merged), expected) < 1e-6
+
+
+def test_pico_behind_another_step_is_refused():
+    """That would have changed the factors which it looks at."""
+    for step in (cm.flatten(), cm.dare()):
+        with pytest.raises(ValueError, match=r"pico\(\).* must be the first part"):
+            cm.chain(step, cm.pico(), cm.tsv())

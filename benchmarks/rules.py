@@ -1,0 +1,194 @@
+"""What does each rule cost, against the others and against what the cost model expects?
+
+    python benchmarks/rules.py [--rules PATTERN] [--repeat N] [--quick] [--output DIR]
+
+Every rule with its default parameters, some chains and spaces, on adapters in memory: Llama-3-8B,
+128 modules, six adapters of rank 16. All run once to compile, and then in rounds, each once, so
+that a drift of the machine meets all of them. Writes a table and JSON to
+``benchmarks/results/jax-VERSION``. All of it takes about 4 minutes on two cores.
+"""
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import machine
+from publish import Sheet, digits, folder, publish
+from shapes import SHAPES
+from speed import Runner
+
+import coremerge_jax as cm
+from coremerge_jax.cost import Machine, expected_seconds
+from coremerge_jax.rules import RULES, Chain
+from coremerge_jax.spaces import Space
+
+SHAPE = SHAPES["llama-3-8b"]
+BASES = ("task_arithmetic", "tsv")  # to which the others are compared
+
+NOTES = """\
+Seconds for all modules: median of the rounds, the fastest in brackets. Factors are float32 NumPy
+arrays in memory, before and after. *compile*: first call less the median. *products*, *core*:
+operations that the cost model counts, in products of matrices and in all else; *model*: the
+seconds that it expects from them and from the machine's rates; *memory*: what it expects all
+batches on their way to take at most. A chain is applied from left to right; where no part of it
+merges, adapters are summed. Linear rules need no space."""
+
+
+class Entry(NamedTuple):
+    """A row of the table."""
+
+    rule: Chain
+    space: Space = cm.core()
+    space_name: str = "core"
+
+
+def entries() -> dict[str, Entry]:
+    """All of them, by name: rules by the names of their parts."""
+    chains = {
+        "tsv, isotropize": cm.chain(cm.tsv(), cm.isotropize()),
+        "ties, isotropize": cm.chain(cm.ties(), cm.isotropize()),
+        "flatten, tsv": cm.chain(cm.flatten(), cm.tsv()),
+        "tsv, svc": cm.chain(cm.tsv(), cm.svc()),
+        "pico, tsv": cm.chain(cm.pico(), cm.tsv()),
+    }
+    spaces: dict[str, Space] = {
+        "tucker": cm.tucker(),
+        "core, balanced": cm.core(gauge="balanced"),
+    }
+    return {
+        **{name: Entry(cm.chain(make())) for name, make in RULES.items()},
+        **{name: Entry(rule) for name, rule in chains.items()},
+        **{
+            f"ties in {name}": Entry(cm.chain(cm.ties()), space, name)
+            for name, space in spaces.items()
+        },
+    }
+
+
+def measure(
+    some: Mapping[str, Entry], adapters: Sequence[cm.Adapter], repeat: int
+) -> list[dict[str, Any]]:
+    """One row of the table for each entry."""
+    rates = Machine.measure(machine.cores())
+    runners = {name: _runner(name, entry, adapters) for name, entry in some.items()}
+    for name, runner in runners.items():
+        runner.warm_up()
+        runner.merged = None
+        print(f"{name}: first call {digits(runner.first or 0)} s", file=sys.stderr, flush=True)
+    for _ in range(repeat):
+        for runner in runners.values():
+            runner.round()
+            runner.merged = None
+    times = {name: runner.record() for name, runner in runners.items()}
+    return [
+        {
+            "name": name,
+            "rule": repr(entry.rule),
+            "space": entry.space_name,
+            **_expected(entry, adapters, rates),
+            "times": times[name],
+            "over": {
+                base: times[name]["seconds"] / times[base]["seconds"]
+                for base in BASES
+                if base in times
+            },
+        }
+        for name, entry in some.items()
+    ]
+
+
+def _stream(entry: Entry, adapters: Sequence[cm.Adapter]) -> cm.MergeStream:
+    return cm.merge_stream(adapters, entry.rule, space=entry.space, key=jax.random.key(0))
+
+
+def _runner(name: str, entry: Entry, adapters: Sequence[cm.Adapter]) -> Runner:
+    return Runner(name, lambda: _stream(entry, adapters).collect())
+
+
+def _expected(entry: Entry, adapters: Sequence[cm.Adapter], rates: Machine) -> dict[str, Any]:
+    """What the cost model says, without compiling and files."""
+    stream = _stream(entry, adapters)
+    costs = stream.costs()
+    seconds = expected_seconds(costs, entry.rule, rates, stream.workers, programs=0)
+    return {
+        "products": sum(one.products for one in costs),
+        "core": sum(one.core for one in costs),
+        "memory": stream.memory,
+        "model": sum(seconds[stage] for stage in ("products", "core", "copies")),
+    }
+
+
+def sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
+    """The table."""
+    header = ["rule", "space", "seconds", *(f"/ {base}" for base in BASES)]
+    header += [
+        "model",
+        "seconds / model",
+        "products, GFLOP",
+        "core, GFLOP",
+        "memory, MiB",
+        "compile",
+    ]
+    return Sheet(header, [_cells(row) for row in rows])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    times = row["times"]
+    return [
+        row["name"].split(" in ")[0],
+        row["space"],
+        f"{digits(times['seconds'])} ({digits(times['min'])})",
+        *(f"{row['over'][base]:.1f}×" if base in row["over"] else "" for base in BASES),
+        digits(row["model"]),
+        f"{times['seconds'] / row['model']:.1f}×",
+        f"{row['products'] / 1e9:.1f}",
+        f"{row['core'] / 1e9:.1f}",
+        f"{row['memory'] / 2**20:.0f}",
+        digits(times["compile"]),
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rules", action="append", metavar="PATTERN", help="rows by name or pattern (*tsv*)"
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="tiny modules: does it all run?")
+    parser.add_argument(
+        "--output", type=Path, default=folder(), help="folder; default: %(default)s"
+    )
+    options = parser.parse_args(argv)
+    patterns = options.rules or ["*"]
+    options.entries = {
+        name: entry
+        for name, entry in entries().items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    if not options.entries or options.repeat < 1:
+        parser.error("no such rule, or fewer than one round")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, shows and writes; the exit code."""
+    options = parse(argv)
+    shape = SHAPE.tiny() if options.quick else SHAPE
+    watch = machine.Watch()
+    rows = measure(options.entries, shape.adapters(), options.repeat)
+    described = machine.describe(watch)
+    machine.is_busy(described)
+    result = {"machine": described, "shape": shape.title, "rows": rows}
+    publish(
+        options.output / "rules", f"Cost of each rule: {shape.title}", result, [sheet(rows)], NOTES
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
