@@ -155,9 +155,8 @@ def _projection(
     """The cores in a merge space, the rank of what is lifted, and the cost of both ways."""
     (m, n), total, tasks, width = group.shape, sum(group.ranks), len(group.ranks), max(group.ranks)
     elementwise = equivariance == Equivariance.ELEMENTWISE
-    if isinstance(space, Full):  # lifted by identity matrices
-        lifting = _Part(products=2.0 * m * n * max(m, n), kept=m**2 + n**2)
-        return _Cores(tasks, m, n, width), min(m, n), lifting
+    if isinstance(space, Full):  # lifted by an identity matrix
+        return _Cores(tasks, m, n, width), min(m, n), _Part(kept=min(m, n) ** 2)
     p, q = min(m, total), min(n, total)
     cores, rank, every, kept = _Cores(tasks, p, q, width), min(p, q), tasks * p * q, 0
     products, core = 2.0 * total**2 * (m + n), 2 / 3 * (p**3 + q**3)
@@ -170,8 +169,8 @@ def _projection(
         kept = 8 * every
     elif isinstance(space, Knots):
         if elementwise:  # sees all columns
-            products += 2.0 * (every + n * q) * n
-            kept = tasks * p * n + n**2
+            products += 2.0 * every * n
+            kept = tasks * p * n
             q, rank = n, min(p, n)
         products += 2.0 * (width + 2 * p) * every
         core += 9 * p**3

@@ -124,12 +124,14 @@ class Projection:
     def _expand(self, merged: jax.Array | Factored, keep_a: bool | jax.Array) -> LoRA:
         core = dense(merged)
         p, q = core.shape
-        u = self.left or Basis(None, jnp.eye(p, dtype=core.dtype))
-        v = self.right or Basis(None, jnp.eye(q, dtype=core.dtype))
+        u, v = self.left, self.right
         if q > p:
-            return LoRA(a=v.times(core.T).columns().T, b=u.columns())
-        if v.x is None or keep_a is False:
-            return LoRA(a=v.columns().T, b=u.times(core).columns())
+            a = core if v is None else v.times(core.T).columns().T
+            return LoRA(a=a, b=jnp.eye(p, dtype=core.dtype) if u is None else u.columns())
+        if v is None or v.x is None or keep_a is False:
+            a = jnp.eye(q, dtype=core.dtype) if v is None else v.columns().T
+            return LoRA(a=a, b=core if u is None else u.times(core).columns())
+        assert u is not None
         kept, on_a = v.x.T, matmul(core, v.frame.T)
         if keep_a is True:
             return LoRA(a=kept, b=u.times(on_a).columns())
