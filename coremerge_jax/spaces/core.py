@@ -16,7 +16,8 @@ from coremerge_jax.linalg import (
     roundoff,
     spectral_map,
 )
-from coremerge_jax.lora import widest
+from coremerge_jax.lora import LoRA, widest
+from coremerge_jax.rules.base import side_by_side
 from coremerge_jax.spaces.base import Projection, split
 
 
@@ -67,16 +68,19 @@ class Core:
         dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
         rtol = self._rtol(lora_a, dtype)
         balanced = elementwise and self.gauge == "balanced"
+        singular = elementwise and not balanced
+        left, b, p, _ = basis(lora_b, rtol, singular=singular, dtype=dtype)
+        right, a, q, spread = basis(lora_a.T, rtol, singular=singular, dtype=dtype)
         if balanced:
-            lora_a, lora_b = _balanced(lora_a.astype(dtype), lora_b.astype(dtype), ranks)
-        left, b, p, _ = basis(lora_b, rtol, singular=elementwise, dtype=dtype)
-        right, a, q, spread = basis(lora_a.T, rtol, singular=elementwise, dtype=dtype)
+            a, b = _balanced(split(a.T, b, ranks), ranks)
+            (turn, b, p, _), (turn_a, a, q, _) = (basis(x, rtol, singular=True) for x in (b, a))
+            left, right = left.times(turn.columns()), right.times(turn_a.columns())
         return Projection(
             factors=split(a.T, b, ranks),
             shape=jnp.stack([p, q]),
             left=left,
             right=right,
-            spread=None if balanced else spread,  # the merge is not in terms of the given A
+            spread=spread,
         )
 
     def _rtol(self, lora_a: jax.Array, dtype: Any) -> float:
@@ -87,20 +91,16 @@ class Core:
         return math.sqrt(lora_a.shape[0]) * eps
 
 
-def _balanced(
-    lora_a: jax.Array, lora_b: jax.Array, ranks: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """Stacked factors ``(R, n)`` and ``(m, R)``, balanced up to rotations, which do not matter."""
-    parts = split(lora_a, lora_b, ranks)
-    left, right, inner = orthonormal_factors(jnp.asarray(parts.b), jnp.asarray(parts.a))
+def _balanced(cores: LoRA, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Stacked factors ``(q, R)`` and ``(p, R)``, balanced up to rotations, which do not matter."""
+    left, right, inner = orthonormal_factors(jnp.asarray(cores.b), jnp.asarray(cores.a))
     rtol = jnp.asarray(roundoff(right), inner.dtype)
     root, turn = jnp.moveaxis(jax.vmap(lambda x: spectral_map(_root, x, rtol))(inner), 1, 0)
-    b = matmul(left, matmul(root, jnp.swapaxes(turn, 1, 2)))
-    a = matmul(root, jnp.swapaxes(right, 1, 2))
+    b = side_by_side(matmul(left, matmul(root, jnp.swapaxes(turn, 1, 2))))
+    a = side_by_side(matmul(right, jnp.swapaxes(root, 1, 2)))
     width = max(ranks)
-    rows = np.asarray([t * width + i for t, rank in enumerate(ranks) for i in range(rank)])
-    stacked_b = jnp.moveaxis(b, 0, 1).reshape(len(lora_b), -1)
-    return a.reshape(-1, a.shape[2])[rows], stacked_b[:, rows]
+    columns = np.asarray([t * width + i for t, rank in enumerate(ranks) for i in range(rank)])
+    return a[:, columns], b[:, columns]
 
 
 def _root(s: jax.Array, rtol: jax.Array) -> jax.Array:
