@@ -179,9 +179,9 @@ def _projection(
     elif elementwise:
         core = 9.0 * (p**3 + q**3)
         if isinstance(space, Core) and space.gauge == "balanced":
-            products += 6 * width * total * (m + n)
-            core += tasks * 20 * width**3
-            kept = 6 * total * max(m, n)
+            products += 6 * width * total * (p + q) + 2 * total * (p**2 + q**2)
+            core += 2 / 3 * (p**3 + q**3) + tasks * 20 * width**3
+            kept = 6 * total * max(p, q)
     return cores, rank, _Part(products + 2 * m * total * rank, core, kept)
 
 

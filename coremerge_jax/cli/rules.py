@@ -11,21 +11,23 @@ from coremerge_jax.cli.console import print_json, print_table
 def rules(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the merge rules, their parameters and defaults."""
+    """List the merge rules and spaces, their parameters and defaults."""
     from coremerge_jax.rules import RULES
+    from coremerge_jax.spaces import SPACES
 
-    found = {name: _describe(make) for name, make in RULES.items()}
+    tables = {
+        what: {name: _describe(make) for name, make in table.items()}
+        for what, table in (("rule", RULES), ("space", SPACES))
+    }
     if as_json:
-        return print_json(found)
-    rows = [
-        (
-            name,
-            ", ".join(f"{k}={_show(v)}" for k, v in rule["parameters"].items()),
-            rule["description"],
-        )
-        for name, rule in found.items()
-    ]
-    return print_table(("rule", "parameters and defaults", "what it does"), rows)
+        return print_json({f"{what}s": table for what, table in tables.items()})
+    for what, table in tables.items():
+        rows = []
+        for name, found in table.items():
+            shown = ", ".join(f"{k}={_show(v)}" for k, v in found["parameters"].items())
+            rows.append((name, shown, found["description"]))
+        print_table((what, "parameters and defaults", "what it does"), rows)
+    return None
 
 
 def _describe(make: Any) -> dict[str, Any]:

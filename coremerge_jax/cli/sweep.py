@@ -54,11 +54,13 @@ EPILOG = """[bold]Examples[/]
 
 coremerge sweep adapters/* -o sweep --values scale=0.5:2:0.5
 
-coremerge sweep adapters/* -o tuned --rule ties --rule isotropize --values scale=0.1:3:0.1
---values ties.density=0.1,0.2,0.5 --evaluate my_task.py:accuracy --method line
+coremerge sweep adapters/* -o tuned --values scale=0.1:3:0.1 --evaluate my_task.py:accuracy
 
-The function of --evaluate gets the merged adapter (a mapping from module path to factors a and b)
-and returns a number, or numbers by name."""
+coremerge sweep adapters/* -o tuned --rule ties --values ties.density=0.1,0.2,0.5 \
+--evaluate my_task.py:accuracy --method line
+
+The function of --evaluate gets the merged adapter (a mapping from module path to factors a and \
+b) and returns a number, or numbers by name."""
 
 
 def sweep(

@@ -9,6 +9,7 @@ import pytest
 
 from coremerge_jax.demo import run
 from coremerge_jax.rules import RULES
+from coremerge_jax.spaces import SPACES
 
 
 @pytest.mark.parametrize(
@@ -61,19 +62,23 @@ def test_bad_recipe_file_is_named(coremerge, tmp_path):
     assert result.err == f"error: {tmp_path / 'none.yaml'}: No such file or directory\n"
 
 
-def test_rules_lists_every_rule_and_parameter(coremerge):
+def test_rules_lists_every_rule_space_and_parameter(coremerge):
     table = coremerge("rules").out
     listed = json.loads(coremerge("rules", "--json").out)
-    assert list(listed) == list(RULES)
-    assert listed["ties"]["parameters"]["density"] == 0.2
-    for name, rule in listed.items():
+    assert {what: list(found) for what, found in listed.items()} == {
+        "rules": list(RULES),
+        "spaces": list(SPACES),
+    }
+    assert listed["rules"]["ties"]["parameters"]["density"] == 0.2
+    assert listed["spaces"]["core"]["parameters"]["gauge"] == "given"
+    for name, found in (listed["rules"] | listed["spaces"]).items():
         assert name in table
-        assert rule["description"] in table
-        assert all(f"{key}=" in table for key in rule["parameters"])
+        assert found["description"] in table
+        assert all(f"{key}=" in table for key in found["parameters"])
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["merge", "-h"], ["inspect", "--help"], ["rules", "-h"]]
+    "args", [["--help"], ["merge", "-h"], ["sweep", "-h"], ["inspect", "--help"], ["rules", "-h"]]
 )
 def test_help(coremerge, args):
     result = coremerge(*args)
@@ -113,9 +118,9 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("coremerge ", {"merge", "apply", "inspect", "convert", "rules", "demo"}),
+        ("coremerge ", {"merge", "sweep", "apply", "inspect", "convert", "rules", "demo"}),
         ("coremerge merge --sp", {"--space"}),
-        ("coremerge merge --space k", {"knots"}),
+        ("coremerge merge --space ", set(SPACES)),
         ("coremerge merge --rule t", {"task_arithmetic", "ties", "tsv"}),
         ("coremerge merge --dtype b", {"bfloat16"}),
     ],
