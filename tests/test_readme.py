@@ -66,7 +66,9 @@ def test_command_lines(folder, capsys):
     for command in commands():
         assert run(command) == 0, (command, capsys.readouterr().err)
     written = {re.search(r" -o (\S+)", command) for command in commands()} - {None}
-    assert all((folder / found[1] / "adapter_config.json").is_file() for found in written)
+    for found in written:
+        there = {path.name for path in (folder / found[1]).iterdir()}
+        assert there & {"adapter_config.json", "sweep.csv"}, found
 
 
 def test_links_lead_to_files():
