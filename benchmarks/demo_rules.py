@@ -69,7 +69,7 @@ def measure(rules: str, space: str, normalized: Normalized) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] + None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures, shows and writes; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="rules with this text in them")
