@@ -41,8 +41,8 @@ class DcMerge(Rule):
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Merges: all cores to one."""
         del key, context
-        width = cores.b.shape[2] if isinstance(cores, LoRA) else min(cores.shape[1:])
         u, s, v = jax.vmap(lapack.svd)(_without_derivative(dense(cores)))
+        width = min(cores.b.shape[2], s.shape[1]) if isinstance(cores, LoRA) else s.shape[1]
         u, s, v = u[:, :, :width], s[:, :width], v[:, :, :width]
         live = jax.vmap(in_range, (0, None))(s, roundoff(u))
         u, v = (jnp.where(live[:, None, :], x, 0) for x in (u, v))
