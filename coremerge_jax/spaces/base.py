@@ -21,7 +21,7 @@ _SPREAD = 4.0
 
 @flax.struct.dataclass
 class Projection:
-    """The adapters' updates of one module in a merge space: ``ΔW_t = u diag(gain) cores_t vᵀ``.
+    """The adapters' updates of one module in a merge space: ``ΔW_t = u gain cores_t vᵀ``.
 
     ``u`` and ``v`` have orthonormal columns, up to columns of zeros behind the numerical shape.
 
@@ -31,7 +31,7 @@ class Projection:
             zero.
         left: the basis of ``u: (m, p)``, or None for the identity.
         right: the basis of ``v: (n, q)``, or None for the identity.
-        gain: ``(p,)``, or None for ones.
+        gain: ``(p,)``, the diagonal of a matrix; that matrix ``(p, p)``; or None for the identity.
         spread: that of the singular values of the stacked A factors, see `linalg.basis`.
     """
 
@@ -83,7 +83,7 @@ class Projection:
     ) -> LoRA:
         """Merges the cores and lifts the result.
 
-        Steps of the rule behind the merge act on ``diag(gain) · merged``, whose singular values
+        Steps of the rule behind the merge act on ``gain @ merged``, whose singular values
         are those of the merged update.
 
         Args:
@@ -114,7 +114,10 @@ class Projection:
         return self._expand(self._weigh(merged), self.keeps_a)
 
     def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
-        return merged if self.gain is None else self.gain[:, None] * dense(merged)
+        if self.gain is None:
+            return merged
+        core = dense(merged)
+        return self.gain[:, None] * core if self.gain.ndim == 1 else matmul(self.gain, core)
 
     def _weighed_cores(self) -> Cores:
         if self.gain is None:
