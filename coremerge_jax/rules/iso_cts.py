@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import matmul, polar, truncate
+from coremerge_jax.linalg import matmul, polar, rounding, truncate
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense
 from coremerge_jax.rules.linear import total
 
@@ -47,7 +47,7 @@ class IsoCts(Rule):
 
         def own(core: jax.Array) -> tuple[jax.Array, jax.Array]:
             rest = core - matmul(shared, matmul(shared.T, core))
-            return truncate(rest, specific)
+            return truncate(rest, specific, rounding(core))
 
         parts, frames = jax.vmap(own)(dense(cores))
         parts = jnp.concatenate([parts, joint[None]])
