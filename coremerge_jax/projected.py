@@ -296,10 +296,4 @@ def _finish_stack(
 
 @jax.jit
 def _squares(projection: Projection) -> jax.Array:
-    """``(L, T)``, the squared norms of the updates."""
-
-    def one(projection: Projection) -> jax.Array:
-        gain = 1.0 if projection.gain is None else projection.gain[None, :, None]
-        return jnp.sum((projection.cores * gain) ** 2, axis=(1, 2))
-
-    return over_modules(one, projection)
+    return over_modules(lambda one: one.squares, projection)

@@ -1,7 +1,8 @@
 """Orthonormal bases, functions of the singular values, and order statistics.
 
 All functions take one matrix and are differentiable, also where singular values coincide or
-vanish; `jax.vmap` batches them. Matrix products are in full precision.
+vanish; `jax.vmap` batches them. The numerical rank counts as constant: null directions stay null.
+Matrix products are in full precision.
 
 In float64, decompositions go through Gram matrices, which are a few times faster than singular
 value decompositions and as exact while the condition number κ is moderate: the error is of the
@@ -10,7 +11,7 @@ In float32, where κ² would cost too much, the slower way is the only one.
 """
 
 from coremerge_jax.linalg import lapack
-from coremerge_jax.linalg.basic import in_range, inverse, kth_smallest, matmul, roundoff
+from coremerge_jax.linalg.basic import in_range, inverse, kth_smallest, matmul, rounding, roundoff
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
 from coremerge_jax.linalg.spectral import (
     Factored,
@@ -35,6 +36,7 @@ __all__ = [
     "orthonormal_factors",
     "pad_rows",
     "polar",
+    "rounding",
     "roundoff",
     "spectral_map",
     "truncate",

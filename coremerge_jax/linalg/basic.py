@@ -28,6 +28,12 @@ def roundoff(x: jax.Array) -> float:
     return max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps)
 
 
+def rounding(x: jax.Array) -> jax.Array:
+    """Size below which a singular value is rounding noise, where ``x`` less its parts is left."""
+    least = 64 * float(jnp.finfo(x.dtype).eps)  # of small matrices, whose parts are less exact
+    return max(roundoff(x), least) * jnp.linalg.norm(jax.lax.stop_gradient(x))
+
+
 def inverse(s: jax.Array, cutoff: jax.Array | float = 0) -> jax.Array:
     """``1 / s`` where ``s`` is above the cutoff, else 0."""
     return jnp.where(s > cutoff, 1 / jnp.where(s > cutoff, s, 1), 0)

@@ -61,6 +61,9 @@ def basis(
 ) -> tuple[Basis, jax.Array, jax.Array, jax.Array]:
     """An orthonormal basis ``u`` of the column space of ``x``.
 
+    For derivatives, the numerical rank is constant: what is orthogonal to both the columns and the
+    rows of ``x`` counts for nothing in a change of it.
+
     Args:
         x: ``(m, R)``.
         rtol: singular values up to ``rtol`` times the largest are taken for zero.
@@ -113,12 +116,15 @@ def _by_eigh(rows: jax.Array, tall: bool) -> tuple[_Parts, jax.Array]:
 
 def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
     """The singular vectors, from the triangular factor."""
-    left, s, _ = lapack.svd(lapack.triangular(rows.T).T)
+    upper = lapack.triangular(rows.T)
+    left, s, right = lapack.svd(upper.T)
     live = in_range(s, rtol)
     s = jnp.where(live, s, 0)
-    # rows = left S rightᵀ Q: those of a tall x are its columns.
-    frame = left * inverse(s)[None, :] if tall else jnp.where(live[None, :], left, 0)
-    coordinates = s[:, None] * left.T if tall else matmul(frame.T, rows)
+    left, right = (jnp.where(live[None, :], z, 0) for z in (left, right))
+    # rows = left S rightᵀ Q: those of a tall x are its columns. Zero columns must have coordinates
+    # that are exactly zero, which S leftᵀ, the same but for rounding, would not give.
+    frame = left * inverse(s)[None, :] if tall else left
+    coordinates = matmul(right.T, upper) if tall else matmul(left.T, rows)
     return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
 
 

@@ -54,7 +54,9 @@ def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> j
 
     The derivative is exact also where singular values coincide: Daleckii and Krein's divided
     differences, in the form for singular values (Noferini, "A formula for the Fréchet derivative
-    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017).
+    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017). What ``fn`` keeps and
+    drops counts as constant, so where it keeps the numerical range, null directions stay null: the
+    part of a change that is between left and right null vectors has no effect.
 
     Args:
         fn: maps the descending singular values ``(k,)`` to ``(c, k)``, c replacements for them; it
@@ -134,7 +136,9 @@ def _spectral_map_jvp_dense(fn: Callable, primals: tuple, tangents: tuple) -> tu
     f, df = jax.jvp(fn, (s, *params), (jnp.diagonal(dp), *dparams))
     slope = jax.jacfwd(fn)(s, *params)
     gap = s[:, None] - s[None, :]
-    close = jnp.abs(gap) <= float(jnp.finfo(x.dtype).eps) ** 0.5 * s[0]
+    # Where the rounding errors of a difference quotient exceed what its limit is off.
+    eps = float(jnp.finfo(x.dtype).eps)
+    close = gap**2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
 
     def tangent(f: jax.Array, df: jax.Array, slope: jax.Array) -> jax.Array:
         limit = jnp.diagonal(slope)[:, None] - slope
@@ -150,29 +154,33 @@ def _spectral_map_jvp_dense(fn: Callable, primals: tuple, tangents: tuple) -> tu
     return _reassemble(u, f, v), jax.vmap(tangent)(f, df, slope)
 
 
-def truncate(x: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+def truncate(
+    x: jax.Array, rank: jax.Array, noise: jax.Array | float = 0
+) -> tuple[jax.Array, jax.Array]:
     """Cuts ``x`` to its leading singular directions.
 
     Directions whose singular value equals the last one kept are kept too: which of them to drop
-    would be an arbitrary choice.
+    would be an arbitrary choice. For derivatives, how many are kept is constant; they are large
+    where singular values at the cut are close.
 
     Args:
         x: ``(p, q)``.
         rank: how many; may be traced.
+        noise: singular values up to this are null as well; not differentiated.
 
     Returns:
         The best approximation of ``x`` of that rank, and its partial isometry: the same with
         every nonzero singular value replaced by one. Both ``(p, q)``.
     """
-    rtol = jnp.asarray(roundoff(x), x.dtype)
-    update, frame = spectral_map(_leading, x, jnp.asarray(rank, x.dtype), rtol)
+    params = [jnp.asarray(value, x.dtype) for value in (rank, roundoff(x), noise)]
+    update, frame = spectral_map(_leading, x, *params)
     return update, frame
 
 
-def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array) -> jax.Array:
+def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array, noise: jax.Array) -> jax.Array:
     first = jnp.arange(s.shape[0], dtype=s.dtype) < rank
     last = jnp.min(jnp.where(first, s, jnp.inf))
-    kept = (s >= last * (1 - rtol)) & in_range(s, rtol)
+    kept = (s >= last * (1 - rtol)) & in_range(s, rtol) & (s > noise)
     return jnp.stack([jnp.where(kept, s, 0), kept.astype(s.dtype)])
 
 
@@ -181,7 +189,8 @@ def polar(x: jax.Array) -> jax.Array:
     """``x`` with each of its (numerically) nonzero singular values replaced by one.
 
     By Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
-    Matrices, 2008, section 8.3), where the singular values are near enough for it.
+    Matrices, 2008, section 8.3), where the singular values are near enough for it. Derivatives, as
+    of `spectral_map`, are exact along changes that keep the rank.
     """
     if max(x.shape) <= GRAM_SIZE:
         return _polar_by_svd(x)

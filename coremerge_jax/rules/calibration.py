@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import Factored, in_range, inverse, lapack, matmul, roundoff, spectral_map
+from coremerge_jax.linalg import Factored, basis, inverse, matmul, rounding, roundoff, spectral_map
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
 
@@ -18,9 +18,10 @@ class Svc(Step):
         γ_r = T / Σ_t max(alpha, s_rt),    s_rt = ⟨u_rᵀ M, u_rᵀ M_t⟩ / ‖u_rᵀ M_t‖²,
 
     which shrinks directions that several adapters share and that the merge has thus counted
-    several times. What M is multiplied by matters to the comparison with ``alpha`` alone: the sum
-    has T times the shares that the mean has. Not defined where singular values of M coincide: do
-    not put it behind `isotropize`. For derivatives, γ and the u_r count as constants.
+    several times; s_rt = 0 where u_rᵀ M_t is. What M is multiplied by matters to the comparison
+    with ``alpha`` alone: the sum has T times the shares that the mean has. Not defined where
+    singular values of M coincide: do not put it behind `isotropize`. (Derivatives are finite
+    there, those of some choice of the u_r.)
 
     Attributes:
         alpha: the least share; None is 1 / T, as in the authors' script (which has 1 behind TSV).
@@ -48,17 +49,17 @@ class Svc(Step):
         assert cores is not None
         tasks = len(jax.tree.leaves(cores)[0])
         least = jnp.asarray(1 / tasks if self.alpha is None else self.alpha, matrix.dtype)
-        u, s, v = lapack.svd(jax.lax.stop_gradient(matrix))
-        merged = v.T * s[:, None]
+        found, merged, _, _ = basis(matrix, roundoff(matrix), singular=True)
+        u = found.columns()
 
         def share(core: jax.Array) -> jax.Array:
             rows = matmul(u.T, core)
-            agreement = jnp.sum(merged * rows, axis=1) * inverse(jnp.sum(rows**2, axis=1))
+            squares = jnp.sum(rows**2, axis=1)
+            agreement = jnp.sum(merged * rows, axis=1) * inverse(squares, rounding(core) ** 2)
             return jnp.maximum(agreement, least)
 
-        shares = fold(share, jax.lax.stop_gradient(cores))
-        gain = jnp.where(in_range(s, roundoff(matrix)), tasks * inverse(shares), 0)
-        return matmul(u * gain[None, :], matmul(u.T, matrix))
+        gain = tasks * inverse(fold(share, cores))
+        return matmul(u * gain[None, :], merged)
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -109,7 +110,7 @@ def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
     """``U diag(α − 1) Uᵀ``, given ``B Bᵀ``: a function of its singular values σ²."""
 
     def change(squares: jax.Array) -> jax.Array:
-        share = squares / jnp.maximum(jnp.sum(squares), jnp.finfo(squares.dtype).tiny)
+        share = squares * inverse(jnp.sum(squares))
         return (1 / (1 + (tasks - 1) * share) - 1)[None]
 
     return spectral_map(change, gram)[0]

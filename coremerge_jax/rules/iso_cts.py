@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import (
     Factored,
-    lapack,
     matmul,
     orthonormal_factors,
     polar,
@@ -57,8 +56,7 @@ class IsoCts(Rule):
         joint, shared = truncate(total(cores), common)
         rest = jax.vmap(complement, (None, 0))(shared, b)
         left, right, inner = orthonormal_factors(rest, a)
-        kept = jnp.minimum(specific, jax.vmap(_size)(inner, b, a))
-        parts, frames = jax.vmap(truncate)(inner, kept)
+        parts, frames = jax.vmap(truncate, (0, None, 0))(inner, specific, jax.vmap(_rounding)(b, a))
         count = jnp.round(jnp.sum(frames**2) + jnp.sum(shared**2))
         mean = (jnp.sum(parts * frames) + jnp.sum(joint * shared)) / jnp.maximum(count, 1)
         return mean * _orthogonalized(shared, left, frames, right)
@@ -76,12 +74,11 @@ class IsoCts(Rule):
         return common, jnp.maximum(specific, 0)
 
 
-def _size(rest: jax.Array, b: jax.Array, a: jax.Array) -> jax.Array:
-    """How many directions of what is left of ``b @ a`` are more than its rounding errors."""
-    rest, b, a = jax.lax.stop_gradient((rest, b, a))
+def _rounding(b: jax.Array, a: jax.Array) -> jax.Array:
+    """Size below which a singular value of a difference from ``b @ a`` is rounding noise."""
+    b, a = jax.lax.stop_gradient((b, a))
     norm = jnp.sqrt(jnp.abs(jnp.sum(matmul(b.T, b) * matmul(a, a.T))))
-    noise = max(roundoff(b), roundoff(a)) * norm
-    return jnp.sum(lapack.singular_values(rest) > noise).astype(jnp.float32)
+    return max(roundoff(b), roundoff(a)) * norm
 
 
 def _orthogonalized(

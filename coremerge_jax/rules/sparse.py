@@ -128,7 +128,8 @@ class Dare(Step):
     """Drops entries at random and rescales the rest (Yu et al., arXiv 2311.03099).
 
     M ↦ Z ∘ M / (1 − drop) with Z_ij = 0 with probability ``drop`` and 1 otherwise. The mask
-    depends on the key, the module and the adapter's place in the list, and on nothing else.
+    depends on the key, the module and the adapter's place in the list, and on nothing else. For
+    derivatives it is constant, also by ``drop``.
 
     Attributes:
         drop: probability of dropping an entry, in [0, 1).

@@ -14,6 +14,7 @@ from coremerge_jax.linalg import (
     orthonormal_factors,
     pad_rows,
     polar,
+    rounding,
     roundoff,
     truncate,
 )
@@ -120,7 +121,7 @@ class Cart(Rule):
             rank = jnp.ceil(rank.astype(dtype) * side)
         tasks = len(jax.tree.leaves(cores)[0])
         mean = total(cores) / tasks
-        deviations = fold(lambda core: truncate(core - mean, rank)[0], cores)
+        deviations = fold(lambda core: truncate(core - mean, rank, rounding(core))[0], cores)
         return mean + jnp.asarray(self.scale, dtype) * deviations
 
 

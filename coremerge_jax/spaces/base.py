@@ -21,7 +21,7 @@ _SPREAD = 4.0
 
 @flax.struct.dataclass
 class Projection:
-    """The adapters' updates of one module in a merge space: ``ΔW_t = u diag(gain) cores_t vᵀ``.
+    """The adapters' updates of one module in a merge space: ``ΔW_t = u gain cores_t vᵀ``.
 
     ``u`` and ``v`` have orthonormal columns, up to columns of zeros behind the numerical shape.
 
@@ -31,7 +31,7 @@ class Projection:
             zero.
         left: the basis of ``u: (m, p)``, or None for the identity.
         right: the basis of ``v: (n, q)``, or None for the identity.
-        gain: ``(p,)``, or None for ones.
+        gain: ``(p,)``, the diagonal of a matrix; that matrix ``(p, p)``; or None for the identity.
         spread: that of the singular values of the stacked A factors, see `linalg.basis`.
     """
 
@@ -50,6 +50,11 @@ class Projection:
     def cores(self) -> jax.Array:
         """``(T, p, q)``, the updates in the merge space."""
         return dense(self.factors)
+
+    @property
+    def squares(self) -> jax.Array:
+        """``(T,)``, the squared Frobenius norms of the updates."""
+        return jnp.sum(dense(self._weighed_cores()) ** 2, axis=(1, 2))
 
     @property
     def u(self) -> jax.Array | None:
@@ -83,7 +88,7 @@ class Projection:
     ) -> LoRA:
         """Merges the cores and lifts the result.
 
-        Steps of the rule behind the merge act on ``diag(gain) · merged``, whose singular values
+        Steps of the rule behind the merge act on ``gain @ merged``, whose singular values
         are those of the merged update.
 
         Args:
@@ -114,7 +119,10 @@ class Projection:
         return self._expand(self._weigh(merged), self.keeps_a)
 
     def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
-        return merged if self.gain is None else self.gain[:, None] * dense(merged)
+        if self.gain is None:
+            return merged
+        core = dense(merged)
+        return self.gain[:, None] * core if self.gain.ndim == 1 else matmul(self.gain, core)
 
     def _weighed_cores(self) -> Cores:
         if self.gain is None:

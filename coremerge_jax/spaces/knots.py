@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import basis, inverse, matmul, roundoff
+from coremerge_jax.linalg import basis, inverse, matmul, polar, roundoff
 from coremerge_jax.spaces.base import Projection
 from coremerge_jax.spaces.core import Core
 
@@ -19,7 +19,8 @@ class Knots:
 
     The rule merges the V_tᵀ, and U Σ lifts the result. Computed without any m × n matrix, from
     the decomposition of the cores side by side: [M_1 … M_T] = U' Σ [V'_1ᵀ … V'_Tᵀ] gives
-    U = U_core U' and V_tᵀ = V'_tᵀ V_coreᵀ.
+    U = U_core U' and V_tᵀ = V'_tᵀ V_coreᵀ. Rules that are not elementwise merge alike with a polar
+    decomposition (U' Σ U'ᵀ)(U' V'ᵀ) instead, which has derivatives where values in Σ coincide.
 
     Attributes:
         scaled: merge Σ V_tᵀ instead of V_tᵀ, as the authors' own code does (theirs also trims
@@ -45,6 +46,8 @@ class Knots:
         assert core.right is not None
         tasks, p, q = core.cores.shape
         joined = jnp.moveaxis(core.cores, 0, 1).reshape(p, tasks * q)
+        if not (elementwise or self.scaled):
+            return _by_polar(core, joined)
         turn, rows, size, _ = basis(joined, roundoff(core.cores), singular=True)
         squares = jnp.sum(rows**2, axis=1)
         gain = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
@@ -62,3 +65,16 @@ class Knots:
             gain=None if self.scaled else gain,
             spread=None if elementwise else core.spread,
         )
+
+
+def _by_polar(core: Projection, joined: jax.Array) -> Projection:
+    """The space of the polar decomposition of the cores side by side."""
+    p, q = core.cores.shape[1:]
+    rows = polar(joined)
+    size = jnp.round(jnp.sum(rows**2)).astype(core.shape.dtype)
+    return dataclasses.replace(
+        core,
+        factors=jnp.moveaxis(rows.reshape(p, -1, q), 1, 0),
+        shape=jnp.stack([size, core.shape[1]]),
+        gain=matmul(joined, rows.T),
+    )

@@ -24,7 +24,8 @@ class Tucker:
 
     which is a Tucker decomposition in two modes, by higher-order orthogonal iteration from the
     leading singular vectors (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21, 2000). The rule
-    merges Pᵀ M_t Q, and U P and V Q lift the result. For derivatives, P and Q count as constants.
+    merges Pᵀ M_t Q, and U P and V Q lift the result. For derivatives, P and Q count as constants,
+    in bases U and V that turn no more than the spaces they span.
 
     Attributes:
         rank: of the subspaces. This default, and the following, are the authors'.
