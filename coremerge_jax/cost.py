@@ -247,9 +247,10 @@ def _decomposed(cores: _Cores) -> _Part:
 
 
 def _iso_cts(cores: _Cores) -> _Part:
-    joint, polars = _decomposed(cores), _polars(cores, cores.abreast + cores.side)
-    products = cores.forming + joint.products + 4 * cores.entries * cores.abreast
-    return _Part(products + polars.products, joint.core + _thin(cores), passing=polars.passing)
+    one, count = _decomposed(cores), cores.tasks + 1
+    polars = _polars(cores, count * cores.side)
+    products = cores.forming + count * one.products + polars.products
+    return _Part(products, count * one.core, count * cores.entries, polars.passing)
 
 
 def _dc_merge(cores: _Cores) -> _Part:

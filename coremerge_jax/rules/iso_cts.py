@@ -4,16 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import (
-    Factored,
-    matmul,
-    orthonormal_factors,
-    polar,
-    roundoff,
-    truncate,
-)
-from coremerge_jax.linalg.basic import complement
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, side_by_side, thin
+from coremerge_jax.linalg import matmul, polar, rounding, truncate
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense
 from coremerge_jax.rules.linear import total
 
 
@@ -51,15 +43,20 @@ class IsoCts(Rule):
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Merges: all cores to one."""
         del key
-        b, a = thin(cores)
-        common, specific = self._ranks(jnp.min(context.shape), len(b))
+        tasks = len(jax.tree.leaves(cores)[0])
+        common, specific = self._ranks(jnp.min(context.shape), tasks)
         joint, shared = truncate(total(cores), common)
-        rest = jax.vmap(complement, (None, 0))(shared, b)
-        left, right, inner = orthonormal_factors(rest, a)
-        parts, frames = jax.vmap(truncate, (0, None, 0))(inner, specific, jax.vmap(_rounding)(b, a))
-        count = jnp.round(jnp.sum(frames**2) + jnp.sum(shared**2))
-        mean = (jnp.sum(parts * frames) + jnp.sum(joint * shared)) / jnp.maximum(count, 1)
-        return mean * _orthogonalized(shared, left, frames, right)
+
+        def own(core: jax.Array) -> tuple[jax.Array, jax.Array]:
+            rest = core - matmul(shared, matmul(shared.T, core))
+            return truncate(rest, specific, rounding(core))
+
+        parts, frames = jax.vmap(own)(dense(cores))
+        parts = jnp.concatenate([parts, joint[None]])
+        frames = jnp.concatenate([frames, shared[None]])
+        count = jnp.round(jnp.sum(frames**2))
+        mean = jnp.sum(parts * frames) / jnp.maximum(count, 1)
+        return mean * _orthogonalized(frames)
 
     def _ranks(self, side: jax.Array, tasks: int) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.float32
@@ -74,28 +71,18 @@ class IsoCts(Rule):
         return common, jnp.maximum(specific, 0)
 
 
-def _rounding(b: jax.Array, a: jax.Array) -> jax.Array:
-    """Size below which a singular value of a difference from ``b @ a`` is rounding noise."""
-    b, a = jax.lax.stop_gradient((b, a))
-    norm = jnp.sqrt(jnp.abs(jnp.sum(matmul(b.T, b) * matmul(a, a.T))))
-    return max(roundoff(b), roundoff(a)) * norm
+def _orthogonalized(frames: jax.Array) -> jax.Array:
+    """``P^{-1/2} (Σ F_i) Q^{-1/2}`` of partial isometries, P = Σ F_i F_iᵀ and Q = Σ F_iᵀ F_i.
 
-
-def _orthogonalized(
-    shared: jax.Array, left: jax.Array, frames: jax.Array, right: jax.Array
-) -> jax.Array:
-    """``P^{-1/2} (F_0 + Σ F_t) Q^{-1/2}`` with ``P = Σ F_t F_tᵀ`` and ``Q = Σ F_tᵀ F_t`` over all.
-
-    The F_0 ``shared`` and F_t = L_t C_t R_tᵀ are partial isometries, of orthonormal L_t and R_t.
-    So are the C_t, and F_t = (L_t C_t) C_tᵀ (C_t R_tᵀ): what stands outside becomes blocks of the
-    polar factors of [F_0, L_1 C_1 …] and [F_0ᵀ, R_1 C_1ᵀ …].
+    As F_i = F_i F_iᵀ F_i, it is the sum of (P^{-1/2} F_i) F_iᵀ (F_i Q^{-1/2}), and the outer
+    factors are the blocks of the polar factors of all F_i side by side.
     """
-    inner = jnp.swapaxes(frames, 1, 2)
-    p, q = shared.shape
-    u = polar(jnp.hstack([shared, side_by_side(matmul(left, frames))]))
-    v = polar(jnp.hstack([shared.T, side_by_side(matmul(right, inner))]))
-    own = Factored(u[:, q:], inner, v[:, p:]).dense()
-    return own + matmul(matmul(u[:, :q], shared.T), v[:, :p].T)
+    count, p, q = frames.shape
+    swapped = jnp.swapaxes(frames, 1, 2)
+    left = polar(jnp.moveaxis(frames, 0, 1).reshape(p, -1)).reshape(p, count, q)
+    right = polar(jnp.moveaxis(swapped, 0, 1).reshape(q, -1)).reshape(q, count, p)
+    inner = jnp.einsum("ptj,tjk->ptk", left, swapped, precision="highest")
+    return jnp.einsum("ptk,qtk->pq", inner, right, precision="highest")
 
 
 iso_cts = IsoCts
