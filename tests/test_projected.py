@@ -93,6 +93,19 @@ def test_a_grid_of_parameters_is_one_program(adapters):
         assert_same(one, projected.merge(cm.ties(density=density)), 1e-6)
 
 
+def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
+    projected = cm.project(adapters)
+    ranks, scales = jnp.asarray([1, 2, 9]), jnp.asarray([0.5, 1.0, 2.0])
+
+    def merged(rank, scale):
+        return projected.merge(cm.chain(cm.tsv(rank=rank), cm.isotropize()), scale=scale)
+
+    grid = jax.vmap(merged)(ranks, scales)
+    for i, (rank, scale) in enumerate(zip([1, 2, 9], scales, strict=True)):
+        one = jax.tree.map(lambda x, i=i: x[i], grid)
+        assert_same(one, merged(rank, scale), 1e-6)
+
+
 def test_gradients_of_weights_by_module(adapters):
     def norm(weights):
         merged = cm.project(adapters, precision="float32").merge(cm.tsv(), weights=weights)

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -268,4 +268,9 @@ def _load_module(text: str, source: str) -> ModuleType:
     if not path.is_file():
         raise RecipeError(f"evaluate {text!r}: there is no file {source}")
     sys.path.insert(0, str(path.resolve().parent))  # as Python does for scripts
-    return importlib.import_module(path.stem)
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

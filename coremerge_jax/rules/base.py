@@ -325,5 +325,5 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> No
     Raises:
         ValueError: naming the parameter, its value and what is expected.
     """
-    if isinstance(value, tuple | list) or (isinstance(value, int | float) and not ok(value)):
+    if isinstance(value, tuple | list | str) or (isinstance(value, int | float) and not ok(value)):
         raise ValueError(f"{name}={value!r}: expected {expected}")

@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import Factored, basis, inverse, matmul, rounding, roundoff, spectral_map
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
@@ -37,7 +38,7 @@ class Svc(Step):
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Refused: nothing is merged yet."""
         del cores, keys, context
-        raise ValueError(
+        raise UnsupportedError(
             "svc compares the merged core with those of the adapters: put it behind the rule that "
             "merges"
         )
@@ -84,7 +85,7 @@ class Pico(Step):
         """Maps all cores before the merge."""
         del keys, context
         if not isinstance(cores, LoRA):
-            raise ValueError(
+            raise UnsupportedError(
                 "pico looks at the factors B of the adapters, which only core and full space have"
             )
         b = jnp.asarray(cores.b)

@@ -34,7 +34,7 @@ class Grid:
     def propose(self, values: Mapping[str, Any]) -> Proposals:
         """See `Method`; scales change fastest, as all scales share one merge."""
         names = sorted(values, key=lambda name: name == SCALE)
-        for row in itertools.product(*(_listed(name, values[name]) for name in names)):
+        for row in itertools.product(*(listed(name, values[name]) for name in names)):
             found = dict(zip(names, row, strict=True))
             yield {name: found[name] for name in values}
 
@@ -61,7 +61,7 @@ class Line:
         best: dict[str, Any] = {}
         for name, choices in values.items():
             top, chosen, worse = -math.inf, None, 0
-            for value in _listed(name, choices):
+            for value in listed(name, choices):
                 score = yield {**best, name: value}
                 if chosen is None or score > top:
                     top, chosen, worse = score, value, 0
@@ -97,14 +97,14 @@ class Random:
             for _ in range(self.trials):
                 yield {name: _draw(name, choices, rng) for name, choices in values.items()}
             return
-        lists = [_listed(name, choices) for name, choices in values.items()]
+        lists = [listed(name, choices) for name, choices in values.items()]
         size = math.prod(map(len, lists))
         for i in rng.choice(size, min(size, self.trials), replace=False, shuffle=True):
             places = np.unravel_index(i, [len(choices) for choices in lists])
             yield {name: x[int(j)] for name, x, j in zip(values, lists, places, strict=True)}
 
 
-def _listed(name: str, choices: Any) -> list[Any]:
+def listed(name: str, choices: Any) -> list[Any]:
     """The values as Python numbers and words.
 
     Raises:
@@ -124,8 +124,8 @@ def _draw(name: str, choices: Any, rng: np.random.Generator) -> Any:
     if hasattr(choices, "rvs"):
         value = choices.rvs(random_state=rng)
         return value.item() if hasattr(value, "item") else value
-    listed = _listed(name, choices)
-    return listed[rng.integers(len(listed))]
+    found = listed(name, choices)
+    return found[rng.integers(len(found))]
 
 
 grid = Grid

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain, as_rule, chain
 
@@ -29,8 +30,7 @@ def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
         values: by name, see `parameters`; ``"scale"``, which is not the rule's, is left out.
 
     Raises:
-        RecipeError: the rule has no parameter of a name.
-        ValueError: a value is out of range.
+        RecipeError: the rule has no parameter of a name, or a value is out of range.
     """
     parts = chain(as_rule(rule))
     places, rules = _places(parts), list(parts.rules)
@@ -40,7 +40,10 @@ def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
         if name not in places:
             raise unknown(f"parameter of {label(parts)!r}:", name, [*places, SCALE])
         i, field = places[name]
-        rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]
+        try:
+            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{name}: {error}") from error
     return chain(*rules)
 
 

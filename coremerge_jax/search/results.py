@@ -62,15 +62,14 @@ class Sweep:
     @property
     def best(self) -> Record:
         """The first of those with the best score."""
-        return self.top(1)[0]
+        return max(self.records, key=self._score)
 
     def top(self, count: int | None = None) -> list[Record]:
         """The best records, best first."""
+        return sorted(self.records, key=self._score, reverse=True)[:count]
 
-        def rank(record: Record) -> float:
-            return -score(record.metrics, self.objective, self.maximize)
-
-        return sorted(self.records, key=rank)[:count]
+    def _score(self, record: Record) -> float:
+        return score(record.metrics, self.objective, self.maximize)
 
     def summary(self) -> str:
         """How many candidates there are, and the best score, in a few words."""

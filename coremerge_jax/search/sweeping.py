@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
 from coremerge_jax.projected import Projected, Updates, project
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain, as_rule, chain
 from coremerge_jax.search.log import Log, identity
-from coremerge_jax.search.methods import Grid, Method
+from coremerge_jax.search.methods import Grid, Method, listed
 from coremerge_jax.search.parameters import SCALE, configure, label, parameters
 from coremerge_jax.search.progress import progress_line
 from coremerge_jax.search.results import Record, Sweep, score
@@ -56,9 +57,10 @@ def sweep(
         All records, and which is best.
 
     Raises:
-        RecipeError: no rule has a parameter of a name, or there is no such metric.
+        RecipeError: no rule has a parameter of a name, a value is out of range, or there is no such
+            metric.
         MismatchError: the log is that of other rules or adapters.
-        ValueError: a value is out of range, or a rule draws random numbers and has no key.
+        ValueError: a rule draws random numbers and has no key.
     """
     search = Search(adapters, rules, values, method, objective, maximize, key)
     records = search.run(lambda _, merged: evaluate(merged), log)
@@ -84,10 +86,20 @@ class Search:
         self.values, self.method = values, method or Grid()
         self.objective, self.maximize, self.key = objective, maximize, key
         known = {name for rule in self.rules.values() for name in parameters(rule)} | {SCALE}
-        for name in values:
+        for name, choices in values.items():
             if name not in known:
                 raise unknown("parameter", name, sorted(known))
+            self._check(name, choices)
         self.projected = adapters if isinstance(adapters, Projected) else project(adapters)
+
+    def _check(self, name: str, choices: Any) -> None:
+        """Refuses what is out of range before anything is evaluated."""
+        for value in [] if hasattr(choices, "rvs") else listed(name, choices):
+            if name == SCALE and not isinstance(value, int | float | Mapping):
+                raise RecipeError(f"scale={value!r}: expected a number")
+            for rule in self.rules.values():
+                if name in parameters(rule):
+                    configure(rule, {name: value})
 
     def run(
         self, judge: Callable[[Record, Adapter], Metrics], log: str | Path | None = None
@@ -108,7 +120,8 @@ class Search:
         with progress_line("project", progress) as say:
             for record in records:
                 found.append(record)
-                say(self._result(found).summary())
+                if progress:
+                    say(self._result(found).summary())
         return self._result(found)
 
     def _result(self, records: list[Record]) -> Sweep:
@@ -122,7 +135,7 @@ class Search:
         start = {SCALE: 1.0} | parameters(rule)
         own = {x: choices for x, choices in self.values.items() if x in start}
         proposals = self.method.propose(own)
-        merges, scores = _Merges(self.projected, rule, self.key), dict[str, float]()
+        merges, scores = _Merges(self.projected, self.key), dict[str, float]()
         last: float | None = None
         while True:
             try:
@@ -160,10 +173,10 @@ class Search:
 
 
 class _Merges:
-    """Merges by one rule, of which the last is kept, for the next scale."""
+    """Merges by rules that differ in parameters; the last is kept, for the next scale."""
 
-    def __init__(self, projected: Projected, rule: Chain, key: jax.Array | None) -> None:
-        self._projected, self._rule, self._key = projected, rule, key
+    def __init__(self, projected: Projected, key: jax.Array | None) -> None:
+        self._projected, self._key = projected, key
         self._last: tuple[str, Updates] | None = None
 
     def __call__(self, rule: Chain, candidate: Mapping[str, Any]) -> Adapter:

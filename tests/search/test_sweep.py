@@ -198,7 +198,7 @@ def test_what_is_refused(adapters):
     for values, match in (
         ({"ties.densiti": [0.1]}, "unknown parameter 'ties.densiti'; did you mean 'ties.density'"),
         ({"ties.density": []}, "values of 'ties.density': expected at least one"),
-        ({"ties.density": [0.5, 2.0]}, r"density=2.0: expected a share in \(0, 1\]"),
+        ({"ties.density": [0.5, 2.0]}, r"ties.density: density=2.0: expected a share in"),
         ({"scale": scipy.stats.uniform()}, "are a distribution; only random"),
     ):
         with pytest.raises(ValueError, match=match):
