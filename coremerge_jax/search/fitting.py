@@ -76,7 +76,8 @@ def fit(
             `entropy` or `cross_entropy` of the logits of a model with the adapter.
         adapters: as in `merge`; or `project` of them, which chooses the space and all else.
         rule: as in `merge`; not `dc_merge`, which has no derivative.
-        batches: one for each step, pytrees of equal shapes.
+        batches: one for each step, pytrees of equal shapes. What is large, such as the parameters
+            of the model, belongs here too: what ``loss`` closes over becomes part of the program.
         validation: batches whose mean loss decides when to stop and which coefficients are kept.
             Without any, all batches are used and the last coefficients kept.
         per: ``"adapter"``: a coefficient for each adapter; ``"module"``: for each adapter and

@@ -85,7 +85,8 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UnsupportedError("plots need matplotlib: pip install matplotlib") from error
+        text = "plots need matplotlib: pip install 'coremerge-jax[plot]'"
+        raise UnsupportedError(text) from error
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
         return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])

@@ -141,7 +141,6 @@ def test_losses_of_logits():
 
 
 def test_plot(adapters, tmp_path):
-    pytest.importorskip("matplotlib")
     found = search.fit(
         loss_to(adapters[0]), adapters, cm.mean(), inputs(25), validation=inputs(1), every=10
     )

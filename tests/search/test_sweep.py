@@ -231,7 +231,6 @@ def test_csv_and_table(adapters, tmp_path):
 
 
 def test_plot(adapters, tmp_path):
-    pytest.importorskip("matplotlib")
     result = search.sweep(adapters, {"a": RULE, "b": cm.tsv()}, size, VALUES | {"tsv.rank": [1, 2]})
     figure = result.plot(tmp_path / "sweep.svg")
     assert [axes.get_xlabel() for axes in figure.axes] == ["scale", "ties.density", "tsv.rank"]
