@@ -4,6 +4,7 @@ import json
 
 import demo_rules
 import fit
+import numpy as np
 import sweep
 
 from coremerge_jax.rules import RULES
@@ -20,7 +21,9 @@ def test_a_sweep_compiles_as_much_as_one_merge(tmp_path):
     assert "| 6: tilt, shear" in (tmp_path / "sweep.md").read_text()
 
 
-def test_learned_coefficients_beat_the_best_scale(tmp_path):
+def test_learned_coefficients_beat_the_best_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "SCALES", np.arange(0.4, 0.9, 0.1))
+    monkeypatch.setattr(fit, "KINDS", fit.KINDS[:2])
     options = ["--rules", "task_arithmetic", "--steps", "60", "--output", str(tmp_path)]
     assert fit.main([*options, "--check"]) == 0
     rows = json.loads((tmp_path / "fit.json").read_text())["rows"]
@@ -29,7 +32,8 @@ def test_learned_coefficients_beat_the_best_scale(tmp_path):
     assert "| task_arithmetic | per module, labels |" in (tmp_path / "fit.md").read_text()
 
 
-def test_rules_on_the_demo(tmp_path):
+def test_rules_on_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_rules, "SCALES", np.arange(0.4, 0.9, 0.1))
     names = {part.split(":")[0] for rule, _ in demo_rules.CASES for part in rule.split(" + ")}
     assert names == set(RULES)
     assert {space.split(":")[0] for _, space in demo_rules.CASES} == set(SPACES)
