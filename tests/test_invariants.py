@@ -291,3 +291,22 @@ def test_dc_merge_refuses_derivatives():
 
     with pytest.raises(NotImplementedError, match="dc_merge has no derivative"):
         jax.grad(loss)(1.0)
+
+
+@given(seed=SEEDS)
+def test_laws_of_tucker_space(seed):
+    """Order, rotations and absence do not matter, and subspaces that hold all lose nothing."""
+    adapters = random_adapters(SHAPES, (2, 4, 2), seed)
+    space, rule = cm.tucker(rank=4, tolerance=0.0, iterations=30), cm.tsv(rank=2)
+    merged = cm.merge(adapters, rule, space=space)
+    assert all(lora.rank == 4 for lora in merged.values())
+    assert_same(cm.merge(adapters[::-1], rule, space=space), merged, 1e-6)
+    absent = [*adapters, adapters[0]]
+    assert_same(cm.merge(absent, rule, space=space, weights=[1, 1, 1, 0]), merged, 0)
+    rng = np.random.default_rng(seed)
+    left, right = orthogonal(rng, 16), orthogonal(rng, 12)
+    turned = map_factors(adapters, lambda a, b: (a @ right.T, left @ b))
+    rotated = {path: left @ dense(lora) @ right.T for path, lora in merged.items()}
+    assert_same(cm.merge(turned, rule, space=space), rotated, 1e-6)
+    whole = cm.merge(adapters, rule, space=cm.tucker(rank=8))
+    assert_same(whole, cm.merge(adapters, rule), 1e-8)
