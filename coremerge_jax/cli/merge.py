@@ -18,23 +18,7 @@ from coremerge_jax.cli.console import (
     print_json,
     print_table,
 )
-from coremerge_jax.cli.options import (
-    Adapters,
-    AllowMismatch,
-    Dtype,
-    Energy,
-    Extras,
-    Precision,
-    Rank,
-    RecipeFile,
-    Rules,
-    Scale,
-    Seed,
-    Space,
-    Weights,
-    read_recipe,
-    run_option,
-)
+from coremerge_jax.cli.options import run_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import (
     compile_seconds,
@@ -65,24 +49,14 @@ A recipe is a YAML file with the same content: adapters (relative to the file), 
 space, scale, rank, energy, dtype, seed, precision, extras, allow_mismatch."""
 
 
+@takes_recipe
 def merge(
-    adapters: Adapters = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="OUT", help="Folder for the merged adapter."),
     ] = None,
-    rules: Rules = None,
-    space: Space = None,
-    scale: Scale = None,
-    weights: Weights = None,
-    seed: Seed = None,
-    precision: Precision = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    dtype: Dtype = None,
-    extras: Extras = None,
-    allow_mismatch: AllowMismatch = False,
-    recipe_file: RecipeFile = None,
+    *,
+    recipe: Recipe,
     max_memory: Annotated[
         str | None,
         run_option(
@@ -102,21 +76,6 @@ def merge(
     as_json: Annotated[bool, run_option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge LoRA adapters into one."""
-    recipe = read_recipe(
-        recipe_file,
-        adapters=adapters,
-        rules=rules,
-        space=space,
-        scale=scale,
-        weights=weights,
-        seed=seed,
-        precision=precision,
-        rank=rank,
-        energy=energy,
-        dtype=dtype,
-        extras=extras,
-        allow_mismatch=allow_mismatch,
-    )
     if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     room = parse_size(max_memory) if max_memory else None

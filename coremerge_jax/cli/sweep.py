@@ -12,24 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coremerge_jax.cli.console import print_json, show
-from coremerge_jax.cli.options import (
-    Adapters,
-    AllowMismatch,
-    Dtype,
-    Energy,
-    Extras,
-    Precision,
-    Rank,
-    RecipeFile,
-    Rules,
-    Scale,
-    Seed,
-    Space,
-    Weights,
-    read_recipe,
-    run_option,
-    search_option,
-)
+from coremerge_jax.cli.options import run_option, search_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import keep_compiled_programs
 from coremerge_jax.errors import FormatError, RecipeError
@@ -63,8 +46,8 @@ The function of --evaluate gets the merged adapter (a mapping from module path t
 b) and returns a number, or numbers by name."""
 
 
+@takes_recipe
 def sweep(
-    adapters: Adapters = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -104,36 +87,11 @@ def sweep(
         search_option(metavar="METRIC", help="The number that decides. Default: the first."),
     ] = None,
     minimize: Annotated[bool, search_option("--minimize", help="Less of it is better.")] = False,
-    rules: Rules = None,
-    space: Space = None,
-    scale: Scale = None,
-    weights: Weights = None,
-    seed: Seed = None,
-    precision: Precision = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    dtype: Dtype = None,
-    extras: Extras = None,
-    allow_mismatch: AllowMismatch = False,
-    recipe_file: RecipeFile = None,
+    *,
+    recipe: Recipe,
     as_json: Annotated[bool, run_option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge with many values of parameters, and find the best."""
-    recipe = read_recipe(
-        recipe_file,
-        adapters=adapters,
-        rules=rules,
-        space=space,
-        scale=scale,
-        weights=weights,
-        seed=seed,
-        precision=precision,
-        rank=rank,
-        energy=energy,
-        dtype=dtype,
-        extras=extras,
-        allow_mismatch=allow_mismatch,
-    )
     recipe.check()
     if output is None:
         raise RecipeError("no output: give -o OUT")
