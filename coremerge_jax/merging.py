@@ -283,7 +283,7 @@ class _Job:
         ):
             return self._merge_stack(arrays, settings)
 
-    def _merge_stack(self, arrays: "_Inputs", settings: "_Settings") -> tuple[Any, ...]:
+    def _merge_stack(self, arrays: "_Inputs", settings: "Settings") -> tuple[Any, ...]:
         merge = partial(_merge_stack, self.rule, arrays, self.key, settings=settings)
         if self.traced:
             return merge()[:2]
@@ -316,7 +316,7 @@ class _Job:
             return kept if a is None else a, b
 
     @contextlib.contextmanager
-    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "_Settings"]]:
+    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "Settings"]]:
         """The inputs of a compiled program, in a scope of the precision to compute in."""
         tasks = self.places[np.asarray(batch.padded(batch.tasks))]
         names = [zlib.crc32(path.encode()) for path in batch.padded(batch.paths)]
@@ -333,7 +333,7 @@ class _Job:
                 names=np.asarray(names, np.uint32),
                 scale=xp.stack([xp.asarray(scale, dtype) for scale in scales]),
             )
-            yield arrays, _Settings(batch.ranks, self.space, dtype)
+            yield arrays, Settings(batch.ranks, self.space, dtype)
 
     def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
         """The merged modules of a batch by path."""
@@ -352,7 +352,7 @@ class _FirstCalls:
 
     @contextlib.contextmanager
     def __call__(
-        self, program: str, rule: Chain, a: Array, b: Array, settings: "_Settings"
+        self, program: str, rule: Chain, a: Array, b: Array, settings: "Settings"
     ) -> Iterator[None]:
         kind = (program, jax.tree.structure(rule), a.shape, a.dtype, b.shape, b.dtype, settings)
         if kind in self._done:
@@ -378,7 +378,7 @@ class _Inputs:
     scale: jax.Array  # (L,)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What one compiled program is compiled for."""
 
     ranks: tuple[int, ...]
@@ -391,7 +391,7 @@ def _merge_stack(
     rule: Chain,
     arrays: _Inputs,
     key: jax.Array | None,
-    settings: _Settings,
+    settings: Settings,
     *,
     keep_a: bool | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
@@ -427,28 +427,27 @@ def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, module.names)
 
 
-def _project(rule: Chain, module: _Inputs, settings: _Settings) -> Projection:
+def _project(rule: Chain, module: _Inputs, settings: Settings) -> Projection:
     elementwise = rule.equivariance == Equivariance.ELEMENTWISE
-    return project_module(module.a, module.b, module.weights, *settings, elementwise=elementwise)
+    return project_module(module.a, module.b, module.weights, settings, elementwise=elementwise)
 
 
 def project_module(
     a: jax.Array,
     b: jax.Array,
     weights: jax.Array | None,
-    ranks: tuple[int, ...],
-    space: Space,
-    dtype: Any,
+    settings: Settings,
     *,
     elementwise: bool,
 ) -> Projection:
     """A module's updates, multiplied by weights ``(T,)``, in a space: see `Space.project`."""
+    ranks, space, dtype = settings
     if weights is not None:
         b = b.astype(dtype) * _by_rank(weights, ranks)[None, :]
     return space.project(a, b, ranks, dtype=dtype, elementwise=elementwise)
 
 
-def _merge_linear(rule: Chain, module: _Inputs, settings: _Settings) -> tuple[LoRA, bool]:
+def _merge_linear(rule: Chain, module: _Inputs, settings: Settings) -> tuple[LoRA, bool]:
     """A weighted sum needs no space: its coefficients go to the factors. And whether A is kept."""
     ranks, _, dtype = settings
     units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
@@ -516,7 +515,7 @@ def _count_stack(
     rule: Chain,
     arrays: _Inputs,
     key: jax.Array | None,
-    settings: _Settings,
+    settings: Settings,
     once: jax.Array,
     digits: tuple[jax.Array, ...],
     adapters: int,

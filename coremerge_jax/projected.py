@@ -15,6 +15,7 @@ from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 from coremerge_jax.merging import (
+    Settings,
     check_rule,
     common_metadata,
     module_scales,
@@ -211,7 +212,8 @@ def project(
             places = np.asarray(tasks, np.int32)[group.tasks]
             given = None if weights is None else jnp.asarray(weights, dtype)[places]
             a, b = group.stack(present)
-            projection, kept = _project_stack(a, b, given, group.ranks, space, dtype, elementwise)
+            settings = Settings(group.ranks, space, dtype)
+            projection, kept = _project_stack((a, b), given, settings, elementwise)
             kinds = [outlines[i[0]][x].kind for x, i in zip(group.paths, group.tasks, strict=True)]
             stacks.append(_stack(group, places, kinds, projection, kept, (a.dtype, b.dtype)))
     return Projected(
@@ -244,24 +246,18 @@ def _stack(
     )
 
 
-@partial(jax.jit, static_argnames=("ranks", "space", "dtype", "elementwise"))
+@partial(jax.jit, static_argnames=("settings", "elementwise"))
 def _project_stack(
-    a: jax.Array,
-    b: jax.Array,
-    weights: jax.Array | None,
-    ranks: tuple[int, ...],
-    space: Space,
-    dtype: Any,
-    elementwise: bool,
+    factors: tuple[Array, Array], weights: jax.Array | None, settings: Settings, elementwise: bool
 ) -> tuple[Projection, jax.Array]:
     """The modules in the space, and whether their merges can have the A of the adapters."""
 
     def one(row: tuple) -> tuple[Projection, jax.Array]:
-        a, b, weights = row
-        found = project_module(a, b, weights, ranks, space, dtype, elementwise=elementwise)
+        (a, b), weights = row
+        found = project_module(a, b, weights, settings, elementwise=elementwise)
         return found, jnp.asarray(found.keeps_a)
 
-    return over_modules(one, (a, b, weights))
+    return over_modules(one, (factors, weights))
 
 
 @jax.jit
