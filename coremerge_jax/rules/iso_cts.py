@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax.linalg import matmul, polar, rounding, truncate
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense, side_by_side
 from coremerge_jax.rules.linear import total
 
 
@@ -79,8 +79,8 @@ def _orthogonalized(frames: jax.Array) -> jax.Array:
     """
     count, p, q = frames.shape
     swapped = jnp.swapaxes(frames, 1, 2)
-    left = polar(jnp.moveaxis(frames, 0, 1).reshape(p, -1)).reshape(p, count, q)
-    right = polar(jnp.moveaxis(swapped, 0, 1).reshape(q, -1)).reshape(q, count, p)
+    left = polar(side_by_side(frames)).reshape(p, count, q)
+    right = polar(side_by_side(swapped)).reshape(q, count, p)
     inner = jnp.einsum("ptj,tjk->ptk", left, swapped, precision="highest")
     return jnp.einsum("ptk,qtk->pq", inner, right, precision="highest")
 
