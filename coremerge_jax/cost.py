@@ -306,9 +306,16 @@ _PARTS: dict[type, Callable[[_Cores], _Part]] = {
 
 
 def fitting_workers(
-    groups: Sequence[Group], rule: Chain, space: Space, workers: int, max_memory: int
+    groups: Sequence[Group],
+    rule: Chain,
+    space: Space,
+    workers: int,
+    max_memory: int,
+    rows: int = 1,
 ) -> int:
-    """How many batches of one module can be worked on at once, up to ``workers``.
+    """How many batches of the fewest modules can be worked on at once, up to ``workers``.
+
+    ``rows`` is how many modules devices work on side by side.
 
     Raises:
         MemoryError: none.
@@ -316,7 +323,7 @@ def fitting_workers(
 
     def needed(group: Group) -> int:
         one = cost(group, rule, space)
-        return one.held + one.work
+        return rows * (one.held + one.work)
 
     largest = max(groups, key=needed)
     fitting = max_memory // needed(largest) - 1
@@ -330,14 +337,19 @@ def fitting_workers(
 
 
 def batch_size(
-    group: Group, rule: Chain, space: Space, workers: int, max_memory: int | None
+    group: Group,
+    rule: Chain,
+    space: Space,
+    workers: int,
+    max_memory: int | None,
+    rows: int = 1,
 ) -> int:
-    """How many modules of a group to merge at once."""
+    """How many modules of a group to merge at once, a multiple of ``rows``: see above."""
     one = cost(group, rule, space)
-    size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers)))
+    size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers * rows)))
     if max_memory is not None:
-        size = min(size, (max_memory // (workers + 1) - one.work) // one.held)
-    return max(1, size)
+        size = min(size, (max_memory // (workers + 1) // rows - one.work) // one.held)
+    return max(1, size) * rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,10 @@ class RecipeError(CoreMergeError):
     """A rule, space, parameter or option that does not exist, or a value that it cannot have."""
 
 
+class ProcessError(CoreMergeError):
+    """Another process of the same job has failed."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """The names that are most like this one, of those that differ in numbers alone the first."""
     unlike: dict[str, str] = {}

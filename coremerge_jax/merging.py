@@ -7,7 +7,7 @@ import functools
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,16 +16,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from coremerge_jax.cost import Cost, batch_size, cost, fitting_workers
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
+from coremerge_jax.grid import Grid, is_host, rows_like
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
 from coremerge_jax.precision import computing
+from coremerge_jax.processes import failing_together, gather, owners, total
 from coremerge_jax.processors import processors
 from coremerge_jax.rules import Chain, Context, Equivariance, Rule, Ties, TiesAbove, as_rule, chain
-from coremerge_jax.rules.base import dense
+from coremerge_jax.rules.base import dense, fold_rows
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.stack import Group, Scratch, group_modules, label, over_modules
 
@@ -41,6 +44,7 @@ def merge(
     precision: str | None = None,
     extras: str = "error",
     allow_mismatch: bool = False,
+    mesh: Mesh | None = None,
 ) -> Adapter:
     """Merges adapters of one base model into one adapter.
 
@@ -64,14 +68,21 @@ def merge(
         extras: what to do with tensors that are not low-rank updates: ``"error"``, ``"first"``,
             ``"mean"`` or ``"keep=NAME"``.
         allow_mismatch: merge also adapters that name different base models or share no module.
+        mesh: devices to share the work. Modules are spread over its first axis; along a second
+            one, for modules or ranks too large for one device, so are the columns of A and the
+            rows of B. May have devices of several processes (`jax.distributed`), which then all
+            have to call this.
 
     Returns:
         The merged adapter, its rank at most the sum of the ranks (and at most m and n). Factors
-        have the widest dtype of the sources', and are NumPy arrays where all of theirs are.
+        have the widest dtype of the sources', and are NumPy arrays where all of theirs are. With
+        a mesh, others are where those of the first adapter are.
 
     Raises:
         MismatchError: the adapters do not belong together.
-        UnsupportedError: adapters have extras and no policy for them was given.
+        ProcessError: another process has failed.
+        UnsupportedError: adapters have extras and no policy for them was given; or the mesh has
+            other axes, or the space cannot spread a module over devices.
         ValueError: a parameter is out of range.
     """
     return merge_stream(
@@ -84,6 +95,7 @@ def merge(
         precision=precision,
         extras=extras,
         allow_mismatch=allow_mismatch,
+        mesh=mesh,
     ).collect()
 
 
@@ -98,6 +110,7 @@ def merge_stream(
     precision: str | None = None,
     extras: str = "error",
     allow_mismatch: bool = False,
+    mesh: Mesh | None = None,
     max_memory: int | None = None,
 ) -> "MergeStream":
     """Merges adapters part by part, for those that are larger than memory.
@@ -115,6 +128,8 @@ def merge_stream(
         precision: as in `merge`.
         extras: as in `merge`.
         allow_mismatch: as in `merge`.
+        mesh: as in `merge`. Of adapters in files or on the host, each process reads and merges a
+            share of its own, given to `save_peft`.
         max_memory: bytes that the batches on their way may take together; by default, batches
             are as large as is good for speed.
 
@@ -128,6 +143,9 @@ def merge_stream(
     merged_extras, config = merge_extras(present, extras)
     groups = group_modules(present)
     paths = [path for group in groups for path in group.paths]
+    grid = whole = None if mesh is None else Grid(mesh)
+    if whole and all(is_host(x) for x in _factors(present)):
+        grid = whole.local()
     job = _Job(
         adapters=present,
         places=np.asarray(tasks, np.int32),
@@ -137,31 +155,41 @@ def merge_stream(
         scales=dict(zip(paths, module_scales(paths, scale), strict=True)),
         key=key,
         precision=precision,
+        grid=grid,
     )
-    workers, batches = 1, groups
-    if not job.traced:
-        workers = _workers()
-        if max_memory is not None:
-            workers = fitting_workers(groups, parts, job.space, workers, max_memory)
-        sizes = [batch_size(group, parts, job.space, workers, max_memory) for group in groups]
-        pairs = zip(groups, sizes, strict=True)
-        batches = [batch for group, size in pairs for batch in group.split(size)]
-    return MergeStream(job, batches, workers, common_metadata(present, config), merged_extras)
+    shared = whole.processes if whole and whole is not grid else {}
+    metadata = common_metadata(present, config)
+    return MergeStream(job, groups, max_memory, metadata, merged_extras, processes=shared)
+
+
+def _factors(adapters: Sequence[Adapter]) -> list[Any]:
+    """Those of all modules; of adapters in files, what stands for them."""
+    modules = (x if type(x) is Adapter else x.outline for x in adapters)
+    return [x for adapter in modules for x in jax.tree.leaves(dict(adapter))]
 
 
 class MergeStream:
-    """A merge that happens while it is iterated over: see `merge_stream`."""
+    """A merge that happens while it is iterated over: see `merge_stream`.
+
+    Attributes:
+        processes: those that share the merge, and how many devices each has; empty if it is not
+            shared, or if this is the share of one.
+    """
 
     def __init__(
         self,
         job: "_Job",
-        batches: list[Group],
-        workers: int,
+        groups: list[Group],
+        max_memory: int | None,
         metadata: Metadata,
         extras: Mapping[str, Array],
+        processes: Mapping[int, int],
+        shared: bool = False,
     ) -> None:
-        self._job, self._batches, self._workers = job, batches, workers
-        self._metadata, self._extras = metadata, extras
+        self._job, self._groups, self._max_memory = job, groups, max_memory
+        self._metadata, self._extras, self._shared = metadata, extras, shared
+        self._workers, self._batches = _batches(job, groups, max_memory)
+        self.processes = processes
 
     def __len__(self) -> int:
         """The number of parts."""
@@ -176,7 +204,7 @@ class MergeStream:
     def memory(self) -> int:
         """Bytes that the parts on their way take together, at most."""
         return (self._workers + 1) * max(
-            one.held * batch.length + one.work
+            one.held * batch.length + self._job.rows * one.work
             for one, batch in zip(self.costs(), self._batches, strict=True)
         )
 
@@ -188,13 +216,50 @@ class MergeStream:
         """The merged modules, some at a time; each exactly once."""
         job = self._job
         if any(isinstance(part, Ties) and part.scope == "model" for part in job.rule.rules):
-            job = dataclasses.replace(job, rule=_with_thresholds(job, self._batches, self._workers))
+            over_all = total if self._shared else lambda *counts: counts
+            rule = _with_thresholds(job, self._batches, self._workers, over_all)
+            job = dataclasses.replace(job, rule=rule)
         for batch, (a, b) in _each(job.merge, self._batches, self._workers):
-            yield job.modules(batch, list(a), list(b))
+            yield job.modules(batch, *job.apart(batch, a, b))
 
     def collect(self) -> Adapter:
         """All of it, in memory."""
-        return self._adapter({path: lora for part in self for path, lora in part.items()})
+        if not self.processes:
+            return self._adapter({path: lora for part in self for path, lora in part.items()})
+        share, owner = self.share([[path] for path in self.outline])
+        with failing_together():
+            own = {path: lora for part in share for path, lora in part.items()}
+        return self._adapter(gather(own, self.outline, owner))
+
+    def share(self, together: Iterable[Sequence[str]]) -> "tuple[MergeStream, dict[str, int]]":
+        """What this process does of a merge that several share, and who does what.
+
+        Args:
+            together: the paths of all modules, in lists of those that one process has to do.
+
+        Returns:
+            A stream of some modules; and by path, the process that has it.
+        """
+        costs: dict[str, float] = {}
+        for group in self._groups:
+            one = cost(group, self._job.rule, self._job.space)
+            each = one.products + one.core + one.read + one.written
+            costs |= dict.fromkeys(group.paths, each / one.modules)
+        # In the order of batches, so that a process has few kinds of modules to compile for.
+        order = {path: i for i, path in enumerate(costs)}
+        units = sorted(together, key=lambda unit: order[unit[0]])
+        processes = sorted(self.processes)
+        rows = [self.processes[process] for process in processes]
+        found = owners([sum(costs[path] for path in unit) for unit in units], rows)
+        owner = {path: processes[i] for unit, i in zip(units, found, strict=True) for path in unit}
+        own = [
+            group.only(lambda path: owner[path] == jax.process_index()) for group in self._groups
+        ]
+        groups = [group for group in own if group.paths]
+        share = MergeStream(
+            self._job, groups, self._max_memory, self._metadata, self._extras, {}, shared=True
+        )
+        return share, owner
 
     @functools.cached_property
     def outline(self) -> Adapter:
@@ -211,13 +276,30 @@ class MergeStream:
     def _adapter(self, modules: Mapping[str, LoRA]) -> Adapter:
         order = dict.fromkeys(path for adapter in self._job.outlines for path in adapter)
         return Adapter(
-            {path: modules[path] for path in order}, metadata=self._metadata, extras=self._extras
+            {path: modules[path] for path in order if path in modules},
+            metadata=self._metadata,
+            extras=self._extras,
         )
 
 
-def _workers() -> int:
+def _batches(job: "_Job", groups: list[Group], max_memory: int | None) -> tuple[int, list[Group]]:
+    """How many batches to work on at once, and the batches."""
+    rule, space, rows = job.rule, job.space, job.rows
+    if job.traced:
+        return 1, [batch for group in groups for batch in group.split(len(group.paths), rows)]
+    workers = _workers(job.grid)
+    if max_memory is not None and groups:
+        workers = fitting_workers(groups, rule, space, workers, max_memory, rows)
+    sizes = [batch_size(group, rule, space, workers, max_memory, rows) for group in groups]
+    pairs = zip(groups, sizes, strict=True)
+    return workers, [batch for group, size in pairs for batch in group.split(size, rows)]
+
+
+def _workers(grid: Grid | None) -> int:
     """How many batches to work on at once."""
-    if jax.default_backend() != "cpu":
+    if grid and (grid.axis or len(grid.processes) > 1):
+        return 1  # devices that wait for each other have to do all work in one order
+    if grid or jax.default_backend() != "cpu":
         return 2  # one is read while the other is computed
     return processors()
 
@@ -260,7 +342,13 @@ class _Job:
     scales: Mapping[str, Any]
     key: jax.Array | None
     precision: str | None
+    grid: Grid | None
     scratch: Scratch = dataclasses.field(default_factory=Scratch)
+
+    @property
+    def rows(self) -> int:
+        """How many modules are worked on side by side."""
+        return self.grid.rows if self.grid else 1
 
     @functools.cached_property
     def outlines(self) -> list[Adapter]:
@@ -276,27 +364,44 @@ class _Job:
 
     def merge(self, batch: Group) -> tuple[Array, ...]:
         """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
-        a, b = batch.stack(self.adapters, self.scratch)
+        given = batch.stack(self.adapters, self.scratch)
         with (
-            self.prepared(batch, a, b) as (arrays, settings),
-            _first_calls("merge", self.rule, a, b, settings),
+            self.prepared(batch, *given) as (arrays, settings),
+            _first_calls("merge", self.rule, *given, settings),
         ):
-            return self._merge_stack(arrays, settings)
+            a, b = self._merge_stack(arrays, settings)
+            if self.traced:
+                return a, b
+            # Waits, as B may be computed from memory that the next batch overwrites.
+            if not all(map(is_host, given)):
+                return jax.block_until_ready((a, b))
+            return given[0] if a is arrays.a else np.asarray(a), np.asarray(b)
 
     def _merge_stack(self, arrays: "_Inputs", settings: "Settings") -> tuple[Any, ...]:
         merge = partial(_merge_stack, self.rule, arrays, self.key, settings=settings)
-        if self.traced:
+        if self.traced or (self.grid and len(self.grid.processes) > 1):
             return merge()[:2]
         a, b, good = merge(keep_a=True)
         if not np.asarray(good).all():
             a, b, _ = merge()
-        elif a is None:
-            a = arrays.a
-        on_host = isinstance(arrays.a, np.ndarray) and isinstance(arrays.b, np.ndarray)
-        # Waits, as B may be computed from memory that the next batch overwrites.
-        return (np.asarray(a), np.asarray(b)) if on_host else jax.block_until_ready((a, b))
+        return arrays.a if a is None else a, b
 
-    def count(self, batch: Group, **what: Any) -> tuple[jax.Array, jax.Array]:
+    def apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:
+        """The modules of merged stacks, without what only fills up."""
+        if self.grid is None:
+            return list(a), list(b)
+        if is_host(a) or self.traced:
+            m, n = batch.shape
+            return [x[:, :n] for x in a], [x[:m] for x in b]
+        pairs = zip(batch.paths, batch.tasks, strict=True)
+        return rows_like(a, b, [self._on_device(path, tasks) for path, tasks in pairs])
+
+    def _on_device(self, path: str, tasks: np.ndarray) -> LoRA:
+        """A module of the first adapter that is on devices."""
+        found = (self.adapters[t][path] for t in tasks if type(self.adapters[t]) is Adapter)
+        return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
+
+    def count(self, batch: Group, **what: Any) -> tuple[Any, ...]:
         """What `_with_thresholds` needs of a batch."""
         a, b = batch.stack(self.adapters)
         with (
@@ -305,15 +410,18 @@ class _Job:
         ):
             once = np.arange(batch.length) < len(batch.paths)
             counts = _count_stack(self.rule, arrays, self.key, settings, once, **what)
-            return jax.block_until_ready(counts)
+            return counts if self.traced else tuple(map(np.asarray, counts))
 
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Those of what `merge` gives."""
         with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
             merge = partial(_merge_stack, settings=settings, keep_a=True)  # traced once for both
             a, b, _ = jax.eval_shape(merge, self.rule, arrays, self.key)
-            kept: Any = arrays.a
-            return kept if a is None else a, b
+        a, (m, n) = arrays.a if a is None else a, batch.shape
+        return (
+            jax.ShapeDtypeStruct((*a.shape[:-1], n), a.dtype),
+            jax.ShapeDtypeStruct((b.shape[0], m, b.shape[2]), b.dtype),
+        )
 
     @contextlib.contextmanager
     def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["_Inputs", "Settings"]]:
@@ -324,6 +432,8 @@ class _Job:
         with computing(self.precision, *self.traced) as dtype:
             # Not jnp for what is concrete: each of its operations is a small program to compile.
             xp: Any = jnp if self.traced else np
+            if self.grid:
+                a, b = self.grid.place(a, b)
             weights = None if self.weights is None else xp.asarray(self.weights, dtype)[tasks]
             arrays = _Inputs(
                 a=a,
@@ -333,7 +443,7 @@ class _Job:
                 names=np.asarray(names, np.uint32),
                 scale=xp.stack([xp.asarray(scale, dtype) for scale in scales]),
             )
-            yield arrays, Settings(batch.ranks, self.space, dtype)
+            yield arrays, Settings(batch.ranks, self.space, dtype, batch.shape, self.grid)
 
     def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
         """The merged modules of a batch by path."""
@@ -377,13 +487,34 @@ class _Inputs:
     names: Array  # (L,), hashes of the paths
     scale: jax.Array  # (L,)
 
+    def specs(self, grid: Grid) -> "_Inputs":
+        """Where each field is on a grid."""
+        a, b, each = grid.specs
+        weights: Any = None if self.weights is None else each
+        return _Inputs(a=a, b=b, weights=weights, tasks=each, names=each, scale=each)  # type: ignore[arg-type]
+
 
 class Settings(NamedTuple):
-    """What one compiled program is compiled for."""
+    """What one compiled program is compiled for.
+
+    Attributes:
+        ranks: of the adapters.
+        space: where to merge.
+        dtype: to compute in.
+        shape: ``(m, n)`` of the modules.
+        grid: the devices that share the work.
+    """
 
     ranks: tuple[int, ...]
     space: Space
     dtype: Any
+    shape: tuple[int, int]
+    grid: Grid | None = None
+
+    @property
+    def axis(self) -> str | None:
+        """What modules are spread over."""
+        return self.grid.axis if self.grid else None
 
 
 @partial(jax.jit, static_argnames=("settings", "keep_a"))
@@ -401,9 +532,11 @@ def _merge_stack(
     is None, and the last says whether it should be.
     """
 
-    def merge_module(module: _Inputs) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    def merge_module(
+        rule: Chain, key: jax.Array | None, module: _Inputs
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
         good: bool | jax.Array = True
-        if rule.equivariance == Equivariance.LINEAR and settings.space.lossless:
+        if _needs_no_space(rule, settings):
             lora, kept = _merge_linear(rule, module, settings)
         else:
             projection = _project(rule, module, settings)
@@ -420,7 +553,20 @@ def _merge_stack(
             return None, b, jnp.asarray(good)
         return jnp.asarray(lora.a).astype(arrays.a.dtype), b, jnp.asarray(True)
 
-    return over_modules(merge_module, arrays)
+    def merge_modules(shared: tuple, modules: _Inputs) -> Any:
+        return over_modules(partial(merge_module, *shared), modules)
+
+    if settings.grid is None:
+        return merge_modules((rule, key), arrays)
+    return settings.grid.map(
+        merge_modules, (rule, key), arrays, arrays.specs(settings.grid), settings.grid.specs
+    )
+
+
+def _needs_no_space(rule: Chain, settings: Settings) -> bool:
+    """Whether a merge is a weighted sum of factors: not where these, spread, exceed m or n."""
+    fits = settings.axis is None or sum(settings.ranks) <= min(settings.shape)
+    return rule.equivariance == Equivariance.LINEAR and settings.space.lossless and fits
 
 
 def _module_key(key: jax.Array | None, module: _Inputs) -> jax.Array | None:
@@ -441,22 +587,25 @@ def project_module(
     elementwise: bool,
 ) -> Projection:
     """A module's updates, multiplied by weights ``(T,)``, in a space: see `Space.project`."""
-    ranks, space, dtype = settings
+    ranks, dtype = settings.ranks, settings.dtype
     if weights is not None:
         b = b.astype(dtype) * _by_rank(weights, ranks)[None, :]
-    return space.project(a, b, ranks, dtype=dtype, elementwise=elementwise)
+    spread: dict[str, Any] = {}
+    if settings.axis:
+        spread = {"axis": settings.axis, "shape": settings.shape}
+    return settings.space.project(a, b, ranks, dtype=dtype, elementwise=elementwise, **spread)
 
 
 def _merge_linear(rule: Chain, module: _Inputs, settings: Settings) -> tuple[LoRA, bool]:
     """A weighted sum needs no space: its coefficients go to the factors. And whether A is kept."""
-    ranks, _, dtype = settings
+    ranks, dtype = settings.ranks, settings.dtype
     units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
     coefficients = rule(units, context=context)[0]
     if module.weights is not None:
         coefficients = coefficients * module.weights
     a, b = module.a, module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
-    m, n = b.shape[0], a.shape[1]
+    m, n = settings.shape
     if sum(ranks) <= min(m, n):
         return LoRA(a=a, b=b), True
     update = matmul(b, a.astype(dtype))
@@ -475,81 +624,92 @@ def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
 _BITS = 16  # of a magnitude that one pass over the modules settles
 
 
-def _with_thresholds(job: _Job, batches: list[Group], workers: int) -> Chain:
+def _with_thresholds(
+    job: _Job, batches: list[Group], workers: int, over_all: Callable[..., Sequence]
+) -> Chain:
     """Finds the trimming thresholds of a model-wide `ties`, over the cores of all modules.
 
     Nonnegative floats are ordered as their bit patterns are. Each pass counts, for every adapter,
-    the next bits of the entries that agree with the threshold in all bits before.
+    the next bits of the entries that agree with the threshold in all bits before. ``over_all``
+    adds counts up over all processes.
     """
     ties = job.rule.reducer
     assert isinstance(ties, Ties)
     adapters = int(job.places.max()) + 1
-    digits: list[jax.Array] = []
-    wanted = jnp.zeros(adapters, jnp.int32)
     with computing(job.precision, *job.traced) as dtype:
         width = 8 * dtype.itemsize
-    while len(digits) * _BITS < width:
-        counts = jnp.zeros((adapters, 2**_BITS), jnp.int32)
-        sizes = jnp.zeros(adapters, jnp.int32)
-        count = partial(job.count, digits=tuple(digits), adapters=adapters)
-        for _, (more, larger) in _each(count, batches, workers):
-            counts, sizes = counts + more, sizes + larger
+        uint = jnp.dtype(f"uint{width}")
+        known = jnp.zeros(adapters, uint)
+    wanted = None
+    for shift in range(width - _BITS, -1, -_BITS):
+        parts: Any = np.zeros((adapters, 2**_BITS), np.int32), np.zeros(adapters, np.int32)
+        count = partial(job.count, known=known, shift=np.asarray(shift, uint))
+        for _, more in _each(count, batches, workers):
+            parts = [x + y for x, y in zip(parts, more, strict=True)]
+        counts, sizes = map(jnp.asarray, over_all(*parts))
         with computing(dtype.name, *job.traced):
-            if not digits:
+            if wanted is None:
                 kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
                 wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
             up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
             digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)
             before = jnp.pad(up_to, ((0, 0), (1, 0)))
             wanted = wanted - jnp.take_along_axis(before, digit[:, None], axis=1)[:, 0]
-            digits.append(digit)
+            known = known | (digit.astype(uint) << np.asarray(shift, uint))
     with computing(dtype.name, *job.traced):
-        uint = jnp.dtype(f"uint{width}")
-        bits = functools.reduce(lambda x, d: (x << _BITS) | d, [d.astype(uint) for d in digits])
-        thresholds = jax.lax.bitcast_convert_type(bits, dtype)
+        thresholds = jax.lax.bitcast_convert_type(known, dtype)
     return dataclasses.replace(job.rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
 
 
-@partial(jax.jit, static_argnames=("settings", "adapters"))
+@partial(jax.jit, static_argnames="settings")
 def _count_stack(
     rule: Chain,
     arrays: _Inputs,
     key: jax.Array | None,
     settings: Settings,
     once: jax.Array,
-    digits: tuple[jax.Array, ...],
-    adapters: int,
+    known: jax.Array,
+    shift: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """How often each next digit occurs in the cores of each adapter, and the cores' sizes.
 
-    Modules count where ``once: (L,)`` is true: not those that only fill up the stack.
+    Modules count where ``once: (L,)`` is true: not those that only fill up the stack. ``known:
+    (T,)`` has the bits of thresholds above the digit, which is ``shift`` bits from the end.
     """
-    width = 8 * settings.dtype.itemsize
 
-    def digit(bits: jax.Array, place: int) -> jax.Array:
-        return ((bits >> (width - (place + 1) * _BITS)) & (2**_BITS - 1)).astype(jnp.int32)
+    def count_core(core: jax.Array, known: jax.Array, shift: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(jnp.abs(core).ravel(), known.dtype) >> shift
+        agrees = bits >> _BITS == known >> shift >> _BITS
+        digits = (bits & (2**_BITS - 1)).astype(jnp.int32)
+        return jnp.zeros(2**_BITS, jnp.int32).at[digits].add(agrees.astype(jnp.int32))
 
-    def count(row: tuple) -> jax.Array:
-        magnitudes = jnp.abs(dense(row[0])).ravel()
-        bits = jax.lax.bitcast_convert_type(magnitudes, jnp.dtype(f"uint{width}"))
-        agrees = jnp.ones(bits.shape, bool)
-        for place, found in enumerate(digits):
-            agrees &= digit(bits, place) == found[row[1]]
-        counts = jnp.zeros(2**_BITS, jnp.int32)
-        return counts.at[digit(bits, len(digits))].add(agrees.astype(jnp.int32))
-
-    def step(total: tuple, row: tuple[_Inputs, jax.Array]) -> tuple[tuple, None]:
+    def count_module(shared: tuple, row: tuple[_Inputs, jax.Array]) -> tuple:
+        rule, key, known, shift = shared
         module, counted = row[0], row[1].astype(jnp.int32)
         projection = _project(rule, module, settings)
         context = Context(shape=projection.shape, tasks=module.tasks)
         cores = rule.prepare(projection.factors, key=_module_key(key, module), context=context)
-        found = counted * jax.lax.map(count, (cores, module.tasks))
-        counts = total[0].at[module.tasks].add(found)
-        sizes = total[1].at[module.tasks].add(counted * jnp.prod(projection.shape, dtype=jnp.int32))
-        return (counts, sizes), None
+        rows = cores, known[module.tasks]
+        found = jax.lax.map(lambda row: count_core(dense(row[0]), row[1], shift), rows)
+        size = jnp.prod(projection.shape, dtype=jnp.int32)
+        counts = jnp.zeros((len(known), 2**_BITS), jnp.int32).at[module.tasks].add(counted * found)
+        return counts, jnp.zeros(len(known), jnp.int32).at[module.tasks].add(counted * size)
 
-    zeros = jnp.zeros((adapters, 2**_BITS), jnp.int32), jnp.zeros(adapters, jnp.int32)
-    return jax.lax.scan(step, zeros, (arrays, once))[0]
+    def count_modules(shared: tuple, rows: tuple[_Inputs, jax.Array]) -> tuple:
+        return fold_rows(partial(count_module, shared), rows)
+
+    shared, rows = (rule, key, known, shift), (arrays, once)
+    grid = settings.grid
+    if grid is None:
+        return count_modules(shared, rows)
+    modules = grid.mesh.axis_names[0]
+    return grid.map(
+        lambda *given: jax.lax.psum(count_modules(*given), modules),
+        shared,
+        rows,
+        (arrays.specs(grid), grid.specs[2]),
+        PartitionSpec(),
+    )
 
 
 def _is_zero(weights: Any, t: int) -> bool:

@@ -212,7 +212,7 @@ def project(
             places = np.asarray(tasks, np.int32)[group.tasks]
             given = None if weights is None else jnp.asarray(weights, dtype)[places]
             a, b = group.stack(present)
-            settings = Settings(group.ranks, space, dtype)
+            settings = Settings(group.ranks, space, dtype, group.shape)
             projection, kept = _project_stack((a, b), given, settings, elementwise)
             kinds = [outlines[i[0]][x].kind for x, i in zip(group.paths, group.tasks, strict=True)]
             stacks.append(_stack(group, places, kinds, projection, kept, (a.dtype, b.dtype)))

@@ -38,10 +38,13 @@ class Group:
         """One row per module, the last repeated."""
         return [*rows, *[rows[-1]] * (self.length - len(rows))]
 
-    def split(self, size: int) -> "list[Group]":
-        """Parts of at most ``size`` modules, as equal in number as can be."""
+    def split(self, size: int, multiple: int = 1) -> "list[Group]":
+        """Parts of at most ``size`` modules, as equal in number as can be.
+
+        The number is a multiple of one that divides ``size``.
+        """
         parts = -(-len(self.paths) // size)
-        size = -(-len(self.paths) // parts)
+        size = -(-len(self.paths) // (parts * multiple)) * multiple
         starts = range(0, len(self.paths), size)
         return [
             dataclasses.replace(
@@ -49,6 +52,12 @@ class Group:
             )
             for i in starts
         ]
+
+    def only(self, wanted: Callable[[str], bool]) -> "Group":
+        """The modules whose path is wanted."""
+        kept = [i for i, path in enumerate(self.paths) if wanted(path)]
+        paths = tuple(self.paths[i] for i in kept)
+        return dataclasses.replace(self, paths=paths, tasks=self.tasks[kept], length=len(kept))
 
     def shapes(
         self, outlines: Sequence[Adapter]

@@ -54,7 +54,7 @@ def test_batches_change_nothing(adapters, name):
 def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
     whole = cm.merge(adapters, rule)
-    monkeypatch.setattr(merging, "_workers", lambda: 4)
+    monkeypatch.setattr(merging, "_workers", lambda _: 4)
     least = needed(adapters, rule)
     for workers in (1, 2, 3, 4):
         limit = least * (workers + 1) // 5

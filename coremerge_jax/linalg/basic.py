@@ -63,13 +63,15 @@ def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
     def chosen(*args: Any) -> Any:
         result, exact = fast(*args)
 
-        def mixed() -> Any:
-            def pick(x: jax.Array, y: jax.Array) -> jax.Array:
-                return jnp.where(exact.reshape(exact.shape + (1,) * (x.ndim - exact.ndim)), x, y)
+        def pick(x: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.where(exact.reshape(exact.shape + (1,) * (x.ndim - exact.ndim)), x, y)
 
-            return jax.tree.map(pick, result, robust(*args))
-
-        return jax.lax.cond(jnp.all(exact), lambda: result, mixed)
+        # Both ways by `pick`, so that under `jax.shard_map` both differ by device.
+        return jax.lax.cond(
+            jnp.all(exact),
+            lambda: jax.tree.map(pick, result, result),
+            lambda: jax.tree.map(pick, result, robust(*args)),
+        )
 
     @chosen.def_vmap
     def batched(size: int, in_batched: list, *args: Any) -> tuple[Any, Any]:
@@ -164,6 +166,12 @@ def _narrow(bits: jax.Array, k: jax.Array, place: _Place) -> _Place:
         place = state[0]
         return (place.high - place.low > 1) & ~place.found
 
-    place = place._replace(under=place.under.astype(real), over=place.over.astype(real))
-    start = place, jnp.asarray(False), jnp.asarray(0, jnp.int32)
+    # In loops under `jax.shard_map`, what starts constant has to say that it differs by device.
+    under = place.under.astype(real)
+    over = place.over.astype(real) + jnp.zeros_like(under)
+    start = (
+        place._replace(under=under, over=over),
+        jnp.full_like(place.found, False),
+        jnp.asarray(0, jnp.int32),
+    )
     return jax.lax.while_loop(goes_on, step, start)[0]

@@ -56,8 +56,23 @@ class _Parts(NamedTuple):
     spread: jax.Array
 
 
+class _How(NamedTuple):
+    """What `basis` is told: see there."""
+
+    rtol: float
+    singular: bool
+    axis: str | None
+    rank: int  # how many columns the basis has
+
+
 def basis(
-    x: jax.Array, rtol: float, *, singular: bool, dtype: Any = None
+    x: jax.Array,
+    rtol: float,
+    *,
+    singular: bool,
+    dtype: Any = None,
+    axis: str | None = None,
+    rows: int | None = None,
 ) -> tuple[Basis, jax.Array, jax.Array, jax.Array]:
     """An orthonormal basis ``u`` of the column space of ``x``.
 
@@ -71,20 +86,33 @@ def basis(
             is enough, come from a Cholesky factorization, which is much cheaper. Where singular
             vectors are not unique, their derivatives are those of one smooth choice.
         dtype: what to compute in; by default that of ``x``.
+        axis: a mapped axis (of `jax.shard_map`) that the rows of ``x`` are spread over, as are
+            then those of ``u``. What devices tell each other is sums of Gram matrices, no more.
+        rows: how many rows there are on all devices, where some only fill up, with zeros.
 
     Returns:
         ``u``; the coordinates ``uᵀ x: (p, R)`` with ``p = min(m, R)``; the numerical rank, int32;
         and the spread of the singular values, ``rms(s) · rms(1 / s)``, by which rounding errors
         grow on average when a matrix is written as a multiple of ``x``.
     """
-    parts = _basis(x.astype(dtype or x.dtype), rtol, singular)
-    tall = x.shape[0] >= x.shape[1]
-    return Basis(x if tall else None, parts.frame), *parts[1:]
+    if rows is None:
+        rows = x.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
+    how = _How(rtol, singular, axis, min(rows, x.shape[1]))
+    parts = _basis(x.astype(dtype or x.dtype), how)
+    return Basis(x if _is_tall(x, how) else None, parts.frame), *parts[1:]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _basis(x: jax.Array, rtol: float, singular: bool) -> _Parts:
-    tall = x.shape[0] >= x.shape[1]
+def _is_tall(x: jax.Array, how: _How) -> bool:
+    """Whether ``u`` is kept as a multiple of ``x``."""
+    return how.axis is not None or x.shape[0] >= x.shape[1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _basis(x: jax.Array, how: _How) -> _Parts:
+    if how.axis is not None:
+        return _spread_basis(x.T, how)
+    rtol, singular, *_ = how
+    tall = _is_tall(x, how)
     # Long rows in memory: on CPU, products of them are up to twice as fast as of long columns.
     rows = jax.lax.optimization_barrier(x.T if tall else x)
     robust = partial(_by_svd, tall=tall, rtol=rtol)
@@ -93,9 +121,14 @@ def _basis(x: jax.Array, rtol: float, singular: bool) -> _Parts:
     return fast_or_robust(partial(_by_eigh if singular else _by_cholesky, tall=tall), robust)(rows)
 
 
-def _by_cholesky(rows: jax.Array, tall: bool) -> tuple[_Parts, jax.Array]:
+def _gram(rows: jax.Array, axis: str | None = None) -> jax.Array:
+    gram = matmul(rows, rows.T)
+    return gram if axis is None else jax.lax.psum(gram, axis)
+
+
+def _by_cholesky(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
     """With a Gram matrix L Lᵀ, ``u = x L⁻ᵀ``; a wide matrix of full rank has ``u = 1``."""
-    lower = lapack.cholesky(matmul(rows, rows.T))
+    lower = lapack.cholesky(_gram(rows, axis))
     inverted = lapack.inverse_lower(lower)
     size = len(rows)
     product = jnp.linalg.norm(lower) * jnp.linalg.norm(inverted)
@@ -104,9 +137,9 @@ def _by_cholesky(rows: jax.Array, tall: bool) -> tuple[_Parts, jax.Array]:
     return _Parts(frame, coordinates, jnp.asarray(size, jnp.int32), product / size), exact
 
 
-def _by_eigh(rows: jax.Array, tall: bool) -> tuple[_Parts, jax.Array]:
+def _by_eigh(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
     """With a Gram matrix E S² Eᵀ: ``u = x E S⁻¹`` of a tall matrix, ``E`` of a wide one."""
-    squares, vectors = lapack.eigh(matmul(rows, rows.T))
+    squares, vectors = lapack.eigh(_gram(rows, axis))
     s = jnp.sqrt(jnp.abs(squares))
     exact = squares[-1] * GRAM_CONDITION**2 > squares[0]
     frame = vectors * inverse(s)[None, :] if tall else vectors
@@ -128,21 +161,59 @@ def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
     return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
 
 
+def _spread_basis(columns: jax.Array, how: _How) -> _Parts:
+    """Of the matrix whose columns are these rows, parts of which are on other devices."""
+    robust = partial(_by_grams, how=how)
+    if columns.dtype != jnp.float64 or how.rank < len(columns):
+        return robust(columns)
+    fast = partial(_by_eigh if how.singular else _by_cholesky, tall=True, axis=how.axis)
+    return fast_or_robust(fast, robust)(columns)
+
+
+def _by_grams(columns: jax.Array, how: _How) -> _Parts:
+    """The singular vectors, from a few Gram matrices: each of what the one before has left.
+
+    A Gram matrix loses directions below √eps of the largest. So these are scaled up by as much as
+    it can tell, and seen by the next one, as in iterated Cholesky QR (Fukaya et al., SIAM J. Sci.
+    Comput. 42, 2020).
+    """
+    size = len(columns)
+    eps = float(jnp.finfo(columns.dtype).eps)
+    frame = coordinates = jnp.eye(size, dtype=columns.dtype)
+    used = jnp.zeros(size, bool)
+    for step in range(2 if columns.dtype == jnp.float64 else 3):
+        gram = _gram(matmul(frame.T, columns), how.axis)
+        used = jnp.diagonal(gram) > 0 if step == 0 else used
+        squares, vectors = lapack.eigh(gram)
+        s = jnp.sqrt(jnp.maximum(squares, size * eps * squares[0]))
+        frame = matmul(frame, vectors) * inverse(s)[None, :]
+        coordinates = s[:, None] * matmul(vectors.T, coordinates)
+    left, s, right = (x[..., : how.rank] for x in lapack.svd(coordinates))
+    live = in_range(s, how.rtol)
+    s = jnp.where(live, s, 0)
+    frame = jnp.where(live[None, :], matmul(frame, left), 0)
+    # Zero columns have coordinates that are exactly zero.
+    coordinates = jnp.where(used[None, :], s[:, None] * right.T, 0)
+    return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
+
+
 def _spread(s: jax.Array) -> jax.Array:
     live = jnp.maximum(jnp.sum(s > 0), 1).astype(s.dtype)
     return jnp.sqrt(jnp.sum(s**2) * jnp.sum(inverse(s) ** 2)) / live
 
 
 @_basis.defjvp
-def _basis_jvp(rtol: float, singular: bool, primals: tuple, tangents: tuple) -> tuple:
+def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
     (x,), (dx,) = primals, tangents
-    parts = _basis(x, rtol, singular)
+    parts = _basis(x, how)
     frame, coordinates, size, spread = parts
-    tall = x.shape[0] >= x.shape[1]
+    tall = _is_tall(x, how)
     u = matmul(x, frame) if tall else frame
     d = matmul(u.T, dx)
+    if how.axis is not None:
+        d = jax.lax.psum(d, how.axis)
     # Any skew-symmetric uᵀ du keeps u orthonormal; only singular vectors ask for a certain one.
-    turn = _turn(d, coordinates, roundoff(x)) if singular else jnp.zeros_like(matmul(d, d.T))
+    turn = _turn(d, coordinates, roundoff(x)) if how.singular else jnp.zeros_like(matmul(d, d.T))
     if tall:
         dframe = matmul(frame, turn - matmul(d, frame))
     else:

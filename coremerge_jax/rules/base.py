@@ -86,17 +86,17 @@ def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add
         *per_task: further arrays with a leading axis T.
         combine: adds what one adapter gives to the total, which starts from zeros.
     """
+    return fold_rows(lambda row: fn(dense(row[0]), *row[1:]), (cores, *per_task), combine)
 
-    def of_one(row: tuple) -> Any:
-        return fn(dense(row[0]), *row[1:])
 
-    def step(total: Any, row: tuple) -> tuple[Any, None]:
-        return jax.tree.map(combine, total, of_one(row)), None
+def fold_rows(fn: Callable, rows: Any, combine: Callable = jnp.add) -> Any:
+    """The sum of ``fn`` over the rows of arrays, one after the other."""
 
-    rows = (cores, *per_task)
-    shapes = jax.eval_shape(of_one, jax.tree.map(lambda x: x[0], rows))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(step, zeros, rows)[0]
+    def step(total: Any, row: Any) -> tuple[Any, None]:
+        return jax.tree.map(combine, total, fn(row)), None
+
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], rows))
+    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, shapes), rows)[0]
 
 
 class Rule:

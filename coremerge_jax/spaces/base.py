@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import Basis, Factored, matmul
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules import Chain, Context, Rule, chain
@@ -75,6 +76,8 @@ class Projection:
         """
         rows, columns = jax.eval_shape(dense, self.factors).shape[1:]
         if self.spread is None or self.right is None or self.right.x is None or columns > rows:
+            return False
+        if columns < len(self.right.frame):  # the factors' rank, which is more than n
             return False
         return self.spread <= _SPREAD
 
@@ -169,6 +172,8 @@ class Space(Protocol):
         *,
         dtype: Any = None,
         elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Projection:
         """Brings the updates of one module into the merge space.
 
@@ -180,8 +185,27 @@ class Space(Protocol):
                 errors of the factors as they are given are dropped from the bases.
             elementwise: whether the rule looks at single entries; for other rules the space may
                 choose cheaper coordinates that give the same merged update.
+            axis: a mapped axis (of `jax.shard_map`) that the columns of A and the rows of B are
+                spread over, for modules too large for one device. So are those of what is lifted.
+            shape: ``(m, n)`` of the module, where some of these only fill up, with zeros.
+
+        Raises:
+            UnsupportedError: the space has matrices as large as the module, and there is an axis.
         """
         ...
+
+
+def refuse_axis(space: "Space", axis: str | None) -> None:
+    """Refuses modules that are spread over devices.
+
+    Raises:
+        UnsupportedError: there is an axis.
+    """
+    if axis is not None:
+        raise UnsupportedError(
+            f"{space!r} merges matrices with the rows or columns of the module, which cannot be "
+            "spread over devices; merge in core space, or spread modules alone"
+        )
 
 
 def split(a: jax.Array, b: jax.Array, ranks: tuple[int, ...]) -> LoRA:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -63,14 +64,18 @@ class Core:
         *,
         dtype: Any = None,
         elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Projection:
         """See `Space.project`; elementwise rules get singular vectors, others any basis."""
         dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
         rtol = self._rtol(lora_a, dtype)
         balanced = elementwise and self.gauge == "balanced"
         singular = elementwise and not balanced
-        left, b, p, _ = basis(lora_b, rtol, singular=singular, dtype=dtype)
-        right, a, q, spread = basis(lora_a.T, rtol, singular=singular, dtype=dtype)
+        find = partial(basis, rtol=rtol, singular=singular, dtype=dtype, axis=axis)
+        m, n = shape or (None, None)
+        left, b, p, _ = find(lora_b, rows=m)
+        right, a, q, spread = find(lora_a.T, rows=n)
         if balanced:
             a, b = _balanced(split(a.T, b, ranks), ranks)
             (turn, b, p, _), (turn_a, a, q, _) = (basis(x, rtol, singular=True) for x in (b, a))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax.lora import widest
-from coremerge_jax.spaces.base import Projection, split
+from coremerge_jax.spaces.base import Projection, refuse_axis, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,14 @@ class Full:
         *,
         dtype: Any = None,
         elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Projection:
         """See `Space.project`."""
         del elementwise
+        refuse_axis(self, axis)
         dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
         lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)
-        shape = jnp.asarray([lora_b.shape[0], lora_a.shape[1]], jnp.int32)
-        return Projection(factors=split(lora_a, lora_b, ranks), shape=shape)
+        m, n = shape or (lora_b.shape[0], lora_a.shape[1])
+        factors = split(lora_a, lora_b, ranks)
+        return Projection(factors=factors, shape=jnp.asarray([m, n], jnp.int32))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax.linalg import basis, inverse, matmul, polar, roundoff
-from coremerge_jax.spaces.base import Projection
+from coremerge_jax.spaces.base import Projection, refuse_axis
 from coremerge_jax.spaces.core import Core
 
 
@@ -39,9 +39,15 @@ class Knots:
         *,
         dtype: Any = None,
         elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Projection:
         """See `Space.project`; elementwise rules see all n columns, others those of core space."""
-        core = Core().project(lora_a, lora_b, ranks, dtype=dtype, elementwise=False)
+        if elementwise:
+            refuse_axis(self, axis)
+        core = Core().project(
+            lora_a, lora_b, ranks, dtype=dtype, elementwise=False, axis=axis, shape=shape
+        )
         assert core.left is not None
         assert core.right is not None
         tasks, p, q = core.cores.shape

@@ -56,10 +56,14 @@ class Tucker:
         *,
         dtype: Any = None,
         elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Projection:
         """See `Space.project`; elementwise rules see the singular vectors of the iteration."""
         del elementwise
-        core = Core().project(lora_a, lora_b, ranks, dtype=dtype, elementwise=False)
+        core = Core().project(
+            lora_a, lora_b, ranks, dtype=dtype, elementwise=False, axis=axis, shape=shape
+        )
         assert core.left is not None
         assert core.right is not None
         assert isinstance(core.factors, LoRA)

@@ -1,0 +1,185 @@
+"""Devices that share a merge: rows of a mesh take modules, its columns parts of m and n."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.lora import Array, LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A mesh of one or two axes, as a merge uses it.
+
+    The first axis takes modules, which never have to do with each other. Along the second, if
+    there is one, every module is spread: its A by columns, its B by rows.
+
+    Raises:
+        UnsupportedError: the mesh has more axes, or devices of some processes only.
+    """
+
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        if len(self.mesh.axis_names) > 2:
+            raise UnsupportedError(
+                f"mesh with axes {self.mesh.axis_names}: expected one, for modules, or a second, "
+                "for their rows and columns; make one of its devices: "
+                "jax.sharding.Mesh(mesh.devices.reshape(...), ('modules', 'features'))"
+            )
+        there = self.processes
+        if len(there) not in (1, jax.process_count()) or jax.process_index() not in there:
+            raise UnsupportedError(
+                f"mesh with devices of processes {sorted(there)}, in process "
+                f"{jax.process_index()} of {jax.process_count()}: expected devices of this "
+                "process, or of all"
+            )
+
+    @property
+    def devices(self) -> np.ndarray:
+        """``(rows, columns)``."""
+        return self.mesh.devices.reshape(len(self.mesh.devices), -1)
+
+    @property
+    def rows(self) -> int:
+        """How many modules are worked on at once."""
+        return self.devices.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """How many parts a module has."""
+        return self.devices.shape[1]
+
+    @property
+    def axis(self) -> str | None:
+        """The axis that modules are spread over, if they are."""
+        return self.mesh.axis_names[1] if self.columns > 1 else None
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The processes that have devices here, and how many."""
+        return dict(collections.Counter(d.process_index for d in self.mesh.devices.flat))
+
+    def local(self) -> "Grid":
+        """The rows of this process.
+
+        Raises:
+            UnsupportedError: a row has devices of other processes as well.
+        """
+        here = np.vectorize(lambda device: device.process_index == jax.process_index())
+        mine = here(self.devices)
+        if (mine.any(axis=1) != mine.all(axis=1)).any():
+            raise UnsupportedError(
+                "mesh whose second axis leads from one process to another: adapters on the host "
+                "or in files are read by the process that merges them; order the devices so that "
+                "each row has those of one process"
+            )
+        if mine.all():
+            return self
+        return Grid(Mesh(self.mesh.devices[mine.all(axis=1)], self.mesh.axis_names))
+
+    # --- Where factors are ---------------------------------------------------------------------
+
+    @property
+    def specs(self) -> tuple[P, P, P]:
+        """Of stacks of A ``(L, R, n)``, of B ``(L, m, R)``, and of one value per module."""
+        modules = self.mesh.axis_names[0]
+        return P(modules, None, self.axis), P(modules, self.axis, None), P(modules)
+
+    def filled_up(self, size: int) -> int:
+        """A number of rows or columns that all devices can have an equal part of."""
+        return -(-size // self.columns) * self.columns
+
+    def place(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Stacks spread over the devices, n and m filled up with zeros.
+
+        Arrays that are on these devices already go straight from each to where they belong.
+        """
+        a, b = self._fill_up(a, 2), self._fill_up(b, 1)
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a, b
+        if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+            return self._reshard(a, self.specs[0]), self._reshard(b, self.specs[1])
+        shardings = [NamedSharding(self.mesh, spec) for spec in self.specs[:2]]
+        return tuple(jax.device_put([a, b], shardings))
+
+    def _fill_up(self, x: Any, axis: int) -> Any:
+        missing = self.filled_up(x.shape[axis]) - x.shape[axis]
+        if not missing:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            shape = [n + missing * (i == axis) for i, n in enumerate(x.shape)]
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+        xp: Any = np if isinstance(x, np.ndarray) else jnp
+        return xp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def _reshard(self, x: Any, spec: P) -> Any:
+        """In a traced function, where JAX does not do so by itself."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+
+    def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
+        """``fn(shared, stacks)`` on each device, of its part of the stacks."""
+        stacks = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda x: self._reshard(x, spec), part),
+            specs,
+            stacks,
+            is_leaf=lambda x: isinstance(x, P),
+        )
+        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), specs), out_specs=out_specs)
+        return mapped(shared, stacks)
+
+
+def is_host(x: Any) -> bool:
+    """Whether a factor is on the host (or in a file), and not on a device or traced."""
+    return not isinstance(x, jax.Array)
+
+
+def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:
+    """The modules of stacks, each where factors of the same module are.
+
+    Args:
+        a: ``(L, r, n)``, or more columns.
+        b: ``(L, m, r)``, or more rows.
+        like: for each of the first modules, factors ``(…, n)`` and ``(m, …)``.
+    """
+    shapes = tuple(lora.shape for lora in like)
+    places = tuple((_without(lora.a, 0), _without(lora.b, 1)) for lora in like)
+    there = set(a.sharding.device_set)
+    if all(place.device_set == there for pair in places for place in pair):
+        return _split(shapes, tuple(zip(*places, strict=True)))(a, b)
+    rows = _split(shapes, None)(a, b)
+    return jax.device_put(rows, tuple(zip(*places, strict=True)))
+
+
+@functools.lru_cache
+def _split(shapes: tuple[tuple[int, int], ...], shardings: Any) -> Callable:
+    """A program that takes stacks apart, and cuts what only fills up."""
+
+    def split(a: jax.Array, b: jax.Array) -> tuple[tuple, tuple]:
+        return (
+            tuple(a[i, :, :n] for i, (_, n) in enumerate(shapes)),
+            tuple(b[i, :m] for i, (m, _) in enumerate(shapes)),
+        )
+
+    return jax.jit(split, out_shardings=shardings)
+
+
+def _without(factor: Any, axis: int) -> jax.sharding.Sharding:
+    """Where a factor is, for one of another rank, which the axis has."""
+    sharding = factor.sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [*sharding.spec, None, None][:2]
+    spec[axis] = None
+    return NamedSharding(sharding.mesh, P(*spec))
