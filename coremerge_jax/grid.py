@@ -124,9 +124,14 @@ class Grid:
 
     def _reshard(self, x: Any, spec: P) -> Any:
         """In a traced function, where JAX does not do so by itself."""
-        if AxisType.Explicit not in self.mesh.axis_types:
+        if not _is_explicit(self.mesh):
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+
+    def whole(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Stacks in a traced function, from which modules can be taken."""
+        spec_a, spec_b, _ = self.specs
+        return self._reshard(a, P(None, *spec_a[1:])), self._reshard(b, P(None, *spec_b[1:]))
 
     def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
         """``fn(shared, stacks)`` on each device, of its part of the stacks."""
@@ -154,16 +159,27 @@ def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, l
         like: for each of the first modules, factors ``(…, n)`` and ``(m, …)``.
     """
     shapes = tuple(lora.shape for lora in like)
-    places = tuple((_without(lora.a, 0), _without(lora.b, 1)) for lora in like)
-    there = set(a.sharding.device_set)
-    if all(place.device_set == there for pair in places for place in pair):
-        return _split(shapes, tuple(zip(*places, strict=True)))(a, b)
-    rows = _split(shapes, None)(a, b)
-    return jax.device_put(rows, tuple(zip(*places, strict=True)))
+    places = [(_without(lora.a, 0), _without(lora.b, 1)) for lora in like]
+    there = tuple(zip(*places, strict=True))
+    every = NamedSharding(a.sharding.mesh, P())  # type: ignore[attr-defined]
+    near = all(_is_near(place, every) for pair in places for place in pair)
+    out = there if near else ((every,) * len(like),) * 2
+    return jax.device_put(_split(shapes, out)(a, b), there)
+
+
+def _is_near(place: jax.sharding.Sharding, every: NamedSharding) -> bool:
+    """Whether a program on all devices of a mesh can have its results there."""
+    if _is_explicit(every.mesh):
+        return isinstance(place, NamedSharding) and place.mesh == every.mesh
+    return place.device_set == every.device_set
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types
 
 
 @functools.lru_cache
-def _split(shapes: tuple[tuple[int, int], ...], shardings: Any) -> Callable:
+def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
     """A program that takes stacks apart, and cuts what only fills up."""
 
     def split(a: jax.Array, b: jax.Array) -> tuple[tuple, tuple]:
@@ -172,7 +188,9 @@ def _split(shapes: tuple[tuple[int, int], ...], shardings: Any) -> Callable:
             tuple(b[i, :m] for i, (m, _) in enumerate(shapes)),
         )
 
-    return jax.jit(split, out_shardings=shardings)
+    if _is_explicit(out[0][0].mesh):
+        return jax.jit(jax.sharding.auto_axes(split, out_sharding=out))
+    return jax.jit(split, out_shardings=out)
 
 
 def _without(factor: Any, axis: int) -> jax.sharding.Sharding:

@@ -390,6 +390,8 @@ class _Job:
         """The modules of merged stacks, without what only fills up."""
         if self.grid is None:
             return list(a), list(b)
+        if self.traced:
+            a, b = self.grid.whole(a, b)
         if is_host(a) or self.traced:
             m, n = batch.shape
             return [x[:, :n] for x in a], [x[:m] for x in b]

@@ -188,10 +188,10 @@ def _by_grams(columns: jax.Array, how: _How) -> _Parts:
         s = jnp.sqrt(jnp.maximum(squares, size * eps * squares[0]))
         frame = matmul(frame, vectors) * inverse(s)[None, :]
         coordinates = s[:, None] * matmul(vectors.T, coordinates)
-    left, s, right = (x[..., : how.rank] for x in lapack.svd(coordinates))
+    _, s, right = (x[..., : how.rank] for x in lapack.svd(coordinates))
     live = in_range(s, how.rtol)
     s = jnp.where(live, s, 0)
-    frame = jnp.where(live[None, :], matmul(frame, left), 0)
+    frame = right * inverse(s)[None, :]
     # Zero columns have coordinates that are exactly zero.
     coordinates = jnp.where(used[None, :], s[:, None] * right.T, 0)
     return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
