@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.lora import Array, LoRA
+from coremerge_jax.lora import LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Grid:
         """The processes that have devices here, and how many."""
         return dict(collections.Counter(d.process_index for d in self.mesh.devices.flat))
 
+    @property
+    def is_default(self) -> bool:
+        """Whether this is the one device that JAX uses anyway."""
+        return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.devices.size == 1
+
     def local(self) -> "Grid":
         """The rows of this process.
 
@@ -83,8 +88,6 @@ class Grid:
                 "or in files are read by the process that merges them; order the devices so that "
                 "each row has those of one process"
             )
-        if mine.all():
-            return self
         return Grid(Mesh(self.mesh.devices[mine.all(axis=1)], self.mesh.axis_names))
 
     # --- Where factors are ---------------------------------------------------------------------

@@ -143,9 +143,7 @@ def merge_stream(
     merged_extras, config = merge_extras(present, extras)
     groups = group_modules(present)
     paths = [path for group in groups for path in group.paths]
-    grid = whole = None if mesh is None else Grid(mesh)
-    if whole and all(is_host(x) for x in _factors(present)):
-        grid = whole.local()
+    grid, processes = _devices(mesh, present)
     job = _Job(
         adapters=present,
         places=np.asarray(tasks, np.int32),
@@ -157,15 +155,25 @@ def merge_stream(
         precision=precision,
         grid=grid,
     )
-    shared = whole.processes if whole and whole is not grid else {}
     metadata = common_metadata(present, config)
-    return MergeStream(job, groups, max_memory, metadata, merged_extras, processes=shared)
+    return MergeStream(job, groups, max_memory, metadata, merged_extras, processes)
 
 
-def _factors(adapters: Sequence[Adapter]) -> list[Any]:
-    """Those of all modules; of adapters in files, what stands for them."""
-    modules = (x if type(x) is Adapter else x.outline for x in adapters)
-    return [x for adapter in modules for x in jax.tree.leaves(dict(adapter))]
+def _devices(
+    mesh: Mesh | None, adapters: Sequence[Adapter]
+) -> tuple[Grid | None, Mapping[int, int]]:
+    """The devices that this process merges with, and the processes that have shares.
+
+    What is on the host, or in files, each process can read for itself.
+    """
+    if mesh is None:
+        return None, {}
+    grid, processes = Grid(mesh), {}
+    in_memory = (dict(adapter) for adapter in adapters if type(adapter) is Adapter)
+    if all(map(is_host, jax.tree.leaves(list(in_memory)))) and len(grid.processes) > 1:
+        grid, processes = grid.local(), grid.processes
+    # On its one device, a process does better with batches side by side.
+    return None if grid.is_default else grid, processes
 
 
 class MergeStream:
@@ -204,8 +212,11 @@ class MergeStream:
     def memory(self) -> int:
         """Bytes that the parts on their way take together, at most."""
         return (self._workers + 1) * max(
-            one.held * batch.length + self._job.rows * one.work
-            for one, batch in zip(self.costs(), self._batches, strict=True)
+            (
+                one.held * batch.length + self._job.rows * one.work
+                for one, batch in zip(self.costs(), self._batches, strict=True)
+            ),
+            default=0,
         )
 
     def costs(self) -> list[Cost]:
@@ -230,6 +241,11 @@ class MergeStream:
         with failing_together():
             own = {path: lora for part in share for path, lora in part.items()}
         return self._adapter(gather(own, self.outline, owner))
+
+    @property
+    def own(self) -> "MergeStream":
+        """What this process does of it, if nothing has to be together."""
+        return self.share([[path] for path in self.outline])[0] if self.processes else self
 
     def share(self, together: Iterable[Sequence[str]]) -> "tuple[MergeStream, dict[str, int]]":
         """What this process does of a merge that several share, and who does what.

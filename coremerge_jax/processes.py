@@ -28,6 +28,8 @@ def exchange(value: Any = None) -> list[Any]:
     Raises:
         ProcessError: a process failed instead.
     """
+    if not jax.distributed.is_initialized():
+        return [value]
     name = _tell({"value": value})
     told = [json.loads(_wait_for(f"{name}/{i}")) for i in range(jax.process_count())]
     for i, message in enumerate(told):
@@ -44,8 +46,19 @@ def failing_together() -> Iterator[None]:
     except ProcessError:  # which they know
         raise
     except BaseException as error:
-        _tell({"error": str(error) or type(error).__name__})
+        if not jax.distributed.is_initialized():
+            raise
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        _tell({"error": "interrupted" if interrupted else str(error) or type(error).__name__})
         raise
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block that has worked in all processes where it ends without an exception."""
+    with failing_together():
+        yield
+    exchange()
 
 
 def _tell(message: Mapping[str, Any]) -> str:

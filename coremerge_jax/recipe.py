@@ -21,6 +21,8 @@ import yaml
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from coremerge_jax.lora import Adapter
     from coremerge_jax.merging import MergeStream
     from coremerge_jax.rules import Chain, Rule
@@ -304,7 +306,11 @@ class Recipe:
         return dataclasses.replace(self, rules=rules, space=format_space(parse_space(self.space)))
 
     def stream(
-        self, adapters: "Sequence[Adapter]", *, max_memory: int | None = None
+        self,
+        adapters: "Sequence[Adapter]",
+        *,
+        mesh: "Mesh | None" = None,
+        max_memory: int | None = None,
     ) -> "MergeStream":
         """The merge of opened adapters; what concerns writing is left to the writer.
 
@@ -325,6 +331,7 @@ class Recipe:
             precision=self.precision,
             extras=self.extras,
             allow_mismatch=self.allow_mismatch,
+            mesh=mesh,
             max_memory=max_memory,
         )
 

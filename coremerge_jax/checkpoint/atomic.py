@@ -7,7 +7,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from coremerge_jax.errors import FormatError
+from coremerge_jax.processes import exchange, failing_together
 
 
 def check_output(out: str | Path, *, markers: tuple[str, ...], force: bool = False) -> Path:
@@ -38,7 +41,7 @@ def check_output(out: str | Path, *, markers: tuple[str, ...], force: bool = Fal
 
 @contextlib.contextmanager
 def atomic_folder(
-    out: str | Path, *, markers: tuple[str, ...], force: bool = False
+    out: str | Path, *, markers: tuple[str, ...], force: bool = False, label: str | None = None
 ) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill, which then becomes `out` in one rename.
 
@@ -49,15 +52,19 @@ def atomic_folder(
         out: the folder to write.
         markers: files that together tell a folder of ours from any other folder.
         force: whether an existing folder with the markers may be replaced.
+        label: for the name of the temporary folder, which is unique by default. What a killed run
+            has left by this name is deleted.
 
     Raises:
         FormatError: the output exists and may not be replaced.
     """
     path = check_output(out, markers=markers, force=force)
-    unique = f".{path.name}.{uuid.uuid4().hex[:12]}"
-    new, old = path.with_name(unique + ".new"), path.with_name(unique + ".old")
+    name = f".{path.name}.{label or uuid.uuid4().hex[:12]}"
+    new, old = path.with_name(name + ".new"), path.with_name(name + ".old")
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
+        if label:
+            shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
         _sync(*new.rglob("*"), new)
@@ -79,6 +86,42 @@ def atomic_folder(
         if isinstance(error, OSError) and error.errno and _is_below(new, error.filename):
             error.filename = str(out)  # the user knows nothing of the temporary folder
         raise
+
+
+@contextlib.contextmanager
+def shared_folder(
+    out: str | Path, *, markers: tuple[str, ...], force: bool = False
+) -> Iterator[Path]:
+    """`atomic_folder` for all processes of a job: it appears when all of them have filled it.
+
+    Args:
+        out: see `atomic_folder`.
+        markers: see `atomic_folder`.
+        force: see `atomic_folder`.
+
+    Raises:
+        FormatError: the output exists and may not be replaced, or processes do not share its
+            file system.
+        ProcessError: another process has failed.
+    """
+    with contextlib.ExitStack() as stack:
+        with failing_together():
+            made = None
+            if jax.process_index() == 0:
+                folder = atomic_folder(out, markers=markers, force=force, label="shared")
+                made = str(stack.enter_context(folder))
+        new = Path(exchange(made)[0])
+        with failing_together():
+            if not new.is_dir():
+                raise FormatError(
+                    f"{out}: process {jax.process_index()} does not see the folder that process 0 "
+                    "has made there; choose an output on a file system that all processes share"
+                )
+            yield new
+        exchange()
+        with failing_together():
+            stack.close()
+        exchange()
 
 
 def _is_below(folder: Path, name: str | None) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from coremerge_jax.cli.console import (
     print_json,
     print_table,
 )
+from coremerge_jax.cli.devices import devices_option, join_job, make_mesh
 from coremerge_jax.cli.options import run_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import (
@@ -65,6 +66,32 @@ def merge(
             "speed; it does not grow with the number of modules.",
         ),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        devices_option(
+            metavar="ROWS[xCOLUMNS]",
+            help="How devices are arranged: rows share the modules; along its columns, each module "
+            "is spread. Default: all devices, one a row.",
+        ),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        devices_option(
+            "--distributed",
+            help="Share the work with other processes that run the same command, and see the same "
+            "files. Found on TPU, Slurm, Open MPI; else give JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
+        ),
+    ] = False,
+    patience: Annotated[
+        int,
+        devices_option(
+            metavar="SECONDS",
+            min=1,
+            help="With --distributed: how long a process may give no sign of life before all end. "
+            "Default: 60.",
+        ),
+    ] = 60,
     dry_run: Annotated[
         bool,
         run_option(
@@ -79,31 +106,47 @@ def merge(
     if output is None and not dry_run:
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     room = parse_size(max_memory) if max_memory else None
-    report = _report(recipe, output, room, force=force, dry_run=dry_run)
+    recipe.check()
+    if distributed:
+        join_job(patience)
+    report = _report(recipe, output, room, mesh, force=force, dry_run=dry_run)
+    if report is None:
+        return None
     if as_json:
         return print_json(report)
     return _show(report)
 
 
 def _report(
-    recipe: Recipe, output: Path | None, max_memory: int | None, *, force: bool, dry_run: bool
-) -> dict[str, Any]:
-    """Does the work and tells about it. What can fail early is checked first."""
-    from coremerge_jax.checkpoint import check_output, open_adapter
+    recipe: Recipe,
+    output: Path | None,
+    max_memory: int | None,
+    mesh: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+) -> dict[str, Any] | None:
+    """Does the work; one process tells about it. What can fail early is checked first."""
+    import jax
 
-    recipe.check()
-    if output is not None:
-        check_output(output, force=force, sources=recipe.adapters)
+    from coremerge_jax.checkpoint import check_output, open_adapter
+    from coremerge_jax.processes import agreed
+
     stage = Stages()
-    with stage("open"):
+    with stage("open"), agreed():
+        if output is not None:
+            check_output(output, force=force, sources=recipe.adapters)
         adapters = [open_adapter(source) for source in recipe.adapters]
+        devices = make_mesh(mesh)
         taken = taken_by_program()
         room = None if max_memory is None else room_for_batches(max_memory, taken)
-        stream = recipe.stream(adapters, max_memory=room)
+        stream = recipe.stream(adapters, mesh=devices, max_memory=room)
     if output is None or dry_run:
         report = _plan(recipe, adapters, stream, taken, stage)
     else:
         report = _write(recipe, adapters, stream, output, force, stage)
+    if jax.process_index() > 0:
+        return None
     return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
 
 
@@ -121,7 +164,7 @@ def _plan(
         signatures = _signatures(adapters, merged, ranks)
     with stage("measure the machine"):
         machine = Machine.measure(stream.workers)
-    costs, programs = stream.costs(), len(signatures)
+    costs, programs = stream.own.costs(), len(signatures)
     size = sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
     seconds = expected_seconds(costs, recipe.build_rule(), machine, stream.workers, programs)
     # Programs are traced here as for a merge, which then has to lower them: that takes as long.
@@ -138,7 +181,7 @@ def _plan(
                 "read": sum(one.read for one in costs),
                 "written": sum(one.written for one in costs),
             },
-            "memory": taken + stream.memory,
+            "memory": taken + stream.own.memory,
             "programs": programs,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         },
@@ -156,7 +199,7 @@ def _write(
     from coremerge_jax.checkpoint import open_peft, save_peft
 
     keep_compiled_programs()
-    with compile_seconds() as compiled, stage("merge", total=len(stream)) as advance:
+    with compile_seconds() as compiled, stage("merge", total=len(stream.own)) as advance:
         kept = save_peft(
             _Watched(stream, advance),
             output,
@@ -187,6 +230,14 @@ class _Watched:
     @property
     def outline(self) -> "Adapter":
         return self.stream.outline
+
+    @property
+    def processes(self) -> Mapping[int, int]:
+        return self.stream.processes
+
+    def share(self, together: Iterable[Sequence[str]]) -> "tuple[_Watched, dict[str, int]]":
+        share, owner = self.stream.share(together)
+        return dataclasses.replace(self, stream=share), owner
 
     def __iter__(self) -> "Iterator[Mapping[str, LoRA]]":
         for part in self.stream:

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 
 def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[dict[str, Any]]:
-    """The adapters of a recipe, with hashes of their files."""
-    from coremerge_jax.checkpoint import hash_source
+    """The adapters of a recipe, with hashes of their files: each process hashes some."""
+    import jax
 
+    from coremerge_jax.checkpoint import hash_source
+    from coremerge_jax.processes import exchange, failing_together
+
+    with failing_together():
+        own = range(jax.process_index(), len(adapters), jax.process_count())
+        hashes = [(t, hash_source(recipe.adapters[t])) for t in own]
+    found = dict(pair for pairs in exchange(hashes) for pair in pairs)
     return [
-        {"name": adapter.metadata.name, "path": source, "sha256": hash_source(source)}
-        for source, adapter in zip(recipe.adapters, adapters, strict=True)
+        {"name": adapter.metadata.name, "path": source, "sha256": found[t]}
+        for t, (source, adapter) in enumerate(zip(recipe.adapters, adapters, strict=True))
     ]
 
 

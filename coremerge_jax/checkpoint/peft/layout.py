@@ -92,10 +92,9 @@ class Layout:
     def _has_lora_bias(self) -> bool:
         return any(name.endswith(".lora_B.bias") for name in self._outline.extras)
 
-    def keys(self) -> list[str]:
-        """The names of all tensors."""
-        pairs = (pair for pairs in self._pairs.values() for pair in pairs)
-        return [*(key for pair in pairs for key in pair.names), *self.extras]
+    def keys(self, groups: Iterable[str]) -> list[str]:
+        """The names of the tensors of groups."""
+        return [key for group in groups for pair in self._pairs[group] for key in pair.names]
 
     def tensors(
         self, group: str, loras: Mapping[str, LoRA], rank: int

@@ -1,11 +1,14 @@
 """`Adapter`, or a stream of its modules, to PEFT adapter folder."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,14 +16,18 @@ from coremerge_jax.checkpoint import atomic
 from coremerge_jax.checkpoint.peft.card import PROVENANCE, model_card
 from coremerge_jax.checkpoint.peft.layout import Layout
 from coremerge_jax.checkpoint.peft.source import CONFIG, WEIGHTS, same_folder
-from coremerge_jax.checkpoint.tensor_file import TensorWriter
+from coremerge_jax.checkpoint.tensor_file import TensorReader, TensorWriter
 from coremerge_jax.errors import FormatError, MismatchError
 from coremerge_jax.lora import Adapter, Array, LoRA
+from coremerge_jax.processes import exchange
 from coremerge_jax.recipe import DTYPES
 
 
 class Stream(Protocol):
     """An adapter whose modules come in parts, each module once, in any order.
+
+    One that several processes share has, as a `MergeStream`, a ``share`` for each of them, and says
+    which they are in ``processes``.
 
     Attributes:
         outline: the adapter with shapes in place of its factors.
@@ -68,6 +75,9 @@ def save_peft(
     that wait for the others of their group (the experts of a parameter, an attention and its
     output projection).
 
+    Of a merge that several processes share, each writes what it merges, into a folder that all of
+    them see; the first one puts it together.
+
     Args:
         adapter: what to write: an adapter, in memory or in a file, or a stream of its modules.
         out: the folder to write.
@@ -84,36 +94,93 @@ def save_peft(
     Raises:
         FormatError: the output may not be replaced, or a value does not fit into `dtype`.
         MismatchError: the modules of a stream are not those of its outline.
+        ProcessError: another process has failed.
     """
     card = dict(card or {})
     sources = [source["path"] for source in card.get("sources", ()) if source.get("path")]
     check_output(out, force=force, sources=sources)
     if dtype not in DTYPES:
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    outline = adapter.outline
-    layout = Layout(outline)
-    parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    layout, factors = Layout(adapter.outline), jnp.dtype(dtype)
+    cut = partial(_cut, rank=rank, energy=energy)
+    shared = bool(getattr(adapter, "processes", ()))
+    open_folder = atomic.shared_folder if shared else atomic.atomic_folder
+    with open_folder(out, markers=(CONFIG,), force=force) as folder:
+        if shared:
+            ranks, kept = _write_share(adapter, layout, factors, folder, cut)
+        else:
+            ranks, kept = _write_all(adapter, layout, factors, folder, cut)
+        if not shared or jax.process_index() == 0:
+            content = {"modules": len(layout.group), "rank": max(ranks.values()), "dtype": dtype}
+            base_model = adapter.outline.metadata.base_model
+            readme, provenance = model_card(base_model, {**content, **card})
+            config = layout.config(ranks)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (folder / "README.md").write_text(readme, encoding="utf-8")
+            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+    return {path: kept[path] for path in adapter.outline} if kept else None
+
+
+# The rank of each group, and the energy that each module has kept.
+Written = tuple[dict[str, int], dict[str, float]]
+
+
+def _write_all(
+    adapter: Adapter | Stream, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
+) -> Written:
     kept: dict[str, float] = {}
-    with atomic.atomic_folder(out, markers=(CONFIG,), force=force) as folder:
-        with TensorWriter(folder / WEIGHTS, layout.keys(), {"format": "pt"}) as file:
-            writer = _Writer(layout, file, jnp.dtype(dtype))
-            writer.write_extras(wide=True)
-            for part in _cut(parts, rank, energy, kept):
-                writer.write(part)
-                del part  # before the next one is made
-            writer.check_complete()
-            writer.write_extras(wide=False)
-        content = {"modules": len(outline), "rank": max(writer.ranks.values()), "dtype": dtype}
-        readme, provenance = model_card(outline.metadata.base_model, {**content, **card})
-        config = layout.config(writer.ranks)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "README.md").write_text(readme, encoding="utf-8")
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-    return {path: kept[path] for path in outline} if kept else None
+    parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    with _weights(folder / WEIGHTS, layout, dtype) as file:
+        ranks = _write_groups(file, layout, layout.groups, cut(parts, kept=kept), dtype)
+    return ranks, kept
+
+
+def _write_share(
+    stream: Any, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
+) -> Written:
+    """What this process merges into a file of its own, and all files into one."""
+    kept: dict[str, float] = {}
+    index = jax.process_index()
+    share, owner = stream.share(layout.groups.values())
+    own = [group for group, paths in layout.groups.items() if owner[paths[0]] == index]
+    files = [folder / f"{i}.safetensors" for i in range(jax.process_count())]
+    with TensorWriter(files[index], layout.keys(own)) as file:
+        ranks = _write_groups(file, layout, own, cut(share, kept=kept), dtype)
+    for other_ranks, other_kept in exchange([ranks, kept]):
+        ranks, kept = ranks | other_ranks, kept | other_kept
+    if index == 0:
+        with _weights(folder / WEIGHTS, layout, dtype) as file:
+            for part in files:
+                _copy(part, file)
+                part.unlink()
+    return ranks, kept
+
+
+def _copy(part: Path, file: TensorWriter) -> None:
+    reader = TensorReader(part)
+    for key in reader.tensors:
+        with reader.opened() as tensor:
+            file.write(key, tensor(key))
+
+
+@contextlib.contextmanager
+def _weights(file: Path, layout: Layout, dtype: np.dtype) -> Iterator[TensorWriter]:
+    """The file of an adapter, for its factors: wider extras come before them, others behind."""
+    widths = {key: _written_as(value, dtype).itemsize for key, value in layout.extras.items()}
+    ordered = sorted(widths, key=lambda key: -widths[key])
+    names = [*layout.keys(layout.groups), *ordered]
+    with TensorWriter(file, names, {"format": "pt"}) as tensors:
+        for wide in (True, False):
+            for key in ordered:
+                if (widths[key] > dtype.itemsize) == wide:
+                    _write(tensors, key, np.asarray(layout.extras[key]), dtype)
+            if wide:
+                yield tensors
 
 
 def _cut(
     parts: Iterable[Mapping[str, LoRA]],
+    *,
     rank: int | None,
     energy: float | None,
     kept: dict[str, float],
@@ -131,65 +198,55 @@ def _cut(
     return map(cut, filter(None, parts))
 
 
-class _Writer:
-    """Writes tensors of an adapter as they come.
+def _write_groups(
+    file: TensorWriter,
+    layout: Layout,
+    groups: Iterable[str],
+    parts: Iterable[Mapping[str, LoRA]],
+    dtype: np.dtype,
+) -> dict[str, int]:
+    """Writes the modules of some groups as they come; gives the groups' ranks."""
+    missing = {path for group in groups for path in layout.groups[group]}
+    waiting: dict[str, dict[str, LoRA]] = {}
+    ranks: dict[str, int] = {}
 
-    Attributes:
-        ranks: of the groups that are written.
-    """
-
-    def __init__(self, layout: Layout, file: TensorWriter, dtype: np.dtype) -> None:
-        self._layout, self._file, self._dtype = layout, file, dtype
-        self._missing = set(layout.group)
-        self._waiting: dict[str, dict[str, LoRA]] = {}
-        self.ranks: dict[str, int] = {}
-
-    def write(self, part: Mapping[str, LoRA]) -> None:
-        """Writes the groups that are complete with this part, and keeps the other modules."""
+    def write_complete(part: Mapping[str, LoRA]) -> None:
         for path, lora in part.items():
-            if path not in self._missing:
+            if path not in missing:
                 raise MismatchError(
                     f"module {path!r} came twice, or is not in the stream's outline"
                 )
-            self._missing.remove(path)
-            group = self._layout.group[path]
-            waiting = self._waiting.setdefault(group, {})
-            waiting[path] = lora
-            if len(waiting) == len(self._layout.groups[group]):
-                self._write_group(group, self._waiting.pop(group))
-        for waiting in self._waiting.values():
-            for path in waiting.keys() & part.keys():  # a view would keep the whole part
-                lora = waiting[path]
-                waiting[path] = dataclasses.replace(lora, a=np.array(lora.a), b=np.array(lora.b))
+            missing.remove(path)
+            group = layout.group[path]
+            loras = waiting.setdefault(group, {})
+            loras[path] = lora
+            if len(loras) == len(layout.groups[group]):
+                ranks[group] = max(1, *(lora.rank for lora in loras.values()))
+                for key, value in layout.tensors(group, waiting.pop(group), ranks[group]):
+                    _write(file, key, value, dtype)
 
-    def check_complete(self) -> None:
-        """Raises the error that modules are missing."""
-        if self._missing:
-            raise MismatchError(
-                f"the stream ended without {len(self._missing)} modules of its outline "
-                f"(first: {min(self._missing)!r})"
-            )
+    for part in parts:
+        write_complete(part)
+        for loras in waiting.values():
+            for path in loras.keys() & part.keys():  # a view would keep the whole part
+                lora = loras[path]
+                loras[path] = dataclasses.replace(lora, a=np.array(lora.a), b=np.array(lora.b))
+        del part  # before the next one is made
+    if missing:
+        raise MismatchError(
+            f"the stream ended without {len(missing)} modules of its outline "
+            f"(first: {min(missing)!r})"
+        )
+    return ranks
 
-    def write_extras(self, *, wide: bool) -> None:
-        """Writes the extras wider than the factors, or the others: the file is in this order."""
-        extras = self._layout.extras
-        widths = {key: self._dtype_of(value).itemsize for key, value in extras.items()}
-        for key in sorted(widths, key=lambda key: -widths[key]):
-            if (widths[key] > self._dtype.itemsize) == wide:
-                self._write(key, np.asarray(extras[key]))
 
-    def _write_group(self, group: str, loras: Mapping[str, LoRA]) -> None:
-        rank = max(1, *(lora.rank for lora in loras.values()))
-        self.ranks[group] = rank
-        for key, value in self._layout.tensors(group, loras, rank):
-            self._write(key, value)
+def _write(file: TensorWriter, key: str, value: np.ndarray, dtype: np.dtype) -> None:
+    file.write(key, _cast(key, value, _written_as(value, dtype)))
 
-    def _write(self, key: str, value: np.ndarray) -> None:
-        self._file.write(key, _cast(key, value, self._dtype_of(value)))
 
-    def _dtype_of(self, value: Array) -> np.dtype:
-        """What a tensor is written as."""
-        return value.dtype if _is_whole(value.dtype) else self._dtype
+def _written_as(value: Array, dtype: np.dtype) -> np.dtype:
+    """What a tensor is written as."""
+    return value.dtype if _is_whole(value.dtype) else dtype
 
 
 def _cast(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:

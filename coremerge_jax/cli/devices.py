@@ -1,0 +1,79 @@
+"""The devices of a command: those of this process, or of all processes of a job."""
+
+import os
+import re
+from functools import partial
+from typing import TYPE_CHECKING
+
+import typer
+
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+devices_option = partial(typer.Option, show_default=False, rich_help_panel="Devices")
+
+# Beside the coordinator's address, which JAX reads itself.
+_ENVIRONMENT = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+
+
+def join_job(patience: int) -> None:
+    """Makes this process one of a job; JAX finds the others on TPU, Slurm, Open MPI, Kubernetes.
+
+    Args:
+        patience: seconds after which a process that gives no sign of life is taken for dead.
+
+    Raises:
+        RecipeError: the others are not found.
+    """
+    import jax
+
+    given: dict[str, int] = {}
+    for name, variable in _ENVIRONMENT.items():
+        value = os.environ.get(variable, "")
+        if value and not value.isdecimal():
+            raise RecipeError(f"{variable} must be a whole number, got {value!r}")
+        given |= {name: int(value)} if value else {}
+    # Else JAX takes SIGTERM for a note that there is time to save something.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **given,  # type: ignore[arg-type]
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=patience,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise RecipeError(
+            f"no distributed job ({' '.join(str(error).split())}); give JAX_COORDINATOR_ADDRESS "
+            "(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment, "
+            "or start on TPU or by Slurm, which tell them"
+        ) from error
+
+
+def make_mesh(shape: str | None) -> "Mesh | None":
+    """All devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
+
+    Returns:
+        The mesh; None where there is one device.
+
+    Raises:
+        RecipeError: there are not as many devices.
+    """
+    import jax
+    import numpy as np
+
+    devices = np.asarray(jax.devices())
+    sizes = [len(devices)]
+    if shape is not None:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape):
+            raise RecipeError(f"mesh must be like 8 or 4x2, got {shape!r}")
+        sizes = [int(size) for size in shape.split("x")]
+    if np.prod(sizes) != len(devices):
+        raise RecipeError(
+            f"mesh {shape} has {np.prod(sizes)} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind})"
+        )
+    names = ("modules", "features")[: len(sizes)]
+    return jax.sharding.Mesh(devices.reshape(sizes), names) if len(devices) > 1 else None
