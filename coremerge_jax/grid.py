@@ -131,10 +131,25 @@ class Grid:
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
 
-    def whole(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Stacks in a traced function, from which modules can be taken."""
-        spec_a, spec_b, _ = self.specs
-        return self._reshard(a, P(None, *spec_a[1:])), self._reshard(b, P(None, *spec_b[1:]))
+    def take_apart(
+        self, a: jax.Array, b: jax.Array, shape: tuple[int, int]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The modules of stacks in a traced function, without what only fills up."""
+        m, n = shape
+        return (
+            [x[:, :n] for x in self._whole(a, 2, n)],
+            [x[:m] for x in self._whole(b, 1, m)],
+        )
+
+    def _whole(self, x: jax.Array, axis: int, size: int) -> jax.Array:
+        """Not spread over modules; nor over features, where their number is cut."""
+        cut = x.shape[axis] != size
+        if not (cut or _is_explicit(self.mesh)):
+            return x
+        spec = P(*[None if cut or i != axis else self.axis for i in range(3)])
+        if _is_explicit(self.mesh):
+            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
         """``fn(shared, stacks)`` on each device, of its part of the stacks."""

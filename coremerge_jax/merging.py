@@ -407,8 +407,8 @@ class _Job:
         if self.grid is None:
             return list(a), list(b)
         if self.traced:
-            a, b = self.grid.whole(a, b)
-        if is_host(a) or self.traced:
+            return self.grid.take_apart(a, b, batch.shape)
+        if is_host(a):
             m, n = batch.shape
             return [x[:, :n] for x in a], [x[:m] for x in b]
         pairs = zip(batch.paths, batch.tasks, strict=True)

@@ -37,6 +37,8 @@ def join_job(patience: int) -> None:
         given |= {name: int(value)} if value else {}
     # Else JAX takes SIGTERM for a note that there is time to save something.
     jax.config.update("jax_enable_preemption_service", False)
+    # Devices of several processes never compute together here, and Gloo would write to stdout.
+    jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(
             **given,  # type: ignore[arg-type]
