@@ -4,27 +4,29 @@ import functools
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax import __version__
-from coremerge_jax.checkpoint.atomic import atomic_folder
+from coremerge_jax.checkpoint.atomic import atomic_folder, shared_folder
 from coremerge_jax.checkpoint.orbax_tree import (
     MARKER,
     OrbaxTree,
     is_array,
+    is_spread,
     open_tree,
     write_tree,
 )
 from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.errors import FormatError
-from coremerge_jax.lora import Adapter, AdapterFile, LoRA, Metadata
+from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.names import find_names, outline_tree
 from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, to_tree
 
@@ -132,6 +134,9 @@ def save_orbax(
 ) -> None:
     """Writes an adapter as an orbax checkpoint: all of it, or nothing.
 
+    Where there are several processes, all of them have to call this, as with orbax itself; each
+    writes what it has of arrays that are spread over them.
+
     Rank and alpha are saved as ``custom_metadata["lora"]``. What restores ``to`` or ``like`` has to
     be told this rank, the largest of the adapter's, and an alpha as large.
 
@@ -179,9 +184,11 @@ def save_orbax(
     if force:
         _check_replaceable(Path(out))
     item = item or "state"
-    with atomic_folder(out, markers=(MARKER,), force=force) as folder:
+    open_folder = shared_folder if jax.process_count() > 1 else atomic_folder
+    with open_folder(out, markers=(MARKER,), force=force) as folder:
         write_tree(folder, tree, item=item, custom=custom)
-        shutil.copy(folder / MARKER, folder / item)  # MaxText restores, and looks, in this folder
+        if jax.process_index() == 0:  # MaxText restores, and looks, in this folder
+            shutil.copy(folder / MARKER, folder / item)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -217,9 +224,9 @@ def _told(source: OrbaxTree) -> dict[str, float | int]:
 def stacked(adapter: Adapter) -> dict[str, Any]:
     """An adapter as nested dicts, in the layout of flax nnx; layers of one shape are stacked."""
     stacks: dict[str, dict[int, LoRA]] = {}
-    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    leaves: dict[tuple[str, ...], Array] = {}
 
-    def put(path: str, a: np.ndarray, b: np.ndarray) -> None:
+    def put(path: str, a: Array, b: Array) -> None:
         parts = tuple(path.split("."))
         leaves[*parts, "lora_a"], leaves[*parts, "lora_b"] = a, b
 
@@ -233,12 +240,17 @@ def stacked(adapter: Adapter) -> dict[str, Any]:
         whole = set(layers) == set(range(len(layers)))
         if whole and len({(lora.shape, lora.rank) for lora in layers.values()}) == 1:
             pairs = [_transposed(layers[i]) for i in range(len(layers))]
-            put(path.replace(".{}", ""), *map(np.stack, zip(*pairs, strict=True)))
+            put(path.replace(".{}", ""), *map(_stack, zip(*pairs, strict=True)))
         else:
             for i, lora in layers.items():
                 put(path.format(i), *_transposed(lora))
     return flax.traverse_util.unflatten_dict(leaves)
 
 
-def _transposed(lora: LoRA) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(lora.a).T, np.asarray(lora.b).T
+def _transposed(lora: LoRA) -> tuple[Array, Array]:
+    a, b = (x if is_spread(x) else np.asarray(x) for x in (lora.a, lora.b))
+    return a.T, b.T
+
+
+def _stack(layers: Sequence[Array]) -> Array:
+    return jnp.stack(layers) if any(map(is_spread, layers)) else np.stack(layers)

@@ -3,6 +3,7 @@
 It is imported late, as that takes time which those who merge PEFT folders need not wait.
 """
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coremerge_jax.errors import FormatError
+from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.trees import flatten, key_of
 
 MARKER = "_CHECKPOINT_METADATA"
@@ -37,7 +38,8 @@ class OrbaxTree:
 
         self.folder, self.item = folder, item
         try:
-            found = ocp.metadata(folder, item)
+            with alone():
+                found = ocp.metadata(folder, item)
         except Exception as error:
             raise FormatError(
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
@@ -74,7 +76,8 @@ class OrbaxTree:
 
         wanted = jax.tree_util.tree_map_with_path(want, self.tree)
         try:
-            return ocp.load(self.folder, wanted, checkpointable_name=self.item)
+            with alone():
+                return ocp.load(self.folder, wanted, checkpointable_name=self.item)
         except Exception as error:
             raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
 
@@ -103,7 +106,7 @@ def open_tree(source: str | Path, *, item: str | None = None, step: int | None =
 def write_tree(
     folder: Path, tree: Any, *, custom: Mapping[str, Any], item: str | None = None
 ) -> None:
-    """Writes a checkpoint into an empty folder.
+    """Writes a checkpoint into an empty folder; of several processes, each what it has.
 
     Args:
         folder: which is there.
@@ -122,12 +125,47 @@ def write_tree(
             return x  # as a JAX array, it would lose bits
         return jax.device_put(x, host) if is_array(x) else x
 
-    arrays = jax.tree.map(put, tree)
+    arrays = jax.tree.map(_spread if jax.process_count() > 1 else put, tree)
     named = {} if item is None else {"checkpointable_name": item}
     ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
-    for path in (folder / "new").iterdir():
-        path.rename(folder / path.name)
-    (folder / "new").rmdir()
+    if jax.process_index() == 0:
+        for path in (folder / "new").iterdir():
+            path.rename(folder / path.name)
+        (folder / "new").rmdir()
+
+
+def _spread(x: Any) -> Any:
+    """What all processes have, cut among them as far as it can be; arrays of all stay as they are.
+
+    Raises:
+        UnsupportedError: JAX cannot have the array's dtype.
+    """
+    if not is_array(x) or is_spread(x):
+        return x
+    host = np.asarray(x)
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        raise UnsupportedError(
+            f"{host.dtype} arrays are written by several processes with x64 only"
+        )
+    devices = np.asarray(jax.devices())
+    fitting = [axis for axis, size in enumerate(host.shape) if size % len(devices) == 0]
+    names = ["all" if axis in fitting[:1] else None for axis in range(host.ndim)]
+    spec = jax.sharding.PartitionSpec(*names)
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "all"), spec)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def alone() -> Any:
+    """A scope in which orbax waits for no other process: each reads what it needs."""
+    from orbax.checkpoint import v1 as ocp
+
+    if not jax.distributed.is_initialized():
+        return contextlib.nullcontext()
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"coremerge-{here}"
+    )
+    return ocp.Context(multiprocessing_options=options)
 
 
 def _host() -> jax.sharding.Sharding:
@@ -141,6 +179,11 @@ def _host() -> jax.sharding.Sharding:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array, or stands for one."""
     return getattr(leaf, "shape", None) is not None
+
+
+def is_spread(x: Any) -> bool:
+    """Whether an array is on devices of several processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def is_orbax(source: str | Path) -> bool:
