@@ -168,6 +168,11 @@ def is_host(x: Any) -> bool:
     return not isinstance(x, jax.Array)
 
 
+def is_spread(x: Any) -> bool:
+    """Whether an array is on devices of several processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
 def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:
     """The modules of stacks, each where factors of the same module are.
 

@@ -219,6 +219,11 @@ class MergeStream:
             default=0,
         )
 
+    @property
+    def spread(self) -> bool:
+        """Whether the merged factors are on devices of several processes."""
+        return self._job.grid is not None and len(self._job.grid.processes) > 1
+
     def costs(self) -> list[Cost]:
         """The cost of each part, in the order of the parts."""
         return [cost(batch, self._job.rule, self._job.space) for batch in self._batches]

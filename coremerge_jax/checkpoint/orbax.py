@@ -19,13 +19,13 @@ from coremerge_jax.checkpoint.orbax_tree import (
     MARKER,
     OrbaxTree,
     is_array,
-    is_spread,
     open_tree,
     write_tree,
 )
 from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.errors import FormatError
+from coremerge_jax.grid import is_spread
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.names import find_names, outline_tree
 from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, to_tree

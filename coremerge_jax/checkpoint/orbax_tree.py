@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.grid import is_spread
 from coremerge_jax.trees import flatten, key_of
 
 MARKER = "_CHECKPOINT_METADATA"
@@ -145,7 +146,7 @@ def _spread(x: Any) -> Any:
     host = np.asarray(x)
     if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
         raise UnsupportedError(
-            f"{host.dtype} arrays are written by several processes with x64 only"
+            f"several processes can write {host.dtype} arrays in JAX's x64 mode only; enable it"
         )
     devices = np.asarray(jax.devices())
     fitting = [axis for axis, size in enumerate(host.shape) if size % len(devices) == 0]
@@ -179,11 +180,6 @@ def _host() -> jax.sharding.Sharding:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array, or stands for one."""
     return getattr(leaf, "shape", None) is not None
-
-
-def is_spread(x: Any) -> bool:
-    """Whether an array is on devices of several processes."""
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def is_orbax(source: str | Path) -> bool:

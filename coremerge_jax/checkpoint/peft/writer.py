@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from coremerge_jax.checkpoint import atomic
 from coremerge_jax.checkpoint.peft.card import PROVENANCE, model_card
@@ -18,6 +19,7 @@ from coremerge_jax.checkpoint.peft.layout import Layout
 from coremerge_jax.checkpoint.peft.source import CONFIG, WEIGHTS, same_folder
 from coremerge_jax.checkpoint.tensor_file import TensorReader, TensorWriter
 from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.grid import is_spread
 from coremerge_jax.lora import Adapter, Array, LoRA
 from coremerge_jax.processes import exchange
 from coremerge_jax.recipe import DTYPES
@@ -27,7 +29,7 @@ class Stream(Protocol):
     """An adapter whose modules come in parts, each module once, in any order.
 
     One that several processes share has, as a `MergeStream`, a ``share`` for each of them, and says
-    which they are in ``processes``.
+    which they are in ``processes``; or it says that its factors are ``spread`` over their devices.
 
     Attributes:
         outline: the adapter with shapes in place of its factors.
@@ -103,14 +105,12 @@ def save_peft(
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     layout, factors = Layout(adapter.outline), jnp.dtype(dtype)
     cut = partial(_cut, rank=rank, energy=energy)
-    shared = bool(getattr(adapter, "processes", ()))
-    open_folder = atomic.shared_folder if shared else atomic.atomic_folder
+    shared, spread = bool(getattr(adapter, "processes", ())), _is_spread(adapter)
+    write = _write_share if shared else _write_spread if spread else _write_all
+    open_folder = atomic.shared_folder if shared or spread else atomic.atomic_folder
     with open_folder(out, markers=(CONFIG,), force=force) as folder:
-        if shared:
-            ranks, kept = _write_share(adapter, layout, factors, folder, cut)
-        else:
-            ranks, kept = _write_all(adapter, layout, factors, folder, cut)
-        if not shared or jax.process_index() == 0:
+        ranks, kept = write(adapter, layout, factors, folder, cut)
+        if not (shared or spread) or jax.process_index() == 0:
             content = {"modules": len(layout.group), "rank": max(ranks.values()), "dtype": dtype}
             base_model = adapter.outline.metadata.base_model
             readme, provenance = model_card(base_model, {**content, **card})
@@ -125,8 +125,25 @@ def save_peft(
 Written = tuple[dict[str, int], dict[str, float]]
 
 
+def _is_spread(adapter: Any) -> bool:
+    if isinstance(adapter, Adapter):
+        return any(map(is_spread, jax.tree.leaves(dict(adapter))))
+    return getattr(adapter, "spread", False)
+
+
+def _write_spread(adapter: Any, layout: Layout, *how: Any) -> Written:
+    """What is on devices of all processes comes to each, and one writes it."""
+    parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in parts)
+    if jax.process_index() == 0:
+        return exchange(_write_all(near, layout, *how))[0]
+    for _ in near:
+        pass
+    return exchange()[0]
+
+
 def _write_all(
-    adapter: Adapter | Stream, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
+    adapter: Any, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
 ) -> Written:
     kept: dict[str, float] = {}
     parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
