@@ -1,30 +1,36 @@
-"""Sharded models and checkpoints, on eight simulated devices: see `eight_devices.py`."""
+"""Eight simulated devices: see `eight_devices_merge.py` and `eight_devices_models.py`."""
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import assert_same, random_adapters
+from many_devices import environment, pytest_command
 
 import coremerge_jax as cm
 
-HERE = Path(__file__).parent
+
+def run(file, tmp_path, **more):
+    done = subprocess.run(
+        pytest_command(file, tmp_path / "temp"),
+        env=environment(8, **more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_eight_devices(tmp_path):
+@pytest.mark.timeout(600)
+def test_merging(tmp_path):
+    run("eight_devices_merge.py", tmp_path)
+
+
+def test_models_and_checkpoints(tmp_path):
     shapes = {f"layers.{i}.x": (32, 16) for i in range(4)}
     adapter = random_adapters(shapes, [2], dtype="float32")[0]
     cm.save_orbax(adapter, tmp_path / "one")
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "COREMERGE_TEST_FOLDER": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["--basetemp", str(tmp_path / "temp"), str(HERE / "eight_devices.py")]
-    done = subprocess.run(
-        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("eight_devices_models.py", tmp_path, COREMERGE_TEST_FOLDER=str(tmp_path))
 
     # What eight devices wrote, on one.
     assert_same(cm.open_orbax(tmp_path / "eight"), adapter, 1e-7)

@@ -1,0 +1,257 @@
+"""Merges on eight devices are those on one. `test_eight_devices.py` runs this with eight."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import KEY, assert_same, dense, distance, random_adapters
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from many_devices import CASES, RANKS, SHAPES, mesh, put
+
+import coremerge_jax as cm
+from coremerge_jax import merging
+from coremerge_jax.linalg import basis
+from coremerge_jax.rules import Equivariance, chain
+
+HEAD = {"head": (7, 10)}  # R > m
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    r"|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+
+
+MESHES = {"8": mesh(8), "4x2": mesh(4, 2)}
+every_mesh = pytest.mark.parametrize("there", MESHES.values(), ids=MESHES)
+
+
+@pytest.fixture
+def adapters():
+    return random_adapters(SHAPES, RANKS, dtype="float32")
+
+
+@pytest.fixture
+def small():
+    return random_adapters(HEAD, RANKS, dtype="float32")
+
+
+def mesh_of(adapters):
+    return jax.tree.leaves(adapters)[0].sharding.mesh
+
+
+def collectives(adapters, rule, there):
+    """What devices tell each other in the compiled program of each stack: kinds and shapes."""
+    stream = cm.merge_stream(adapters, rule, mesh=there, key=KEY)
+    job, found = stream._job, []
+    for batch in stream._batches:
+        given = batch.stack(job.adapters)
+        with job.prepared(batch, *given) as (arrays, settings):
+            program = merging._merge_stack.lower(job.rule, arrays, job.key, settings=settings)
+            found += COLLECTIVE.findall(program.compile().as_text())
+    return found
+
+
+@every_mesh
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_one_device(adapters, name, there):
+    expected = cm.merge(adapters, CASES[name], key=KEY)
+    merged = cm.merge(adapters, CASES[name], key=KEY, mesh=there)
+    assert_same(merged, expected, 1e-6)
+    for path, lora in merged.items():
+        assert isinstance(lora.a, np.ndarray)
+        assert lora.shape == SHAPES[path]
+        assert lora.rank == expected[path].rank
+
+
+@pytest.mark.parametrize("name", ["mean", "ties", "tsv"])
+@every_mesh
+def test_more_ranks_than_rows(small, name, there):
+    expected = cm.merge(small, CASES[name])["head"]
+    lora = cm.merge(small, CASES[name], mesh=there)["head"]
+    assert distance(dense(lora), dense(expected)) < 1e-6
+    assert lora.rank == 7
+
+
+@every_mesh
+def test_masks_are_the_same(adapters, there):
+    rule = cm.dare(drop=0.5)
+    one, many = (cm.merge(adapters[:1], rule, key=KEY, mesh=m) for m in (None, there))
+    for path, lora in adapters[0].items():
+        u, v = (np.linalg.svd(x)[0][:, :2] for x in (lora.b, lora.a.T))
+        cores = [u.T @ dense(x[path]) @ v for x in (one, many)]
+        kept = [np.abs(core) > 1e-3 * np.abs(cores[0]).max() for core in cores]
+        np.testing.assert_array_equal(*kept)
+        assert 0 < np.mean(kept[0]) <= 1
+
+
+@pytest.mark.parametrize("space", [cm.tucker(rank=4), cm.core(gauge="balanced"), cm.knots()])
+@every_mesh
+def test_spaces(adapters, there, space):
+    rule = cm.tsv() if isinstance(space, cm.knots) else cm.ties()
+    expected = cm.merge(adapters, rule, space=space)
+    assert_same(cm.merge(adapters, rule, space=space, mesh=there), expected, 1e-6)
+
+
+@pytest.mark.parametrize("space", [cm.full(), cm.knots()])
+def test_spaces_as_large_as_a_module(adapters, space):
+    expected = cm.merge(adapters, cm.ties(), space=space)
+    assert_same(cm.merge(adapters, cm.ties(), space=space, mesh=mesh(8)), expected, 1e-6)
+    with pytest.raises(cm.UnsupportedError, match="merge in core space, or spread modules alone"):
+        cm.merge(adapters, cm.ties(), space=space, mesh=mesh(4, 2))
+
+
+def test_module_parallel_programs_tell_each_other_nothing(adapters):
+    for rule in (cm.chain(cm.tsv(), cm.isotropize()), cm.chain(cm.dare(), cm.ties())):
+        assert collectives(adapters, rule, mesh(8)) == []
+        assert collectives(put(adapters, mesh(8)), rule, mesh(8)) == []
+
+
+@pytest.mark.parametrize("rule", [cm.chain(cm.tsv(), cm.isotropize()), cm.ties(), cm.mean()])
+def test_spread_modules_tell_each_other_their_gram_matrices(rule):
+    adapters = random_adapters({"q": (75, 90)}, RANKS, dtype="float32")
+    found = collectives(adapters, rule, mesh(4, 2))
+    assert {kind for _, kind in found} <= {"all-reduce"}
+    sizes = {size for shape, _ in found for size in re.findall(r"f64\[([\d,]+)\]", shape)}
+    grams = set() if rule.equivariance == Equivariance.LINEAR else {"9,9"}
+    assert sizes == grams
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@every_mesh
+def test_factors_that_are_sharded_come_back_so(adapters, there, mode):
+    expected = cm.merge(adapters, cm.tsv())
+    sharded = put(adapters, mesh(*there.devices.shape, mode=mode))
+    merged = cm.merge(sharded, cm.tsv(), mesh=mesh_of(sharded))
+    assert_same(merged, expected, 1e-6)
+    for path, lora in merged.items():
+        for x, like in ((lora.a, sharded[0][path].a), (lora.b, sharded[0][path].b)):
+            assert x.sharding.is_equivalent_to(like.sharding, 2)
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@every_mesh
+def test_inside_jit(adapters, there, mode):
+    sharded = put(adapters, mesh(*there.devices.shape, mode=mode))
+    same = mesh_of(sharded)
+    merge = jax.jit(lambda adapters: cm.merge(adapters, cm.tsv(), mesh=same))
+    expected = cm.merge(adapters, cm.tsv())
+    assert_same(merge(sharded), expected, 1e-5)
+    with jax.set_mesh(same):
+        assert_same(merge(sharded), expected, 1e-5)
+
+
+def test_stacks_go_from_each_device_to_where_they_belong(adapters):
+    """All devices exchange parts; none, and not all of them, gets everything."""
+    del adapters
+    sharded = put(random_adapters({f"q.{i}": (24, 64) for i in range(8)}, RANKS), mesh(8))
+    a, _ = merging.group_modules(sharded)[0].stack(sharded)
+    assert a.sharding.spec[2] == "modules"
+    to = NamedSharding(mesh(8), P("modules"))
+    text = jax.jit(lambda x: x, out_shardings=to).lower(a).compile().as_text()
+    assert [kind for _, kind in COLLECTIVE.findall(text)] == ["all-to-all"]
+
+
+def test_arrays_of_one_device_come_back_there(adapters):
+    on_one = jax.device_put(adapters, jax.devices()[3])
+    merged = cm.merge(on_one, cm.tsv(), mesh=mesh(4, 2))
+    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-6)
+    assert {x.device for x in jax.tree.leaves(merged)} == {jax.devices()[3]}
+
+
+@every_mesh
+def test_batches_change_nothing(adapters, there):
+    whole = cm.merge(adapters, cm.tsv(), mesh=there)
+    with pytest.raises(MemoryError) as error:
+        cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=1)
+    least = float(re.search(r"needs (\d+) MiB", str(error.value))[1]) + 1
+    room = int(there.devices.shape[0] * least * 2**20)
+    stream = cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=room)
+    assert len(stream) >= len(set(SHAPES.values()))
+    assert_same(stream.collect(), whole, 1e-12)
+    assert stream.outline.keys() == whole.keys()
+
+
+def test_meshes_that_are_refused(adapters):
+    three = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(cm.UnsupportedError, match=r"'a', 'b', 'c'.*expected one, for modules"):
+        cm.merge(adapters, cm.tsv(), mesh=three)
+
+
+# --- The pure functions, in a user's own shard_map ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ties", "svc", "tsv"])
+def test_functions_under_shard_map(name):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((8, 9, 70)), rng.standard_normal((8, 66, 9))
+    rule = chain(CASES[name])
+    elementwise = rule.equivariance == Equivariance.ELEMENTWISE
+
+    def merge(a, b):
+        projected = cm.core().project(a, b, RANKS, elementwise=elementwise)
+        return projected.merge(rule, key=KEY).dense()
+
+    many = jax.shard_map(
+        jax.vmap(merge), mesh=mesh(8), in_specs=(P("modules"), P("modules")), out_specs=P("modules")
+    )
+    with jax.enable_x64(True):
+        assert distance(jax.jit(many)(a, b), jax.vmap(merge)(a, b)) < 1e-12
+
+
+def spread_merge(rule, axis=None):
+    def merge(a, b):
+        lora = cm.core().project(a, b, RANKS, elementwise=False, axis=axis).merge(rule)
+        return lora.a, lora.b
+
+    specs = P(None, "features"), P("features", None)
+    return jax.shard_map(merge, mesh=mesh(1, 8), in_specs=specs, out_specs=specs) if axis else merge
+
+
+def test_a_gradient_through_spread_modules():
+    rng = np.random.default_rng(0)
+    a, b, w = (rng.standard_normal(shape) for shape in ((9, 72), (64, 9), (64, 72)))
+
+    def loss(factors, axis):
+        new_a, new_b = spread_merge(cm.isotropize(), axis)(*factors)
+        return jnp.sum((new_b @ new_a) * w)
+
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        one, many = (gradient((a, b), axis) for axis in (None, "features"))
+    for x, y in zip(one, many, strict=True):
+        assert distance(np.asarray(y), np.asarray(x)) < 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-14)])
+def test_bases_of_spread_matrices(dtype, tolerance):
+    """As exact as the matrix allows, whatever its condition; copies of columns count once."""
+    rtol = 10 * float(np.finfo(dtype).eps)
+
+    def find(x):
+        found, coordinates, rank, _ = basis(x, rtol, singular=True, axis="features")
+        return found.columns(), coordinates, rank
+
+    specs = P("features"), P(), P()
+    with jax.enable_x64(dtype == "float64"):
+        spread = jax.jit(
+            jax.shard_map(find, mesh=mesh(1, 8), in_specs=P("features"), out_specs=specs)
+        )
+        for condition in (1, 1e3, 1e6, 1e9):
+            x = ill_conditioned(condition).astype(dtype)
+            columns, coordinates, rank = map(np.asarray, spread(x))
+            s = np.linalg.svd(x.astype(np.float64))[1]
+            assert rank == np.sum(s > rtol * s[0])
+            assert distance(columns.astype(np.float64) @ coordinates, x) < 10 * tolerance
+            gram = columns[:, :rank].T.astype(np.float64) @ columns[:, :rank]
+            assert np.abs(gram - np.eye(rank)).max() < tolerance * s[0] / s[rank - 1]
+            assert not coordinates[rank:].any()
+            assert not coordinates[:, -1].any()
+
+
+def ill_conditioned(condition):
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.standard_normal((40, 6)), full_matrices=False)
+    x = u * np.geomspace(1, 1 / condition, 6) @ v
+    return np.concatenate([x, x[:, :2], np.zeros((40, 1))], axis=1)
