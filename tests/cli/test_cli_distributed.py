@@ -8,7 +8,6 @@ import time
 
 import pytest
 from many_devices import start_job
-from safetensors.numpy import load_file
 
 # The process in PAUSED stops when it has made its folder, and before it has written anything.
 CODE = """
@@ -47,13 +46,8 @@ def test_as_one_process_does(coremerge, adapters, tmp_path):
     report = json.loads(told[0][0])
     assert report["output"] == str(tmp_path / "two")
     assert told[1][0] == ""
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(abs(one[key] - two[key]).max() < 1e-6 for key in one)
-    records = [
-        json.loads((tmp_path / name / "coremerge.json").read_text()) for name in ("one", "two")
-    ]
-    assert records[0] == records[1]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "coremerge.json", "README.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
