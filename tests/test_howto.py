@@ -129,6 +129,23 @@ def test_search(folder, capsys):
     assert all(jax.numpy.isfinite(found["gradient"]))
 
 
+def test_distributed(folder, capsys):
+    """Lines for several processes run too, without the others; options that it names are there."""
+    page = "distributed.md"
+    lines = re.findall(r"coremerge merge adapters[^\n&#]*", "".join(blocks(page, "sh")))
+    for line in {line.replace("--distributed", "").strip() for line in lines}:
+        assert run(line) == 0, (line, capsys.readouterr().err)
+    assert run("coremerge merge --help") == 0
+    text = (HOWTO / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`(--[a-z-]+)[ `]", text))
+    known = capsys.readouterr().out
+    assert {"--distributed", "--mesh", "--patience"} <= named
+    assert all(option in known for option in named)
+    found = run_python(page)
+    assert (folder / "merged-too" / "adapter_model.safetensors").is_file()
+    assert set(cm.open_orbax("checkpoint").outline) == set(found["opened"][0])
+
+
 def test_links_lead_to_files():
     for page in HOWTO.glob("*.md"):
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
