@@ -41,22 +41,21 @@ PARTS = ("measured", "model")
 
 MEASURED_NOTES = """\
 **Measured.** {title}, {layers} layers, {modules} modules, NumPy arrays in memory before and after;
-medians after a first run. The devices are simulated on {cores} cores: more of them than cores
-cannot help (*at best*), and what is seen is what sharing costs, not how fast accelerators are.
-*times one device*: modules per second over those of a mesh of one device. A mesh (rows, columns)
-has modules spread over its rows, and the rows and columns of each module over its columns. *none*:
-no mesh, but as many threads as there are cores. XLA's own threads within an operation are off, so
-that a device is about a thread; with a mesh of one axis, two batches are on their way at once,
-which keeps more than one core busy even with one device."""
+medians after a first run. A process with N simulated devices has as many cores, as far as there
+are as many ({cores}), one thread of BLAS, and none of XLA within an operation. More devices than
+cores cannot help (*at best*): what is seen is what sharing costs, not how fast accelerators are.
+*times one*: modules per second over those of one device on one core. A mesh (rows, columns) has
+modules spread over its rows, and the rows and columns of each module over its columns. *none*: no
+mesh, but a thread for each core."""
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each number of devices, mesh and rule."""
     rows = [row for devices in options.devices for row in _in_process(devices, options)]
-    one = {row["rule"]: row["rate"] for row in rows if row["mesh"] == [1]}
+    one = {row["rule"]: row["rate"] for row in rows if row["devices"] == 1}
     for row in rows:
         row["over_one"] = row["rate"] / one[row["rule"]] if one else None
-        row["at_best"] = min(row["devices"], machine.cores()) if row["mesh"] else machine.cores()
+        row["at_best"] = min(row["devices"], machine.cores())
     return rows
 
 
@@ -72,7 +71,7 @@ def _in_process(devices: int, options: argparse.Namespace) -> list[dict[str, Any
         "OPENBLAS_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, __file__, "--child", "--layers", str(options.layers)]
+    command = [sys.executable, __file__, "--child", str(devices), "--layers", str(options.layers)]
     command += ["--repeat", str(options.repeat), *["--tiny"] * options.tiny]
     command += ["--rules", *options.rules]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
@@ -81,9 +80,10 @@ def _in_process(devices: int, options: argparse.Namespace) -> list[dict[str, Any
 
 
 def time_meshes(shape: Shape, rules: Sequence[str], repeat: int) -> list[dict[str, Any]]:
-    """Merges on all devices of this process, as one axis and as two; and without a mesh."""
+    """Merges without a mesh, and on all devices of this process, as one axis and as two."""
     devices, adapters = jax.device_count(), shape.adapters()
-    meshes: list[tuple[int, ...]] = [(), (1,)] if devices == 1 else [(devices,), (devices // 2, 2)]
+    meshes: list[tuple[int, ...]] = [()] if devices <= machine.cores() else []
+    meshes += [(devices,), (devices // 2, 2)] if devices > 1 else []
     runners = {
         (rule, size): Runner(
             rule, partial(cm.merge, adapters, RULES[rule], mesh=_mesh(size) if size else None)
@@ -112,7 +112,7 @@ def _row(rule: str, size: tuple[int, ...], modules: int, runner: Runner) -> dict
 
 def measured_sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
     """The table."""
-    header = ["rule", "mesh", "devices", "seconds", "modules/s", "times one device", "at best"]
+    header = ["rule", "mesh", "devices", "seconds", "modules/s", "times one", "at best"]
     return Sheet(
         header,
         [
@@ -421,7 +421,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
     parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if any(n > 1 and n % 2 for n in options.devices):
         parser.error("an odd number of devices")
@@ -435,6 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     shape = SHAPE.tiny() if options.tiny else dataclasses.replace(SHAPE, layers=options.layers)
     if options.child:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.child])
         print(json.dumps(time_meshes(shape, options.rules, options.repeat)))
         return 0
     parts = (options.only,) if options.only else PARTS

@@ -168,6 +168,21 @@ def is_host(x: Any) -> bool:
     return not isinstance(x, jax.Array)
 
 
+def refuse_explicit(factors: Sequence[Any]) -> None:
+    """Refuses factors that JAX keeps sharded as their type says, without a mesh.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for x in factors:
+        spec = () if is_host(x) else jax.typeof(x).sharding.spec
+        if any(spec):
+            raise UnsupportedError(
+                f"factors are sharded as {spec} over a mesh with explicit axes: say with mesh= "
+                "which devices shall merge them"
+            )
+
+
 def is_spread(x: Any) -> bool:
     """Whether an array is on devices of several processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable

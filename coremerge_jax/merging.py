@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from coremerge_jax.cost import Cost, batch_size, cost, fitting_workers
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
-from coremerge_jax.grid import Grid, is_host, rows_like
+from coremerge_jax.grid import Grid, is_host, refuse_explicit, rows_like
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
 from coremerge_jax.precision import computing
@@ -166,11 +166,14 @@ def _devices(
 
     What is on the host, or in files, each process can read for itself.
     """
+    factors = jax.tree.leaves([dict(x) for x in adapters if type(x) is Adapter])
     if mesh is None:
+        refuse_explicit(factors)
         return None, {}
     grid, processes = Grid(mesh), {}
-    in_memory = (dict(adapter) for adapter in adapters if type(adapter) is Adapter)
-    if all(map(is_host, jax.tree.leaves(list(in_memory)))) and len(grid.processes) > 1:
+    if not all(map(is_host, factors)):
+        return grid, {}
+    if len(grid.processes) > 1:
         grid, processes = grid.local(), grid.processes
     # On its one device, a process does better with batches side by side.
     return None if grid.is_default else grid, processes

@@ -179,6 +179,16 @@ def test_meshes_that_are_refused(adapters):
         cm.merge(adapters, cm.tsv(), mesh=three)
 
 
+def test_explicitly_sharded_factors_need_a_mesh(adapters):
+    sharded = put(random_adapters({"q": (16, 24)}, RANKS), mesh(8, mode=AxisType.Explicit))
+    for merge in (cm.merge, jax.jit(cm.merge, static_argnums=1)):
+        with pytest.raises(cm.UnsupportedError, match="say with mesh= which devices"):
+            merge(sharded, cm.mean())
+    alone = jax.make_mesh((1,), ("modules",), axis_types=(AxisType.Explicit,))
+    merged = cm.merge(put(adapters, alone), cm.tsv(), mesh=alone)
+    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-6)
+
+
 # --- The pure functions, in a user's own shard_map ---------------------------------------------
 
 

@@ -58,13 +58,13 @@ def atomic_folder(
     Raises:
         FormatError: the output exists and may not be replaced.
     """
-    path = check_output(out, markers=markers, force=force)
+    path = Path(os.path.realpath(out))
     name = f".{path.name}.{label or uuid.uuid4().hex[:12]}"
     new, old = path.with_name(name + ".new"), path.with_name(name + ".old")
+    _tidy(new, old, path)
+    check_output(out, markers=markers, force=force)
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        if label:
-            shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
         _sync(*new.rglob("*"), new)
@@ -86,6 +86,14 @@ def atomic_folder(
         if isinstance(error, OSError) and error.errno and _is_below(new, error.filename):
             error.filename = str(out)  # the user knows nothing of the temporary folder
         raise
+
+
+def _tidy(new: Path, old: Path, path: Path) -> None:
+    """Deletes what a killed run has left, but for what it had moved aside and not replaced."""
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,21 @@ def test_missing_parents_are_made_and_on_failure_removed(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_what_a_killed_run_has_left_is_tidied_up(tmp_path):
+    new, aside = tmp_path / ".out.shared.new", tmp_path / ".out.shared.old"
+    write(new, "half")
+    write(tmp_path / "out", label="shared", force=True)
+    assert tree(tmp_path) == NEW
+    # Killed between the two renames: what was there is in no other place.
+    (tmp_path / "out").rename(aside)
+    with pytest.raises(FormatError, match="already exists"):
+        write(tmp_path / "out", label="shared")
+    assert tree(tmp_path) == NEW
+    write(aside, "old")
+    write(tmp_path / "out", label="shared", force=True)
+    assert tree(tmp_path) == NEW
+
+
 def test_an_existing_output_is_replaced_only_by_force(tmp_path, old):
     with pytest.raises(FormatError, match="already exists"):
         write(tmp_path / "out")
