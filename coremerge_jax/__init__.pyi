@@ -12,7 +12,7 @@ from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, Uns
 from .folding import fold_tree
 from .layouts import Axes, Layout
 from .lora import Adapter, Kind, LoRA, Metadata
-from .merging import MergeStream, merge, merge_stream
+from .merging import merge, merge_stream
 from .models import from_nnx, update_nnx
 from .projected import Projected, project
 from .rules import (
@@ -34,6 +34,7 @@ from .rules import (
     tsv,
 )
 from .spaces import core, full, knots, tucker
+from .streaming import MergeStream
 from .trees import TreeFormat, from_tree, to_tree
 from .truncation import truncate
 

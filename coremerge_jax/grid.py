@@ -98,10 +98,6 @@ class Grid:
         modules = self.mesh.axis_names[0]
         return P(modules, None, self.axis), P(modules, self.axis, None), P(modules)
 
-    def filled_up(self, size: int) -> int:
-        """A number of rows or columns that all devices can have an equal part of."""
-        return -(-size // self.columns) * self.columns
-
     def place(self, a: Any, b: Any) -> tuple[Any, Any]:
         """Stacks spread over the devices, n and m filled up with zeros.
 
@@ -116,7 +112,7 @@ class Grid:
         return tuple(jax.device_put([a, b], shardings))
 
     def _fill_up(self, x: Any, axis: int) -> Any:
-        missing = self.filled_up(x.shape[axis]) - x.shape[axis]
+        missing = -x.shape[axis] % self.columns
         if not missing:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):

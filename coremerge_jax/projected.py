@@ -15,14 +15,13 @@ from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 from coremerge_jax.merging import (
-    Settings,
     check_rule,
     common_metadata,
     module_scales,
     present_adapters,
-    project_module,
 )
 from coremerge_jax.precision import computing
+from coremerge_jax.program import Settings, project_module
 from coremerge_jax.rules import Chain, Ties, as_rule, chain
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.stack import Group, group_modules, over_modules

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from coremerge_jax.lora import Adapter
-    from coremerge_jax.merging import MergeStream
     from coremerge_jax.rules import Chain, Rule
     from coremerge_jax.search.methods import Method
     from coremerge_jax.spaces import Space
+    from coremerge_jax.streaming import MergeStream
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "float64")

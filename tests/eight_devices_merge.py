@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from many_devices import CASES, RANKS, SHAPES, mesh, put
 
 import coremerge_jax as cm
-from coremerge_jax import merging
 from coremerge_jax.linalg import basis
+from coremerge_jax.program import merge_stack
 from coremerge_jax.rules import Equivariance, chain
+from coremerge_jax.stack import group_modules
 
 HEAD = {"head": (7, 10)}  # R > m
 COLLECTIVE = re.compile(
@@ -48,7 +49,7 @@ def collectives(adapters, rule, there):
     for batch in stream._batches:
         given = batch.stack(job.adapters)
         with job.prepared(batch, *given) as (arrays, settings):
-            program = merging._merge_stack.lower(job.rule, arrays, job.key, settings=settings)
+            program = merge_stack.lower(job.rule, arrays, job.key, settings=settings)
             found += COLLECTIVE.findall(program.compile().as_text())
     return found
 
@@ -146,7 +147,7 @@ def test_stacks_go_from_each_device_to_where_they_belong(adapters):
     """All devices exchange parts; none, and not all of them, gets everything."""
     del adapters
     sharded = put(random_adapters({f"q.{i}": (24, 64) for i in range(8)}, RANKS), mesh(8))
-    a, _ = merging.group_modules(sharded)[0].stack(sharded)
+    a, _ = group_modules(sharded)[0].stack(sharded)
     assert a.sharding.spec[2] == "modules"
     to = NamedSharding(mesh(8), P("modules"))
     text = jax.jit(lambda x: x, out_shardings=to).lower(a).compile().as_text()

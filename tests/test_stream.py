@@ -9,8 +9,9 @@ from helpers import assert_same, dense, random_adapters
 from threadpoolctl import ThreadpoolController
 
 import coremerge_jax as cm
-from coremerge_jax import merging
+from coremerge_jax import streaming
 from coremerge_jax.cost import cost
+from coremerge_jax.program import merge_stack
 from coremerge_jax.stack import group_modules
 
 MODULES = {f"l.{i}.q": (8, 6) for i in range(5)} | {"o": (6, 9), "p": (9, 6)}
@@ -54,7 +55,7 @@ def test_batches_change_nothing(adapters, name):
 def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
     whole = cm.merge(adapters, rule)
-    monkeypatch.setattr(merging, "_workers", lambda _: 4)
+    monkeypatch.setattr(streaming, "_workers", lambda _: 4)
     least = needed(adapters, rule)
     for workers in (1, 2, 3, 4):
         limit = least * (workers + 1) // 5
@@ -127,7 +128,7 @@ def test_memory_is_not_underestimated(rule, space, shape):
     (group,) = group_modules(adapters)
     stream = cm.merge_stream(adapters, rule, space=space, key=KEY)
     with stream._job.prepared(group, *group.stack(adapters)) as (arrays, settings):
-        lowered = merging._merge_stack.lower(stream._job.rule, arrays, KEY, settings)
+        lowered = merge_stack.lower(stream._job.rule, arrays, KEY, settings)
         used = lowered.compile().memory_analysis()
     (expected,) = stream.costs()
     assert used.temp_size_in_bytes <= expected.work

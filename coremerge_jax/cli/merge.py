@@ -32,7 +32,7 @@ from coremerge_jax.recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter, LoRA
-    from coremerge_jax.merging import MergeStream
+    from coremerge_jax.streaming import MergeStream
 
 EPILOG = """[bold]Examples[/]
 

@@ -27,9 +27,9 @@ from coremerge_jax.recipe import (
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
-    from coremerge_jax.merging import MergeStream
     from coremerge_jax.search import Record, Sweep
     from coremerge_jax.search.sweeping import Search
+    from coremerge_jax.streaming import MergeStream
 
 LOG, CSV, PLOT, BEST = "sweep.jsonl", "sweep.csv", "sweep.svg", "best"
 

@@ -1,0 +1,390 @@
+"""Merges part by part: batches of modules are read, merged and given out, a few at a time."""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.cost import Cost, batch_size, cost, fitting_workers
+from coremerge_jax.grid import Grid, is_host, rows_like
+from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
+from coremerge_jax.precision import computing
+from coremerge_jax.processes import failing_together, gather, owners, total
+from coremerge_jax.processors import processors
+from coremerge_jax.program import BITS, Inputs, Settings, count_stack, merge_stack
+from coremerge_jax.rules import Chain, Ties, TiesAbove
+from coremerge_jax.spaces import Space
+from coremerge_jax.stack import Group, Scratch
+
+
+class MergeStream:
+    """A merge that happens while it is iterated over: see `merge_stream`.
+
+    Attributes:
+        processes: those that share the merge, and how many devices each has; empty if it is not
+            shared, or if this is the share of one.
+    """
+
+    def __init__(
+        self,
+        job: "Job",
+        groups: list[Group],
+        max_memory: int | None,
+        metadata: Metadata,
+        extras: Mapping[str, Array],
+        processes: Mapping[int, int],
+        shared: bool = False,
+    ) -> None:
+        self._job, self._groups, self._max_memory = job, groups, max_memory
+        self._metadata, self._extras, self._shared = metadata, extras, shared
+        self._workers, self._batches = _batches(job, groups, max_memory)
+        self.processes = processes
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return len(self._batches)
+
+    @property
+    def workers(self) -> int:
+        """How many parts are worked on at once."""
+        return self._workers
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the parts on their way take together, at most."""
+        return (self._workers + 1) * max(
+            (
+                one.held * batch.length + self._job.rows * one.work
+                for one, batch in zip(self.costs(), self._batches, strict=True)
+            ),
+            default=0,
+        )
+
+    @property
+    def spread(self) -> bool:
+        """Whether the merged factors are on devices of several processes."""
+        return self._job.grid is not None and len(self._job.grid.processes) > 1
+
+    def costs(self) -> list[Cost]:
+        """The cost of each part, in the order of the parts."""
+        return [cost(batch, self._job.rule, self._job.space) for batch in self._batches]
+
+    def __iter__(self) -> Iterator[dict[str, LoRA]]:
+        """The merged modules, some at a time; each exactly once."""
+        job = self._job
+        if any(isinstance(part, Ties) and part.scope == "model" for part in job.rule.rules):
+            over_all = total if self._shared else lambda *counts: counts
+            rule = _with_thresholds(job, self._batches, self._workers, over_all)
+            job = dataclasses.replace(job, rule=rule)
+        for batch, (a, b) in _each(job.merge, self._batches, self._workers):
+            yield job.modules(batch, *job.apart(batch, a, b))
+
+    def collect(self) -> Adapter:
+        """All of it, in memory."""
+        if not self.processes:
+            return self._adapter({path: lora for part in self for path, lora in part.items()})
+        share, owner = self.share([[path] for path in self.outline])
+        with failing_together():
+            own = {path: lora for part in share for path, lora in part.items()}
+        return self._adapter(gather(own, self.outline, owner))
+
+    @property
+    def own(self) -> "MergeStream":
+        """What this process does of it, if nothing has to be together."""
+        return self.share([[path] for path in self.outline])[0] if self.processes else self
+
+    def share(self, together: Iterable[Sequence[str]]) -> "tuple[MergeStream, dict[str, int]]":
+        """What this process does of a merge that several share, and who does what.
+
+        Args:
+            together: the paths of all modules, in lists of those that one process has to do.
+
+        Returns:
+            A stream of some modules; and by path, the process that has it.
+        """
+        costs: dict[str, float] = {}
+        for group in self._groups:
+            one = cost(group, self._job.rule, self._job.space)
+            each = one.products + one.core + one.read + one.written
+            costs |= dict.fromkeys(group.paths, each / one.modules)
+        # In the order of batches, so that a process has few kinds of modules to compile for.
+        order = {path: i for i, path in enumerate(costs)}
+        units = sorted(together, key=lambda unit: order[unit[0]])
+        processes = sorted(self.processes)
+        rows = [self.processes[process] for process in processes]
+        found = owners([sum(costs[path] for path in unit) for unit in units], rows)
+        owner = {path: processes[i] for unit, i in zip(units, found, strict=True) for path in unit}
+        own = [
+            group.only(lambda path: owner[path] == jax.process_index()) for group in self._groups
+        ]
+        groups = [group for group in own if group.paths]
+        share = MergeStream(
+            self._job, groups, self._max_memory, self._metadata, self._extras, {}, shared=True
+        )
+        return share, owner
+
+    @functools.cached_property
+    def outline(self) -> Adapter:
+        """The merged adapter, with shapes and dtypes in place of its factors."""
+        modules: dict[str, LoRA] = {}
+        for batch in self._batches:
+            a, b = (
+                [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * batch.length
+                for x in self._job.shapes(batch)
+            )
+            modules |= self._job.modules(batch, a, b)
+        return self._adapter(modules)
+
+    def _adapter(self, modules: Mapping[str, LoRA]) -> Adapter:
+        order = dict.fromkeys(path for adapter in self._job.outlines for path in adapter)
+        return Adapter(
+            {path: modules[path] for path in order if path in modules},
+            metadata=self._metadata,
+            extras=self._extras,
+        )
+
+
+def _batches(job: "Job", groups: list[Group], max_memory: int | None) -> tuple[int, list[Group]]:
+    """How many batches to work on at once, and the batches."""
+    rule, space, rows = job.rule, job.space, job.rows
+    if job.traced:
+        return 1, [batch for group in groups for batch in group.split(len(group.paths), rows)]
+    workers = _workers(job.grid)
+    if max_memory is not None and groups:
+        workers = fitting_workers(groups, rule, space, workers, max_memory, rows)
+    sizes = [batch_size(group, rule, space, workers, max_memory, rows) for group in groups]
+    pairs = zip(groups, sizes, strict=True)
+    return workers, [batch for group, size in pairs for batch in group.split(size, rows)]
+
+
+def _workers(grid: Grid | None) -> int:
+    """How many batches to work on at once."""
+    if grid and (grid.axis or len(grid.processes) > 1):
+        return 1  # devices that wait for each other have to do all work in one order
+    if grid or jax.default_backend() != "cpu":
+        return 2  # one is read while the other is computed
+    return processors()
+
+
+def _each(fn: Callable, batches: list[Group], workers: int) -> Iterator[tuple[Group, Any]]:
+    """Each batch in order with ``fn`` of it, computed ahead by threads, but not far ahead."""
+    if workers == 1 or len(batches) == 1:
+        yield from ((batch, fn(batch)) for batch in batches)
+        return
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+
+    def run(batch: Group) -> Any:
+        with jax.default_device(device):
+            return fn(batch)
+
+    ahead: deque[tuple[Group, Future]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="coremerge") as pool:
+        try:
+            for batch in batches:
+                ahead.append((batch, pool.submit(run, batch)))
+                if len(ahead) > workers:
+                    done, future = ahead.popleft()
+                    yield done, future.result()
+            while ahead:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a merge needs to know beside which modules."""
+
+    adapters: Sequence[Adapter]
+    places: np.ndarray  # of the adapters in the list that the user gave
+    rule: Chain
+    space: Space
+    weights: Any
+    scales: Mapping[str, Any]
+    key: jax.Array | None
+    precision: str | None
+    grid: Grid | None
+    scratch: Scratch = dataclasses.field(default_factory=Scratch)
+
+    @property
+    def rows(self) -> int:
+        """How many modules are worked on side by side."""
+        return self.grid.rows if self.grid else 1
+
+    @functools.cached_property
+    def outlines(self) -> list[Adapter]:
+        """The adapters without their factors."""
+        return [adapter.outline for adapter in self.adapters]
+
+    @functools.cached_property
+    def traced(self) -> list[Any]:
+        """What is traced by a transformation of JAX, of the adapters and of the parameters."""
+        adapters = [x for x in self.adapters if type(x) is Adapter]
+        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
+        return [x for x in leaves if isinstance(x, jax.core.Tracer)]
+
+    def merge(self, batch: Group) -> tuple[Array, ...]:
+        """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
+        given = batch.stack(self.adapters, self.scratch)
+        with (
+            self.prepared(batch, *given) as (arrays, settings),
+            _first_calls("merge", self.rule, *given, settings),
+        ):
+            a, b = self._run(arrays, settings)
+            if self.traced:
+                return a, b
+            # Waits, as B may be computed from memory that the next batch overwrites.
+            if not all(map(is_host, given)):
+                return jax.block_until_ready((a, b))
+            return given[0] if a is arrays.a else np.asarray(a), np.asarray(b)
+
+    def _run(self, arrays: "Inputs", settings: "Settings") -> tuple[Any, ...]:
+        merge = partial(merge_stack, self.rule, arrays, self.key, settings=settings)
+        if self.traced or (self.grid and len(self.grid.processes) > 1):
+            return merge()[:2]
+        a, b, good = merge(keep_a=True)
+        if not np.asarray(good).all():
+            a, b, _ = merge()
+        return arrays.a if a is None else a, b
+
+    def apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:
+        """The modules of merged stacks, without what only fills up."""
+        if self.grid is None:
+            return list(a), list(b)
+        if self.traced:
+            return self.grid.take_apart(a, b, batch.shape)
+        if is_host(a):
+            m, n = batch.shape
+            return [x[:, :n] for x in a], [x[:m] for x in b]
+        pairs = zip(batch.paths, batch.tasks, strict=True)
+        return rows_like(a, b, [self._on_device(path, tasks) for path, tasks in pairs])
+
+    def _on_device(self, path: str, tasks: np.ndarray) -> LoRA:
+        """A module of the first adapter that is on devices."""
+        found = (self.adapters[t][path] for t in tasks if type(self.adapters[t]) is Adapter)
+        return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
+
+    def count(self, batch: Group, **what: Any) -> tuple[Any, ...]:
+        """What `_with_thresholds` needs of a batch."""
+        a, b = batch.stack(self.adapters)
+        with (
+            self.prepared(batch, a, b) as (arrays, settings),
+            _first_calls("count", self.rule, a, b, settings),
+        ):
+            once = np.arange(batch.length) < len(batch.paths)
+            counts = count_stack(self.rule, arrays, self.key, settings, once, **what)
+            return counts if self.traced else tuple(map(np.asarray, counts))
+
+    def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Those of what `merge` gives."""
+        with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
+            merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
+            a, b, _ = jax.eval_shape(merge, self.rule, arrays, self.key)
+        a, (m, n) = arrays.a if a is None else a, batch.shape
+        return (
+            jax.ShapeDtypeStruct((*a.shape[:-1], n), a.dtype),
+            jax.ShapeDtypeStruct((b.shape[0], m, b.shape[2]), b.dtype),
+        )
+
+    @contextlib.contextmanager
+    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["Inputs", "Settings"]]:
+        """The inputs of a compiled program, in a scope of the precision to compute in."""
+        tasks = self.places[np.asarray(batch.padded(batch.tasks))]
+        names = [zlib.crc32(path.encode()) for path in batch.padded(batch.paths)]
+        scales = [self.scales[path] for path in batch.padded(batch.paths)]
+        with computing(self.precision, *self.traced) as dtype:
+            # Not jnp for what is concrete: each of its operations is a small program to compile.
+            xp: Any = jnp if self.traced else np
+            if self.grid:
+                a, b = self.grid.place(a, b)
+            weights = None if self.weights is None else xp.asarray(self.weights, dtype)[tasks]
+            arrays = Inputs(
+                a=a,
+                b=b,
+                weights=weights,
+                tasks=tasks,  # concrete, inside a user's jit too
+                names=np.asarray(names, np.uint32),
+                scale=xp.stack([xp.asarray(scale, dtype) for scale in scales]),
+            )
+            yield arrays, Settings(batch.ranks, self.space, dtype, batch.shape, self.grid)
+
+    def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
+        """The merged modules of a batch by path."""
+        found = {}
+        for path, tasks, x, y in zip(batch.paths, batch.tasks, a, b, strict=False):
+            found[path] = LoRA(a=x, b=y, kind=self.outlines[tasks[0]][path].kind)
+        return found
+
+
+class _FirstCalls:
+    """Lets the first call of each kind finish alone: it compiles what the others then use."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Any, threading.Lock] = {}
+        self._done: set[Any] = set()
+
+    @contextlib.contextmanager
+    def __call__(
+        self, program: str, rule: Chain, a: Array, b: Array, settings: "Settings"
+    ) -> Iterator[None]:
+        kind = (program, jax.tree.structure(rule), a.shape, a.dtype, b.shape, b.dtype, settings)
+        if kind in self._done:
+            yield
+            return
+        with self._locks.setdefault(kind, threading.Lock()):
+            yield
+            self._done.add(kind)
+
+
+_first_calls = _FirstCalls()
+
+
+# --- One trimming threshold over all modules -------------------------------------------------
+
+
+def _with_thresholds(
+    job: Job, batches: list[Group], workers: int, over_all: Callable[..., Sequence]
+) -> Chain:
+    """Finds the trimming thresholds of a model-wide `ties`, over the cores of all modules.
+
+    Nonnegative floats are ordered as their bit patterns are. Each pass counts, for every adapter,
+    the next bits of the entries that agree with the threshold in all bits before. ``over_all``
+    adds counts up over all processes.
+    """
+    ties = job.rule.reducer
+    assert isinstance(ties, Ties)
+    adapters = int(job.places.max()) + 1
+    with computing(job.precision, *job.traced) as dtype:
+        width = 8 * dtype.itemsize
+        uint = jnp.dtype(f"uint{width}")
+        known = jnp.zeros(adapters, uint)
+    wanted = None
+    for shift in range(width - BITS, -1, -BITS):
+        parts: Any = np.zeros((adapters, 2**BITS), np.int32), np.zeros(adapters, np.int32)
+        count = partial(job.count, known=known, shift=np.asarray(shift, uint))
+        for _, more in _each(count, batches, workers):
+            parts = [x + y for x, y in zip(parts, more, strict=True)]
+        counts, sizes = map(jnp.asarray, over_all(*parts))
+        with computing(dtype.name, *job.traced):
+            if wanted is None:
+                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
+                wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
+            up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+            digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)
+            before = jnp.pad(up_to, ((0, 0), (1, 0)))
+            wanted = wanted - jnp.take_along_axis(before, digit[:, None], axis=1)[:, 0]
+            known = known | (digit.astype(uint) << np.asarray(shift, uint))
+    with computing(dtype.name, *job.traced):
+        thresholds = jax.lax.bitcast_convert_type(known, dtype)
+    return dataclasses.replace(job.rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
