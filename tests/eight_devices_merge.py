@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from many_devices import CASES, RANKS, SHAPES, mesh, put
 
 import coremerge_jax as cm
+from coremerge_jax import program
 from coremerge_jax.linalg import basis
-from coremerge_jax.program import merge_stack
 from coremerge_jax.rules import Equivariance, chain
 from coremerge_jax.stack import group_modules
 
@@ -49,8 +49,8 @@ def collectives(adapters, rule, there):
     for batch in stream._batches:
         given = batch.stack(job.adapters)
         with job.prepared(batch, *given) as (arrays, settings):
-            program = merge_stack.lower(job.rule, arrays, job.key, settings=settings)
-            found += COLLECTIVE.findall(program.compile().as_text())
+            lowered = program.merge_stack.lower(job.rule, arrays, job.key, settings=settings)
+            found += COLLECTIVE.findall(lowered.compile().as_text())
     return found
 
 
@@ -64,6 +64,17 @@ def test_same_as_one_device(adapters, name, there):
         assert isinstance(lora.a, np.ndarray)
         assert lora.shape == SHAPES[path]
         assert lora.rank == expected[path].rank
+
+
+@pytest.mark.parametrize("name", ["ties", "tsv"])
+def test_all_modules_of_a_device_at_once(adapters, monkeypatch, name):
+    """As on accelerators."""
+    expected = cm.merge(adapters, CASES[name])
+    jax.clear_caches()
+    monkeypatch.setattr(program, "over_modules", lambda fn, arrays: jax.vmap(fn)(arrays))
+    for there in MESHES.values():
+        assert_same(cm.merge(adapters, CASES[name], mesh=there), expected, 1e-6)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", ["mean", "ties", "tsv"])

@@ -70,8 +70,8 @@ def merge(
         str | None,
         devices_option(
             metavar="ROWS[xCOLUMNS]",
-            help="How devices are arranged: rows share the modules; along its columns, each module "
-            "is spread. Default: all devices, one a row.",
+            help="How devices are arranged: rows share the modules, and columns share each module. "
+            "Default: all devices, one a row.",
         ),
     ] = None,
     distributed: Annotated[
@@ -141,12 +141,14 @@ def _report(
         taken = taken_by_program()
         room = None if max_memory is None else room_for_batches(max_memory, taken)
         stream = recipe.stream(adapters, mesh=devices, max_memory=room)
-    if output is None or dry_run:
-        report = _plan(recipe, adapters, stream, taken, stage)
-    else:
-        report = _write(recipe, adapters, stream, output, force, stage)
-    if jax.process_index() > 0:
+    target = None if dry_run else output
+    kept = _write(recipe, adapters, stream, target, force, stage) if target else {}
+    if jax.process_index() > 0:  # whose host may not see the output yet
         return None
+    if target:
+        report = _describe(adapters, stream, target, kept)
+    else:
+        report = _plan(recipe, adapters, stream, taken, stage)
     return {**report, "seconds": stage.seconds, "recipe": recipe.to_dict()}
 
 
@@ -195,8 +197,9 @@ def _write(
     output: Path,
     force: bool,
     stage: Stages,
-) -> dict[str, Any]:
-    from coremerge_jax.checkpoint import open_peft, save_peft
+) -> dict[str, float]:
+    """Gives the energy that modules have kept."""
+    from coremerge_jax.checkpoint import save_peft
 
     keep_compiled_programs()
     with compile_seconds() as compiled, stage("merge", total=len(stream.own)) as advance:
@@ -210,13 +213,21 @@ def _write(
             card=provenance(recipe, describe_sources(recipe, adapters)),
         )
     stage.seconds["compile"] = round(compiled["compile"], 3)
+    return kept or {}
+
+
+def _describe(
+    adapters: "list[Adapter]", stream: "MergeStream", output: Path, kept: Mapping[str, float]
+) -> dict[str, Any]:
+    from coremerge_jax.checkpoint import open_peft
+
     written = open_peft(output).outline
     ranks = {path: written[path].rank for path in stream.outline}
     return {
         "output": str(output),
         "bytes": folder_size(output),
         "signatures": _signatures(adapters, stream.outline, ranks),
-        "energy_kept": kept or {},
+        "energy_kept": kept,
     }
 
 
