@@ -55,7 +55,7 @@ def environment(devices: int, **more: str) -> Mapping[str, str]:
     return os.environ | {"XLA_FLAGS": flags} | more
 
 
-def pytest_command(file: str, folder: Path, first: str = "") -> list[str]:
+def pytest_command(file: str, folder: Path, first: str = "pass") -> list[str]:
     """Runs a file of tests, which pytest does not collect by itself, after a first statement."""
     here = Path(__file__).parent
     code = f"import sys, pytest; {first}; sys.exit(pytest.main(sys.argv[1:]))"

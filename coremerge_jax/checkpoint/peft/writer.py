@@ -126,7 +126,7 @@ Written = tuple[dict[str, int], dict[str, float]]
 
 
 def _is_spread(adapter: Any) -> bool:
-    if isinstance(adapter, Adapter):
+    if type(adapter) is Adapter:  # not in a file
         return any(map(is_spread, jax.tree.leaves(dict(adapter))))
     return getattr(adapter, "spread", False)
 
