@@ -8,7 +8,14 @@ from .checkpoint import (
     save_orbax,
     save_peft,
 )
-from .errors import CoreMergeError, FormatError, MismatchError, RecipeError, UnsupportedError
+from .errors import (
+    CoreMergeError,
+    FormatError,
+    MismatchError,
+    ProcessError,
+    RecipeError,
+    UnsupportedError,
+)
 from .folding import fold_tree
 from .layouts import Axes, Layout
 from .lora import Adapter, Kind, LoRA, Metadata
@@ -51,6 +58,7 @@ __all__ = [
     "MergeStream",
     "Metadata",
     "MismatchError",
+    "ProcessError",
     "Projected",
     "RecipeError",
     "TreeFormat",

@@ -93,7 +93,7 @@ class MergeStream:
         """All of it, in memory."""
         if not self.processes:
             return self._adapter({path: lora for part in self for path, lora in part.items()})
-        share, owner = self.share([[path] for path in self.outline])
+        share, owner = self.share()
         with failing_together():
             own = {path: lora for part in share for path, lora in part.items()}
         return self._adapter(gather(own, self.outline, owner))
@@ -101,13 +101,16 @@ class MergeStream:
     @property
     def own(self) -> "MergeStream":
         """What this process does of it, if nothing has to be together."""
-        return self.share([[path] for path in self.outline])[0] if self.processes else self
+        return self.share()[0] if self.processes else self
 
-    def share(self, together: Iterable[Sequence[str]]) -> "tuple[MergeStream, dict[str, int]]":
+    def share(
+        self, together: Iterable[Sequence[str]] | None = None
+    ) -> "tuple[MergeStream, dict[str, int]]":
         """What this process does of a merge that several share, and who does what.
 
         Args:
-            together: the paths of all modules, in lists of those that one process has to do.
+            together: the paths of all modules, in lists of those that one process has to do; by
+                default, each by itself.
 
         Returns:
             A stream of some modules; and by path, the process that has it.
@@ -119,7 +122,9 @@ class MergeStream:
             costs |= dict.fromkeys(group.paths, each / one.modules)
         # In the order of batches, so that a process has few kinds of modules to compile for.
         order = {path: i for i, path in enumerate(costs)}
-        units = sorted(together, key=lambda unit: order[unit[0]])
+        units = [[path] for path in order]
+        if together is not None:
+            units = sorted(map(list, together), key=lambda unit: order[unit[0]])
         processes = sorted(self.processes)
         rows = [self.processes[process] for process in processes]
         found = owners([sum(costs[path] for path in unit) for unit in units], rows)
