@@ -140,12 +140,10 @@ class Grid:
     def _whole(self, x: jax.Array, axis: int, size: int) -> jax.Array:
         """Not spread over modules; nor over features, where their number is cut."""
         cut = x.shape[axis] != size
-        if not (cut or _is_explicit(self.mesh)):
-            return x
+        if cut and not _is_explicit(self.mesh):
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
         spec = P(*[None if cut or i != axis else self.axis for i in range(3)])
-        if _is_explicit(self.mesh):
-            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return self._reshard(x, spec)
 
     def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
         """``fn(shared, stacks)`` on each device, of its part of the stacks."""

@@ -1,7 +1,5 @@
 """Merges on eight devices are those on one. `test_eight_devices_rules.py` runs this."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +9,8 @@ from many_devices import CASES, RANKS, SHAPES, mesh
 
 import coremerge_jax as cm
 from coremerge_jax import program
+from coremerge_jax.cost import cost
+from coremerge_jax.stack import group_modules
 
 HEAD = {"head": (7, 10)}  # R > m
 
@@ -65,12 +65,14 @@ def test_more_ranks_than_rows(small, name, there):
 def test_masks_are_the_same(adapters, there):
     rule = cm.dare(drop=0.5)
     one, many = (cm.merge(adapters[:1], rule, key=KEY, mesh=m) for m in (None, there))
+    shares = []
     for path, lora in adapters[0].items():
         u, v = (np.linalg.svd(x)[0][:, :2] for x in (lora.b, lora.a.T))
         cores = [u.T @ dense(x[path]) @ v for x in (one, many)]
         kept = [np.abs(core) > 1e-3 * np.abs(cores[0]).max() for core in cores]
         np.testing.assert_array_equal(*kept)
-        assert 0 < np.mean(kept[0]) <= 1
+        shares.append(kept[0].mean())
+    assert 0 < np.mean(shares) < 1
 
 
 @pytest.mark.parametrize("space", [cm.tucker(rank=4), cm.core(gauge="balanced"), cm.knots()])
@@ -90,14 +92,17 @@ def test_spaces_as_large_as_a_module(adapters, space):
 
 
 @every_mesh
-def test_batches_change_nothing(adapters, there):
+def test_batches_change_nothing(there):
+    adapters = random_adapters({f"q.{i}": (7, 10) for i in range(19)}, RANKS, dtype="float32")
     whole = cm.merge(adapters, cm.tsv(), mesh=there)
-    with pytest.raises(MemoryError) as error:
+    with pytest.raises(MemoryError, match="are allowed"):
         cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=1)
-    least = float(re.search(r"needs (\d+) MiB", str(error.value))[1]) + 1
-    room = int(there.devices.shape[0] * least * 2**20)
+    rows, workers = len(there.devices), cm.merge_stream(adapters, cm.tsv(), mesh=there).workers
+    one = cost(group_modules(adapters)[0], cm.chain(cm.tsv()), cm.core())
+    room = (workers + 1) * rows * (one.held + one.work)
     stream = cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=room)
-    assert len(stream) >= len(set(SHAPES.values()))
+    assert len(stream) == -(-19 // rows)
+    assert stream.memory <= room
     assert_same(stream.collect(), whole, 1e-12)
     assert stream.outline.keys() == whole.keys()
 

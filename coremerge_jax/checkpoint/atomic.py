@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from coremerge_jax.errors import FormatError
-from coremerge_jax.processes import exchange, failing_together
+from coremerge_jax.processes import agreed, exchange, failing_together
 
 
 def check_output(out: str | Path, *, markers: tuple[str, ...], force: bool = False) -> Path:
@@ -119,17 +119,15 @@ def shared_folder(
                 folder = atomic_folder(out, markers=markers, force=force, label="shared")
                 made = str(stack.enter_context(folder))
         new = Path(exchange(made)[0])
-        with failing_together():
+        with agreed():
             if not new.is_dir():
                 raise FormatError(
                     f"{out}: process {jax.process_index()} does not see the folder that process 0 "
                     "has made there; choose an output on a file system that all processes share"
                 )
             yield new
-        exchange()
-        with failing_together():
+        with agreed():
             stack.close()
-        exchange()
 
 
 def _is_below(folder: Path, name: str | None) -> bool:

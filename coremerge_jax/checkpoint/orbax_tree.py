@@ -39,7 +39,7 @@ class OrbaxTree:
 
         self.folder, self.item = folder, item
         try:
-            with alone():
+            with _alone():
                 found = ocp.metadata(folder, item)
         except Exception as error:
             raise FormatError(
@@ -77,7 +77,7 @@ class OrbaxTree:
 
         wanted = jax.tree_util.tree_map_with_path(want, self.tree)
         try:
-            with alone():
+            with _alone():
                 return ocp.load(self.folder, wanted, checkpointable_name=self.item)
         except Exception as error:
             raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
@@ -156,7 +156,7 @@ def _spread(x: Any) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def alone() -> Any:
+def _alone() -> Any:
     """A scope in which orbax waits for no other process: each reads what it needs."""
     from orbax.checkpoint import v1 as ocp
 

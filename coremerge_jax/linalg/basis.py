@@ -180,10 +180,11 @@ def _by_grams(columns: jax.Array, how: _How) -> _Parts:
     size = len(columns)
     eps = float(jnp.finfo(columns.dtype).eps)
     frame = coordinates = jnp.eye(size, dtype=columns.dtype)
-    used = jnp.zeros(size, bool)
+    gram = _gram(columns, how.axis)
+    used = jnp.diagonal(gram) > 0
     for step in range(2 if columns.dtype == jnp.float64 else 3):
-        gram = _gram(matmul(frame.T, columns), how.axis)
-        used = jnp.diagonal(gram) > 0 if step == 0 else used
+        if step > 0:
+            gram = _gram(matmul(frame.T, columns), how.axis)
         squares, vectors = lapack.eigh(gram)
         s = jnp.sqrt(jnp.maximum(squares, size * eps * squares[0]))
         frame = matmul(frame, vectors) * inverse(s)[None, :]

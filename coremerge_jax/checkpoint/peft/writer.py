@@ -133,7 +133,7 @@ def _is_spread(adapter: Any) -> bool:
 
 def _write_spread(adapter: Any, layout: Layout, *how: Any) -> Written:
     """What is on devices of all processes comes to each, and one writes it."""
-    parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    parts = _parts(adapter, layout)
     near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in parts)
     if jax.process_index() == 0:
         return exchange(_write_all(near, layout, *how))[0]
@@ -146,10 +146,14 @@ def _write_all(
     adapter: Any, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
 ) -> Written:
     kept: dict[str, float] = {}
-    parts = map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    parts = cut(_parts(adapter, layout), kept=kept)
     with _weights(folder / WEIGHTS, layout, dtype) as file:
-        ranks = _write_groups(file, layout, layout.groups, cut(parts, kept=kept), dtype)
+        ranks = _write_groups(file, layout, layout.groups, parts, dtype)
     return ranks, kept
+
+
+def _parts(adapter: Any, layout: Layout) -> Iterable[Mapping[str, LoRA]]:
+    return map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
 
 
 def _write_share(
