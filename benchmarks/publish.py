@@ -17,6 +17,7 @@ class Sheet(NamedTuple):
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
 
 
 def folder() -> Path:
@@ -56,7 +57,7 @@ def digits(seconds: float) -> str:
 
 
 def _rich(sheet: Sheet) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=sheet.title or None, box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(sheet.header):
         table.add_column(name, justify="left" if column < 2 else "right", overflow="fold")
     for row in sheet.rows:
@@ -66,7 +67,8 @@ def _rich(sheet: Sheet) -> Table:
 
 def _markdown(sheet: Sheet) -> str:
     rule = ["---"] * 2 + ["---:"] * (len(sheet.header) - 2)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (sheet.header, rule, *sheet.rows))
+    lines = [f"| {' | '.join(cells)} |" for cells in (sheet.header, rule, *sheet.rows)]
+    return "\n".join([f"## {sheet.title}\n", *lines] if sheet.title else lines)
 
 
 def _rounded(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""A benchmark of eight text tasks: see `command`."""

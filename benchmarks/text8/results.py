@@ -1,0 +1,125 @@
+"""The sections of the result, as rows of numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from text8 import methods, scoring
+from text8.methods import Method
+from text8.sources import SOURCES
+from text8.study import Study, equal
+
+RANK, SMALL = 16, 4
+"""Ranks of adapters; with mixed ranks, every second task has the small one."""
+ORDERS = 2
+"""Random orders of the tasks, for the curve."""
+SAME = (
+    *((rule, "full") for rule in ("task_arithmetic", "tsv", "cart:rank=10", "isotropize")),
+    *(("tsv + isotropize", "full"), ("task_arithmetic", "knots"), ("isotropize", "knots")),
+)
+"""Rules and spaces whose result is that in core space."""
+Row = dict[str, Any]
+
+
+def collect(study: Study) -> dict[str, list[Row]]:
+    """All sections by name."""
+    ranks = dict.fromkeys(study.names, RANK)
+    mixed = {name: (RANK, SMALL)[i % 2] for i, name in enumerate(study.names)}
+    compare = Compare(study, ranks)
+    return {
+        "tasks": describe(study, ranks),
+        "paper": compare.rows(methods.PAPER),
+        "more": compare.rows(methods.MORE),
+        "small": compare.rows(methods.SMALL),
+        "mixed": Compare(study, mixed).rows(methods.MIXED),
+        "spaces": spaces(study, ranks),
+        "learned": learned(compare),
+        "curve": curve(study),
+    }
+
+
+def describe(study: Study, ranks: Mapping[str, int]) -> list[Row]:
+    """What the tasks are, and how good the base model and their own adapters are."""
+    licences = {source.name: source.licence for source in SOURCES}
+    base, alone = (scoring.accuracy(x) for x in (study.base(), study.alone(ranks, "test")))
+    return [
+        {
+            "task": task.name,
+            "texts": {x: len(y) for x, y in study.exam.labels[task.name].items()},
+            "classes": len(task.prompts),
+            "base": base[task.name],
+            "own adapter": alone[task.name],
+            "from": task.cite,
+            "licence": licences[task.source],
+        }
+        for task, _ in study.tasks
+    ]
+
+
+class Compare:
+    """Rows of merges of some adapters, each against their sum.
+
+    Args:
+        study: has the adapters.
+        ranks: the tasks, and the rank of each adapter.
+    """
+
+    def __init__(self, study: Study, ranks: Mapping[str, int]) -> None:
+        self.study, self.ranks = study, ranks
+        self.alone = study.alone(ranks, "test")
+        self.sum = self._scores(study.measure(methods.SUM, ranks))
+
+    def _scores(self, found: Mapping[str, Any]) -> np.ndarray:
+        return scoring.resampled(found["correct"], self.alone)
+
+    def row(self, method: Method, found: Mapping[str, Any]) -> Row:
+        """One row; see `Study.measure`."""
+        drawn, correct = self._scores(found), found["correct"]
+        mean = {x: float(np.mean(y) / np.mean(self.alone[x])) for x, y in correct.items()}
+        return {
+            "rule": method.rules,
+            "space": method.space + (f", cut to {method.cut}" if method.cut else ""),
+            "parameters": found["parameters"],
+            "rank": found["rank"],
+            "validation": found.get("validation"),
+            "tasks": mean,
+            "test": float(np.mean(list(mean.values()))),
+            "interval": scoring.interval(drawn),
+            "gain": scoring.interval(drawn - self.sum),
+        }
+
+    def rows(self, chosen: Iterable[Method]) -> list[Row]:
+        """Of several methods."""
+        return [self.row(x, self.study.measure(x, self.ranks)) for x in chosen]
+
+
+def spaces(study: Study, ranks: Mapping[str, int]) -> list[Row]:
+    """How far merges are from those in core space that are the same in theory."""
+    paths = [study.adapter(name, rank) for name, rank in ranks.items()]
+    return [
+        {"rule": rule, "space": space, "off": equal(paths, rule, space)} for rule, space in SAME
+    ]
+
+
+def learned(compare: Compare) -> list[Row]:
+    """Coefficients learned from validation texts."""
+    return [
+        compare.row(method, compare.study.learn(method, per, compare.ranks))
+        | {"space": f"a coefficient per {per}"}
+        for method in methods.LEARNED
+        for per in ("adapter", "module")
+    ]
+
+
+def curve(study: Study) -> list[Row]:
+    """More and more tasks, in random orders."""
+    rows = []
+    for order in range(ORDERS):
+        names = np.random.default_rng(order).permutation(study.names).tolist()
+        for count in range(2, len(names) + 1, 2):
+            ranks = {name: RANK for name in study.names if name in names[:count]}
+            compare = Compare(study, ranks)
+            for row in compare.rows(methods.CURVE):
+                rows.append({"order": order, "count": count, **row})
+    return rows

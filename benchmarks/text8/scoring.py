@@ -1,0 +1,113 @@
+"""How good a model is: correct answers, and what they are compared with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+import coremerge_jax as cm
+from text8.minilm import Tokens, batches, load
+from text8.tasks import Split, Task
+
+BATCH = 64
+RESAMPLES = 2000
+
+Correct = dict[str, np.ndarray]
+"""By task, which texts were answered correctly: bool ``(N,)``."""
+
+
+class Exam:
+    """The base model, the heads and the texts of all tasks.
+
+    Attributes:
+        state: the parameters of the base model.
+        heads: by task, the embeddings of its prompts, ``(C, d)``.
+        tokens: by task and split, the tokens of each text.
+        labels: by task and split, ``(N,)``.
+
+    Args:
+        folder: of the base model.
+        tasks: with their splits.
+    """
+
+    def __init__(self, folder: Path, tasks: Sequence[tuple[Task, Mapping[str, Split]]]) -> None:
+        self._graph, self.state = nnx.split(load(folder))
+        self._embed = jax.jit(self._forward)
+        tokens = Tokens(folder)
+        self.heads, self.tokens, self.labels = {}, {}, {}
+        for task, splits in tasks:
+            prompts = tokens(list(task.prompts.values()))
+            self.heads[task.name] = self._embeddings(self.state, prompts)
+            self.tokens[task.name] = {x: tokens(split.texts) for x, split in splits.items()}
+            self.labels[task.name] = {x: np.asarray(split.labels) for x, split in splits.items()}
+
+    def _forward(self, state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return nnx.merge(self._graph, state)(tokens, mask)
+
+    def _embeddings(self, state: nnx.State, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """``(N, d)``."""
+        found: list[tuple] = []
+        for places, batch in batches(tokens, BATCH):
+            found.append((places, self._embed(state, *batch)))
+        every = np.concatenate([np.asarray(x)[: len(places)] for places, x in found])
+        order = np.concatenate([places for places, _ in found])
+        return every[np.argsort(order)]
+
+    def forward(
+        self, state: nnx.State, merged: cm.Adapter, tokens: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        """Embeddings ``(N, d)`` of the model with an adapter; JAX can differentiate it."""
+        return self._forward(cm.fold_tree(state, merged), tokens, mask)
+
+    def correct(
+        self, adapter: cm.Adapter | None, split: str, tasks: Sequence[str] | None = None
+    ) -> Correct:
+        """The answers of the base model with an adapter, or alone.
+
+        Args:
+            adapter: any.
+            split: which texts.
+            tasks: of which tasks; by default of all.
+        """
+        state = self.state if adapter is None else cm.fold_tree(self.state, adapter)
+        names = list(tasks or self.heads)
+        tokens = [self.tokens[name][split] for name in names]
+        embeddings = self._embeddings(state, [text for texts in tokens for text in texts])
+        ends = np.cumsum([len(texts) for texts in tokens])[:-1]
+        return {
+            name: np.argmax(part @ self.heads[name].T, axis=1) == self.labels[name][split]
+            for name, part in zip(names, np.split(embeddings, ends), strict=True)
+        }
+
+
+def accuracy(correct: Correct) -> dict[str, float]:
+    """By task."""
+    return {name: float(np.mean(answers)) for name, answers in correct.items()}
+
+
+def normalized(correct: Correct, alone: Correct) -> float:
+    """The mean over tasks of the accuracy, divided by that of the task's own adapter."""
+    return float(np.mean([np.mean(correct[name]) / np.mean(alone[name]) for name in correct]))
+
+
+def resampled(correct: Correct, alone: Correct) -> np.ndarray:
+    """`normalized` of texts drawn with replacement, ``(RESAMPLES,)``.
+
+    Each task's texts are drawn anew, the same for both models; and the same in each call, so that
+    differences of two results are those on equal texts.
+    """
+    ratios = []
+    for seed, name in enumerate(alone):
+        if name in correct:
+            n = len(alone[name])
+            drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+            ratios.append((drawn @ correct[name]) / (drawn @ alone[name]))
+    return np.mean(ratios, axis=0)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """From the 2.5th to the 97.5th percentile."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

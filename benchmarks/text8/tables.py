@@ -1,0 +1,98 @@
+"""The sections of the result as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from publish import Sheet
+
+from text8.results import ORDERS, RANK, SMALL, Row
+
+NOTES = f"""\
+Numbers are accuracies on test texts in %. In the tables of merges they are relative to those of
+the task's own adapter, and *average* is their mean over tasks, with the interval that holds 95 % of
+2000 bootstrap samples of the test texts; *to the sum* is that of the difference to
+`task_arithmetic`, on the same samples. They tell what other test texts would change, not what other
+trainings would.
+
+Every parameter is chosen on validation texts, 200 a task: the scale first, then the others in
+turn (arXiv 2509.17786, appendix D.3), except for `mean`, which is the plain average at scale 1.
+Test texts decide nothing. Adapters have rank {RANK}; with mixed ranks every second one has rank
+{SMALL}, from the second on. With learned coefficients, *parameters* are the scale that they start
+from, and the steps after which they were kept.
+
+The last table has averages of some of the tasks, in {ORDERS} random orders, with the adapters and
+the texts of these tasks only."""
+
+
+def sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
+    """All tables."""
+    merged = {
+        "paper": "The paper's rules and spaces",
+        "more": "Rules from elsewhere, in core space",
+        "small": f"Results of rank {RANK}",
+        "learned": "Learned coefficients",
+        "mixed": f"Mixed ranks: every second adapter has rank {SMALL}",
+    }
+    return [
+        _tasks(result["tasks"]),
+        *(_merges(title, result[name]) for name, title in merged.items()),
+        _spaces(result["spaces"]),
+        _curve(result["curve"]),
+    ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _range(values: Sequence[float], sign: str = "") -> str:
+    low, high = (f"{100 * x:{sign}.1f}" for x in values)
+    return f"{low} to {high}"
+
+
+def _tasks(rows: Sequence[Row]) -> Sheet:
+    header = ["task", "from", "licence", "labels", "train", "validation", "test"]
+    lines = [
+        [
+            *(row["task"], row["from"], row["licence"], f"{row['classes']}"),
+            *(f"{count}" for count in row["texts"].values()),
+            *(_percent(row[x]) for x in ("base", "own adapter")),
+        ]
+        for row in rows
+    ]
+    return Sheet([*header, "base model", "own adapter"], lines, "Tasks")
+
+
+def _merges(title: str, rows: Sequence[Row]) -> Sheet:
+    header = ["rule", "space", "parameters", "rank", *rows[0]["tasks"]]
+    lines = [
+        [
+            *(row["rule"], row["space"], _parameters(row["parameters"]), f"{row['rank']}"),
+            *map(_percent, [*row["tasks"].values(), row["test"]]),
+            *(_range(row["interval"]), _range(row["gain"], "+")),
+        ]
+        for row in rows
+    ]
+    return Sheet([*header, "average", "95 %", "to the sum"], lines, title)
+
+
+def _parameters(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in values.items())
+
+
+def _spaces(rows: Sequence[Row]) -> Sheet:
+    lines = [[row["rule"], row["space"], f"{row['off']:.0e}"] for row in rows]
+    title = "The same as in core space"
+    return Sheet(["rule", "space", "relative distance"], lines, title)
+
+
+def _curve(rows: Sequence[Row]) -> Sheet:
+    counts = sorted({row["count"] for row in rows})
+    lines = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        for order in sorted({row["order"] for row in rows}):
+            found = {x["count"]: x for x in rows if (x["rule"], x["order"]) == (rule, order)}
+            cells = [_percent(found[count]["test"]) for count in counts]
+            lines.append([rule, f"{order + 1}", *cells])
+    header = ["rule", "order", *(f"{count} tasks" for count in counts)]
+    return Sheet(header, lines, "More and more tasks")
