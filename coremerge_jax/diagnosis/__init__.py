@@ -1,7 +1,7 @@
 """What adapters have to do with each other, and a merge with them: numbers first, then a page.
 
-`measures` has the definitions, `collecting` applies them module by module, `results` holds and
-sums up what they give, and `page` shows it, with the figures of `plots`.
+`measures` has the definitions, `collecting` applies them module by module, and `results` holds and
+sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.
 """
 
 from coremerge_jax.diagnosis.collecting import diagnose
