@@ -247,8 +247,10 @@ def renamed(adapter):
 CASES = {
     "one adapter": lambda x: (x[:1], None),
     "some zeros": lambda x: ([zero(x[0]), *x[1:]], cm.merge(x, cm.mean())),
-    "nothing but zeros": lambda x: (list(map(zero, x)), zero(x[0])),
-    "one module, and names that mean something": lambda x: (list(map(renamed, x)), renamed(x[0])),
+    "one module of zeros, and names that mean something": lambda x: (
+        [renamed(zero(y)) for y in x],
+        renamed(zero(x[0])),
+    ),
 }
 
 
