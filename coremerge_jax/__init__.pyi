@@ -1,4 +1,4 @@
-from . import checkpoint, demo, layouts, linalg, rules, search, spaces
+from . import checkpoint, demo, diagnosis, layouts, linalg, rules, search, spaces
 from .checkpoint import (
     apply_adapter,
     load_peft,
@@ -8,6 +8,7 @@ from .checkpoint import (
     save_orbax,
     save_peft,
 )
+from .diagnosis import Diagnosis, diagnose
 from .errors import (
     CoreMergeError,
     FormatError,
@@ -51,6 +52,7 @@ __all__ = [
     "Adapter",
     "Axes",
     "CoreMergeError",
+    "Diagnosis",
     "FormatError",
     "Kind",
     "Layout",
@@ -71,6 +73,8 @@ __all__ = [
     "dare",
     "dc_merge",
     "demo",
+    "diagnose",
+    "diagnosis",
     "flatten",
     "fold_tree",
     "from_function",

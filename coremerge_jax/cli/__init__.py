@@ -22,6 +22,8 @@ from coremerge_jax.cli.convert import convert
 from coremerge_jax.cli.demo import demo
 from coremerge_jax.cli.inspect import inspect
 from coremerge_jax.cli.merge import EPILOG, merge
+from coremerge_jax.cli.report import EPILOG as REPORT_EPILOG
+from coremerge_jax.cli.report import report
 from coremerge_jax.cli.rules import rules
 from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
@@ -38,6 +40,7 @@ app.command(epilog=EPILOG)(merge)
 app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=APPLY_EPILOG)(apply)
 app.command()(inspect)
+app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=CONVERT_EPILOG)(convert)
 app.command()(rules)
 app.command()(demo)

@@ -1,0 +1,96 @@
+"""``coremerge report``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+
+from coremerge_jax.cli.console import Stages, print_json
+from coremerge_jax.cli.options import run_option
+from coremerge_jax.errors import FormatError, RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.diagnosis import Diagnosis
+
+EPILOG = """[bold]Examples[/]
+
+coremerge report adapters/* -o report.html
+
+coremerge report adapters/* --merged merged -o report.html
+
+coremerge report adapters/* --json > numbers.json"""
+
+
+def report(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
+            show_default=False,
+        ),
+    ],
+    merged: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER", help="What was made of them, by any method.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT.html", help="File for the page.", show_default=False
+        ),
+    ] = None,
+    allow_mismatch: Annotated[
+        bool,
+        run_option(
+            "--allow-mismatch", help="Go on even if base models differ or no module is common."
+        ),
+    ] = False,
+    force: Annotated[bool, run_option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, run_option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show what adapters share, where they conflict, and what a merge kept of each."""
+    if output is None and not as_json:
+        raise RecipeError("no output: give -o OUT.html, or --json to print the numbers")
+    if output is not None:
+        _check(output, force)
+    diagnosis = _diagnose(sources, merged, allow_mismatch)
+    if output is not None:
+        diagnosis.to_html(output)
+    if as_json:
+        return print_json(diagnosis.to_dict())
+    assert output is not None
+    return typer.echo(f"wrote {output} ({decimal(output.stat().st_size)})")
+
+
+def _check(output: Path, force: bool) -> None:
+    """Refuses, before there is any work, what could not be written in the end."""
+    import coremerge_jax.diagnosis.page  # noqa: F401  (refuses where there is no matplotlib)
+
+    if output.is_dir():
+        raise FormatError(f"{output}: is a folder; give the name of a file, such as report.html")
+    if not output.parent.is_dir():
+        raise FormatError(f"{output.parent}: there is no such folder")
+    if output.exists() and not force:
+        raise FormatError(f"{output}: already exists; choose another output, or --force it")
+
+
+def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":
+    from coremerge_jax.checkpoint import open_adapter
+    from coremerge_jax.cli.runtime import keep_compiled_programs
+    from coremerge_jax.cost import Machine
+    from coremerge_jax.diagnosis import diagnose
+    from coremerge_jax.processors import processors
+
+    keep_compiled_programs()
+    stage = Stages()
+    with stage("open"):
+        adapters = [open_adapter(source) for source in sources]
+        result = open_adapter(merged) if merged else None
+    with stage("measure the machine"):
+        machine = Machine.measure(processors())
+    with stage("measure the adapters"):
+        return diagnose(adapters, result, machine=machine, allow_mismatch=allow_mismatch)

@@ -1,0 +1,21 @@
+"""What adapters have to do with each other, and a merge with them: numbers first, then a page.
+
+`measures` has the definitions, `collecting` applies them module by module, and `results` holds and
+sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.
+"""
+
+from coremerge_jax.diagnosis.collecting import diagnose
+from coremerge_jax.diagnosis.measures import Contribution, Measures, Pairs, Spectra, measure
+from coremerge_jax.diagnosis.results import Diagnosis, Module, RuleCost
+
+__all__ = [
+    "Contribution",
+    "Diagnosis",
+    "Measures",
+    "Module",
+    "Pairs",
+    "RuleCost",
+    "Spectra",
+    "diagnose",
+    "measure",
+]

@@ -1,0 +1,215 @@
+"""What a diagnosis has found, as arrays, JSON and a page."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coremerge_jax.diagnosis.measures import Measures, Pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One module.
+
+    Attributes:
+        path: its path.
+        shape: ``(m, n)``.
+        adapters: which adapters have it, as places in `Diagnosis.adapters`, T of them.
+        ranks: of the factors of each of these.
+        measures: the numbers, as NumPy arrays.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    adapters: tuple[int, ...]
+    ranks: tuple[int, ...]
+    measures: Measures
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleCost:
+    """What a merge by one rule would cost, in core space: see `cost.cost`.
+
+    Attributes:
+        rule: its name.
+        products: floating-point operations in products of matrices.
+        core: all other floating-point operations.
+        memory: bytes while the largest module is merged.
+        seconds: expected for reading, merging and writing, one after the other, without
+            compilation; None if the machine was not measured.
+    """
+
+    rule: str
+    products: float
+    core: float
+    memory: int
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` has found.
+
+    Attributes:
+        adapters: their names.
+        merged: the name of the merged adapter; None if there is none.
+        base_model: of the adapters; None if they do not tell.
+        modules: in the order of the adapters.
+        costs: of merging the adapters by each rule.
+    """
+
+    adapters: tuple[str, ...]
+    merged: str | None
+    base_model: str | None
+    modules: tuple[Module, ...]
+    costs: tuple[RuleCost, ...]
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def by_adapter(self, name: str) -> np.ndarray:
+        """A measure of each module and adapter.
+
+        Args:
+            name: ``"norms"`` or ``"outvoted"``, or one of `Contribution` that has an entry for
+                each adapter.
+
+        Returns:
+            ``(L, T)``, NaN where an adapter has no such module, or the merged adapter has not.
+        """
+        found = np.full((len(self), len(self.adapters)), np.nan)
+        for row, module in zip(found, self, strict=True):
+            measures = module.measures
+            source: Any = measures if hasattr(measures, name) else measures.contribution
+            if source is not None:
+                row[list(module.adapters)] = getattr(source, name)
+        return found
+
+    def pairs(self, name: str) -> np.ndarray:
+        """The mean of one of `Pairs` over all modules that both adapters have.
+
+        Returns:
+            ``(T, T)``, NaN where two adapters have no module in common.
+        """
+        size = len(self.adapters)
+        total, count = np.zeros((size, size)), np.zeros((size, size))
+        for module in self:
+            places = np.ix_(module.adapters, module.adapters)
+            total[places] += getattr(module.measures.pairs, name)
+            count[places] += 1
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    def pair_means(self, name: str) -> np.ndarray:
+        """The mean of one of `Pairs` over all pairs of different adapters, by module.
+
+        Returns:
+            ``(L,)``, NaN for a module of one adapter alone.
+        """
+        found = []
+        for module in self:
+            matrix, size = getattr(module.measures.pairs, name), len(module.adapters)
+            pairs = size * (size - 1)
+            found.append((matrix.sum() - np.trace(matrix)) / pairs if pairs else np.nan)
+        return np.asarray(found)
+
+    def energy_kept(self, update: str = "merged") -> np.ndarray:
+        """The share of energy, over all modules, that cutting each to rank 1, 2, … keeps.
+
+        Args:
+            update: ``"merged"``, or ``"total"`` for the sum of the adapters.
+
+        Returns:
+            ``(k,)``, increasing to 1; all 1 for an update of zeros; empty without any update.
+        """
+        found = [getattr(module.measures.spectra, update) for module in self]
+        squares = [s**2 for s in found if s is not None]
+        kept = np.zeros(max(map(len, squares), default=0))
+        for row in squares:
+            kept[: len(row)] += row
+        kept = np.cumsum(kept)
+        return kept / kept[-1] if len(kept) and kept[-1] > 0 else np.ones_like(kept)
+
+    def rank_for(self, share: float, update: str = "merged") -> int:
+        """The smallest rank that keeps a share of the energy, see `energy_kept`."""
+        return int(np.searchsorted(self.energy_kept(update), share * (1 - 1e-12))) + 1
+
+    def totals(self) -> dict[str, np.ndarray]:
+        """What the merged adapter has of each adapter, over all modules together.
+
+        Returns:
+            ``"kept"``, ``"share"`` and ``"alignment"``, ``(T,)`` each, and ``"unexplained"``, a
+            scalar: see `Contribution`. Modules count by their energy. Empty without a merged
+            adapter.
+        """
+        found = [(x, x.measures.contribution) for x in self]
+        known = [(list(x.adapters), x.measures.norms**2, part) for x, part in found if part]
+        if not known:
+            return {}
+        own, merged = np.zeros(len(self.adapters)), 0.0
+        kept, share, aligned = np.zeros((3, len(self.adapters)))
+        for here, squares, part in known:
+            energy = float(part.norm) ** 2
+            own[here] += squares
+            merged += energy
+            kept[here] += part.kept * squares
+            share[here] += part.share * energy
+            aligned[here] += part.alignment**2 * squares
+        own, share = np.where(own > 0, own, 1), share / (merged or 1.0)
+        return {
+            "kept": kept / own,
+            "share": share,
+            "alignment": np.sqrt(aligned / own),
+            "unexplained": np.asarray(1 - share.sum() if merged > 0 else 0.0),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, and the means over modules, in lists and numbers for JSON; None for NaN."""
+        names = [field.name for field in dataclasses.fields(Pairs)]
+        return {
+            **_plain(self),
+            "mean": {
+                "pairs": {name: _plain(self.pairs(name)) for name in names},
+                "energy_kept": {x: _plain(self.energy_kept(x)) for x in ("total", "merged")},
+                **_plain(self.totals()),
+            },
+        }
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One page with plots and what they say, which needs no other file and no network.
+
+        Args:
+            path: where to write it, if anywhere; the file appears whole or not at all.
+
+        Returns:
+            The HTML text. matplotlib and jinja2 have to be installed.
+        """
+        from coremerge_jax.diagnosis.page import render
+
+        text = render(self)
+        if path is not None:
+            new = Path(path).with_name(f".{Path(path).name}.new")
+            try:
+                new.write_text(text, encoding="utf-8")
+                new.replace(path)
+            finally:
+                new.unlink(missing_ok=True)
+        return text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and value != value else value
