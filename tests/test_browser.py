@@ -1,4 +1,7 @@
-"""Reports in a real browser: `pytest -m browser`."""
+"""Reports in a real browser: `pytest -m browser`.
+
+Looks at further pages too: their paths in ``COREMERGE_PAGES``, with spaces between them.
+"""
 
 import base64
 import io
@@ -15,6 +18,7 @@ from coremerge_jax import demo
 pytestmark = pytest.mark.browser
 
 WIDTHS = (1280, 400)
+FURTHER = os.environ.get("COREMERGE_PAGES", "").split()
 # Each figure's place and marks in color (not axes, not text), and what is too small or too wide.
 LOOK = """
 const colored = (x) => x.tagName === "image" || ["stroke", "fill"].some((name) => {
@@ -111,20 +115,21 @@ def screenshot(browser, box):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["demo", "many"])
+@pytest.mark.parametrize("name", ["demo.html", "many.html", *map(os.path.abspath, FURTHER)])
 def test_a_page_can_be_read(browser, pages, name, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get((pages / f"{name}.html").as_uri())
+    path = pages / name
+    browser.get(path.as_uri())
     look = browser.execute_script(LOOK)
     assert browser.get_log("browser") == []
     assert look["requests"] == []
     assert look["width"] <= width
     assert look["outside"] == []
     assert look["smallest"] >= 10
-    assert len(look["figures"]) == (page := (pages / f"{name}.html").read_text()).count("<figure")
+    assert len(look["figures"]) == (page := path.read_text()).count("<figure")
     assert len(page) < 3 * 2**20
     for figure in look["figures"]:
         assert figure["title"] in figure["label"]
