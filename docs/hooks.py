@@ -1,15 +1,20 @@
 """What MkDocs does for this site beside its plugins: pages from outside of docs/, and equations."""
 
+import functools
 import html
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+import typer.main
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from typer.testing import CliRunner
+
+from coremerge_jax.cli import app
 
 ROOT = Path(__file__).parents[1]
 # By their path in the repository, where links lead to, their path in the site.
@@ -34,7 +39,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links are as in the repository; here they become those between the pages of the site."""
+    """Puts the commands' help into its page, and makes links those of the site."""
+    return _with_site_links(markdown.replace("<!-- help of each command -->", _help()), page)
+
+
+@functools.cache
+def _help() -> str:
+    def of(command: str) -> str:
+        shown = CliRunner().invoke(
+            app, [command, "--help"], prog_name="coremerge", env={"COLUMNS": "88"}
+        )
+        return f"## `{command}`\n\n```text\n{shown.output.strip()}\n```"
+
+    return "\n\n".join(map(of, typer.main.get_command(app).commands))
+
+
+def _with_site_links(markdown: str, page: Page) -> str:
     inside = {uri: path for path, uri in OUTSIDE.items()}
     folder = posixpath.dirname(inside.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 

@@ -1,11 +1,13 @@
-"""The site's pages: their examples run, and their links and the options that they name are there."""
+"""The site's pages: examples run; links, and options that are named, lead to what exists."""
 
+import itertools
+import json
 import re
 from urllib.parse import urlsplit
 
 import pytest
 import typer.main
-from pages import DOCS, ROOT, folder, read, run_page
+from pages import DOCS, ROOT, assert_alike, blocks, folder, read, run_page
 
 from coremerge_jax.cli import app
 
@@ -23,7 +25,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE], ids=name)
-def test_examples_run(folder, page):
+@pytest.mark.usefixtures("folder")
+def test_examples_run(page):
     run_page(page)
 
 
@@ -32,10 +35,8 @@ def inline(page):
 
 
 def anchors(page):
-    tokens = read(page)
-    titles = [
-        y.content for x, y in zip(tokens, tokens[1:], strict=False) if x.type == "heading_open"
-    ]
+    pairs = itertools.pairwise(read(page))
+    titles = [text.content for heading, text in pairs if heading.type == "heading_open"]
     return {re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
@@ -68,3 +69,16 @@ def test_options_that_are_named_exist(page):
     for part in inline(page):
         if part.type == "code_inline" and part.content.startswith("--"):
             assert re.match(r"[^ =]+", part.content)[0] in OPTIONS, part.content
+
+
+def test_the_notebook_is_the_tutorial():
+    """Its code is that of the page, it has run in order, and printed the same."""
+    notebook = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    python = [block for block in blocks(DOCS / "tutorial.md") if block.language == "python"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(python) + 1)]
+    for cell, block in zip(cells, python, strict=True):
+        assert "".join(cell["source"]) == block.code.rstrip()
+        assert "error" not in {output["output_type"] for output in cell["outputs"]}
+        printed = ["".join(output.get("text", "")) for output in cell["outputs"]]
+        assert_alike("".join(printed), block.output or "")

@@ -1,4 +1,4 @@
-"""The how-tos' examples run, on adapters of the demo or on files of the layout that they are about."""
+"""The how-tos' examples run: on adapters of the demo, or on files as they describe them."""
 
 from pathlib import Path
 
@@ -106,7 +106,8 @@ CHECK = {
 
 
 @pytest.mark.parametrize("page", sorted(path.stem for path in DOCS.glob("howto/*.md")))
-def test_examples_run(folder, page):
+@pytest.mark.usefixtures("folder")
+def test_examples_run(page):
     if page in PREPARE:
         PREPARE[page]()
     found = run_page(DOCS / "howto" / f"{page}.md")
