@@ -4,6 +4,7 @@ import functools
 import html
 import posixpath
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ OUTSIDE = {
     (path := file.relative_to(ROOT).as_posix()): path
     for file in sorted(ROOT.glob("benchmarks/results/*/*"))
 }
+FONT = Path(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf"))
 LINK = re.compile(r"(\]\()(?!#|[a-z]+:)([^)#\s]+)")
 EQUATION = re.compile(r'<(div|span) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages and figures that are not in docs/."""
-    for path, uri in OUTSIDE.items():
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+    """Adds the pages and figures that are not in docs/, and a font for equations."""
+    for file, uri in [*OUTSIDE.items(), (FONT, f"assets/{FONT.name}")]:
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / file)))
     return files
 
 
