@@ -1,5 +1,6 @@
 """The site's pages: examples run; links, and options that are named, lead to what exists."""
 
+import inspect
 import itertools
 import json
 import re
@@ -9,6 +10,7 @@ import pytest
 import typer.main
 from pages import DOCS, ROOT, assert_alike, blocks, folder, read, run_page
 
+import coremerge_jax as cm
 from coremerge_jax.cli import app
 
 __all__ = ["folder"]  # a fixture
@@ -82,3 +84,11 @@ def test_the_notebook_is_the_tutorial():
         assert "error" not in {output["output_type"] for output in cell["outputs"]}
         printed = ["".join(output.get("text", "")) for output in cell["outputs"]]
         assert_alike("".join(printed), block.output or "")
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.md"))
+    modules = {name for name in cm.__all__ if inspect.ismodule(getattr(cm, name))}
+    told = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    told |= set(re.findall(r"heading: (\w+)", text))
+    assert set(cm.__all__) - modules <= told
