@@ -14,6 +14,9 @@ OF_PYTHON = {
 class PublicNames(griffe.Extension):
     """``tsv = Tsv`` makes ``tsv`` a class, with parameters as a dataclass of Python has them."""
 
+    def __init__(self) -> None:
+        self._classes: dict[str, str] = {}
+
     def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
         """Takes dataclasses of flax for those of Python."""
         for decorator in cls.decorators:
@@ -32,7 +35,13 @@ class PublicNames(griffe.Extension):
         for name, member in mod.members.items():
             value = None if member.is_alias else getattr(member, "value", None)
             if isinstance(value, griffe.ExprName) and value.name[0].isupper():
+                self._classes[name] = value.canonical_path
                 mod.members[name] = griffe.Alias(name, value.canonical_path, parent=mod)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """A public name is that of the class, also where a module is called so too."""
+        for name in self._classes.keys() & pkg.members.keys():
+            pkg.set_member(name, griffe.Alias(name, self._classes[name], parent=pkg))
 
 
 def _translate(call: griffe.ExprCall) -> None:
