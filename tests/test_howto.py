@@ -1,6 +1,5 @@
-"""The how-tos' examples run: their Python, and their command lines on files of that layout."""
+"""The how-tos' examples run: on adapters of the demo, or on files as they describe them."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -8,35 +7,14 @@ import numpy as np
 import pytest
 from helpers import random_adapters
 from orbax.checkpoint import v1 as ocp
-from test_readme import folder, run
+from pages import DOCS, folder, run_page
 
 import coremerge_jax as cm
 from coremerge_jax.names import translate
 
 __all__ = ["folder"]  # a fixture
 
-HOWTO = Path(__file__).parents[1] / "docs" / "howto"
 HEADS, HEAD_DIM, WIDTH, RANK = 2, 8, 16, 2
-
-
-def blocks(page, language):
-    text = (HOWTO / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def run_python(page):
-    namespace = {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for code in blocks(page, "python"):
-            exec(compile(code, page, "exec"), namespace)
-    return namespace
-
-
-def run_commands(page, capsys):
-    lines = "".join(blocks(page, "sh")).splitlines()
-    assert lines
-    for line in lines:
-        assert run(line) == 0, (line, capsys.readouterr().err)
 
 
 def llama(seed):
@@ -86,68 +64,52 @@ def write_maxtext_base(path):
     ocp.save(path, {"params": {"params": {"decoder": {"layers": {"self_attention": attention}}}}})
 
 
-@pytest.mark.parametrize("write", [write_tunix, write_maxtext])
-def test_checkpoints(tmp_path, monkeypatch, capsys, write):
-    monkeypatch.chdir(tmp_path)
+def checkpoints(write):
     adapters = {task: llama(seed) for seed, task in enumerate(("math", "code"))}
     for task, adapter in adapters.items():
-        write(adapter, tmp_path / "checkpoints" / task)
+        write(adapter, Path("checkpoints").absolute() / task)
     if write is write_maxtext:
-        write_maxtext_base(tmp_path / "checkpoints" / "base")
-    page = "tunix.md" if write is write_tunix else "maxtext.md"
-    run_commands(page, capsys)
-    for task, adapter in adapters.items():
+        write_maxtext_base(Path("checkpoints").absolute() / "base")
+
+
+PREPARE = {
+    "maxtext": lambda: checkpoints(write_maxtext),
+    "tunix": lambda: checkpoints(write_tunix),
+}
+
+
+def check_converted(_):
+    for seed, task in enumerate(("math", "code")):
         found = cm.load_peft(task)
-        for path, lora in adapter.items():
+        for path, lora in llama(seed).items():
             np.testing.assert_allclose(found[path].dense(), lora.dense(), rtol=1e-4, atol=1e-5)
     assert set(cm.open_adapter("restart").outline)
-    if blocks(page, "python"):
-        run_python(page)
-        assert Path("merged-too/adapter_model.safetensors").is_file()
 
 
-def test_peft(folder, capsys):
-    run_commands("peft.md", capsys)
-    run_python("peft.md")
-    assert (folder / "streamed" / "adapter_model.safetensors").is_file()
+def check_distributed(found):
+    assert set(cm.open_orbax("checkpoint").outline) == set(found["opened"][0])
 
 
-def test_nnx():
-    found = run_python("nnx.md")
-    assert {lora.rank for lora in found["small"].values()} == {4}
-
-
-def test_search(folder, capsys):
-    """The function in the first block of Python is the file that the command lines name."""
-    (folder / "evaluate.py").write_text(blocks("search.md", "python")[0])
-    run_commands("search.md", capsys)
-    assert (folder / "tuned" / "best" / "adapter_model.safetensors").is_file()
-    found = run_python("search.md")
+def check_search(found):
     losses = [row["validation"] for row in found["fitted"].history]
     assert min(losses) < 0.8 * losses[0]
     assert found["step"]._cache_size() == 1
     assert all(jax.numpy.isfinite(found["gradient"]))
 
 
-def test_distributed(folder, capsys):
-    """Lines for several processes run too, without the others; options that it names are there."""
-    page = "distributed.md"
-    lines = re.findall(r"coremerge merge adapters[^\n&#]*", "".join(blocks(page, "sh")))
-    for line in {line.replace("--distributed", "").strip() for line in lines}:
-        assert run(line) == 0, (line, capsys.readouterr().err)
-    assert run("coremerge merge --help") == 0
-    text = (HOWTO / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"`(--[a-z-]+)[ `]", text))
-    known = capsys.readouterr().out
-    assert {"--distributed", "--mesh", "--patience"} <= named
-    assert all(option in known for option in named)
-    found = run_python(page)
-    assert (folder / "merged-too" / "adapter_model.safetensors").is_file()
-    assert set(cm.open_orbax("checkpoint").outline) == set(found["opened"][0])
+CHECK = {
+    "distributed": check_distributed,
+    "maxtext": check_converted,
+    "search": check_search,
+    "tunix": check_converted,
+}
 
 
-def test_links_lead_to_files():
-    for page in HOWTO.glob("*.md"):
-        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (page.parent / target).exists(), (page.name, target)
+@pytest.mark.parametrize("page", sorted(path.stem for path in DOCS.glob("howto/*.md")))
+@pytest.mark.usefixtures("folder")
+def test_examples_run(page):
+    if page in PREPARE:
+        PREPARE[page]()
+    found = run_page(DOCS / "howto" / f"{page}.md")
+    if page in CHECK:
+        CHECK[page](found)

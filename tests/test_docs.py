@@ -1,0 +1,93 @@
+"""The site's pages: examples run; links, and options that are named, lead to what exists."""
+
+import inspect
+import itertools
+import json
+import re
+from urllib.parse import urlsplit
+
+import pytest
+import typer.main
+from pages import DOCS, ROOT, assert_alike, blocks, folder, read, run_page
+
+import coremerge_jax as cm
+from coremerge_jax.cli import app
+
+__all__ = ["folder"]  # a fixture
+
+PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
+ELSEWHERE = {ROOT / "README.md", *DOCS.glob("howto/*.md")}  # in files of their own
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE], ids=name)
+@pytest.mark.usefixtures("folder")
+def test_examples_run(page):
+    run_page(page)
+
+
+def inline(page):
+    return [part for token in read(page) for part in token.children or []]
+
+
+def anchors(page):
+    pairs = itertools.pairwise(read(page))
+    titles = [text.content for heading, text in pairs if heading.type == "heading_open"]
+    return {re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for part in inline(page):
+        target = part.attrs.get("href") or part.attrs.get("src")
+        if not target:
+            continue
+        url = urlsplit(target)
+        if url.scheme or url.netloc:
+            assert url.scheme == "https", target
+            assert "." in url.netloc, target
+            continue
+        file = page.parent / url.path if url.path else page
+        assert file.exists(), target
+        assert not url.fragment or url.fragment in anchors(file), target
+
+
+OPTIONS = {
+    option
+    for command in typer.main.get_command(app).commands.values()
+    for parameter in command.params
+    for option in [*parameter.opts, *parameter.secondary_opts]
+} | {"--version", "--install-completion"}
+
+
+@pytest.mark.parametrize("page", sorted(ELSEWHERE), ids=name)
+def test_options_that_are_named_exist(page):
+    for part in inline(page):
+        if part.type == "code_inline" and part.content.startswith("--"):
+            assert re.match(r"[^ =]+", part.content)[0] in OPTIONS, part.content
+
+
+def test_the_notebook_is_the_tutorial():
+    """Its code is that of the page, it has run in order, and printed the same."""
+    notebook = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    python = [block for block in blocks(DOCS / "tutorial.md") if block.language == "python"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(python) + 1)]
+    for cell, block in zip(cells, python, strict=True):
+        assert "".join(cell["source"]) == block.code.rstrip()
+        assert "error" not in {output["output_type"] for output in cell["outputs"]}
+        printed = ["".join(output.get("text", "")) for output in cell["outputs"]]
+        assert_alike("".join(printed), block.output or "")
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.md"))
+    modules = {name for name in cm.__all__ if inspect.ismodule(getattr(cm, name))}
+    told = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    assert set(cm.__all__) - modules <= told
