@@ -1,4 +1,4 @@
-from . import checkpoint, demo, layouts, linalg, rules, search, spaces
+from . import checkpoint, demo, layouts, linalg, rules, search, spaces, verification
 from .checkpoint import (
     apply_adapter,
     load_peft,
@@ -44,6 +44,7 @@ from .spaces import core, full, knots, tucker
 from .streaming import MergeStream
 from .trees import TreeFormat, from_tree, to_tree
 from .truncation import truncate
+from .verification import Verification, verify
 
 __version__: str
 
@@ -63,6 +64,7 @@ __all__ = [
     "RecipeError",
     "TreeFormat",
     "UnsupportedError",
+    "Verification",
     "apply_adapter",
     "cart",
     "chain",
@@ -106,4 +108,6 @@ __all__ = [
     "tsv",
     "tucker",
     "update_nnx",
+    "verification",
+    "verify",
 ]

@@ -25,6 +25,8 @@ from coremerge_jax.cli.merge import EPILOG, merge
 from coremerge_jax.cli.rules import rules
 from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
+from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
+from coremerge_jax.cli.verify import verify
 from coremerge_jax.errors import CoreMergeError, RecipeError
 
 app = typer.Typer(
@@ -37,6 +39,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=APPLY_EPILOG)(apply)
+app.command(epilog=VERIFY_EPILOG)(verify)
 app.command()(inspect)
 app.command(epilog=CONVERT_EPILOG)(convert)
 app.command()(rules)

@@ -118,7 +118,10 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("coremerge ", {"merge", "sweep", "apply", "inspect", "convert", "rules", "demo"}),
+        (
+            "coremerge ",
+            {"merge", "sweep", "apply", "verify", "inspect", "convert", "rules", "demo"},
+        ),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space ", set(SPACES)),
         ("coremerge merge --rule t", {"task_arithmetic", "ties", "tsv"}),
