@@ -1,4 +1,14 @@
-from . import checkpoint, demo, diagnosis, layouts, linalg, rules, search, spaces
+from . import (
+    checkpoint,
+    demo,
+    diagnosis,
+    layouts,
+    linalg,
+    rules,
+    search,
+    spaces,
+    verification,
+)
 from .checkpoint import (
     apply_adapter,
     load_peft,
@@ -45,6 +55,7 @@ from .spaces import core, full, knots, tucker
 from .streaming import MergeStream
 from .trees import TreeFormat, from_tree, to_tree
 from .truncation import truncate
+from .verification import Verification, verify
 
 __version__: str
 
@@ -65,6 +76,7 @@ __all__ = [
     "RecipeError",
     "TreeFormat",
     "UnsupportedError",
+    "Verification",
     "apply_adapter",
     "cart",
     "chain",
@@ -110,4 +122,6 @@ __all__ = [
     "tsv",
     "tucker",
     "update_nnx",
+    "verification",
+    "verify",
 ]

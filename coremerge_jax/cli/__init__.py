@@ -27,6 +27,8 @@ from coremerge_jax.cli.report import report
 from coremerge_jax.cli.rules import rules
 from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
+from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
+from coremerge_jax.cli.verify import verify
 from coremerge_jax.errors import CoreMergeError, RecipeError
 
 app = typer.Typer(
@@ -39,6 +41,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=APPLY_EPILOG)(apply)
+app.command(epilog=VERIFY_EPILOG)(verify)
 app.command()(inspect)
 app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=CONVERT_EPILOG)(convert)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,20 @@ def _complete_rule(incomplete: str) -> list[str]:
     return [name for name in RULES if name.startswith(incomplete)]
 
 
-def read_recipe(
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the command line says of a recipe.
+
+    Attributes:
+        file: the recipe's.
+        options: fields of it, which replace what the file says.
+    """
+
+    file: Path | None
+    options: Mapping[str, Any]
+
+
+def read_options(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
@@ -125,11 +138,11 @@ def read_recipe(
             help="Take adapters and options from a file; those given here replace them.",
         ),
     ] = None,
-) -> Recipe:
-    """The recipe of a file, with what the command line says.
+) -> Given:
+    """The options of a recipe.
 
     Raises:
-        RecipeError: an option is not what it can be, or there are no adapters.
+        RecipeError: an option is not what it can be.
     """
     options: dict[str, Any] = {
         "adapters": tuple(adapters) if adapters else None,
@@ -146,24 +159,46 @@ def read_recipe(
         "allow_mismatch": allow_mismatch or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    recipe = dataclasses.replace(Recipe.load(recipe_file) if recipe_file else Recipe(), **given)
+    return Given(recipe_file, given)
+
+
+def read_recipe(given: Given) -> Recipe:
+    """The recipe of a file, with what the command line says.
+
+    Raises:
+        RecipeError: a value is not what it can be, or there are no adapters.
+    """
+    recipe = dataclasses.replace(
+        Recipe.load(given.file) if given.file else Recipe(), **given.options
+    )
     if not recipe.adapters:
         raise RecipeError("no adapters: name their folders, or give a recipe that does")
     return recipe
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of `read_recipe` in place of its parameter ``recipe``."""
+    """Gives a command the options of a recipe in place of its parameter ``recipe``."""
+    return _takes(command, "recipe", read_recipe)
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that may do without: its parameter ``given`` is a `Given`."""
+    return _takes(command, "given", lambda given: given)
+
+
+def _takes(
+    command: Callable[..., None], name: str, read: Callable[[Given], Any]
+) -> Callable[..., None]:
     signature = inspect.signature(command)
     parameters: list[inspect.Parameter] = []
     for own in signature.parameters.values():
-        options = inspect.signature(read_recipe).parameters.values()
-        parameters += options if own.name == "recipe" else [own]
+        options = inspect.signature(read_options).parameters.values()
+        parameters += options if own.name == name else [own]
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        own = {name: options.pop(name) for name in signature.parameters if name != "recipe"}
-        command(recipe=read_recipe(**options), **own)
+        own = {key: options.pop(key) for key in signature.parameters if key != name}
+        command(**{name: read(read_options(**options))}, **own)
 
     keyword = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in parameters]
     run.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]

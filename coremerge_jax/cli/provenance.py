@@ -30,8 +30,13 @@ def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[di
 
 def provenance(recipe: "Recipe", sources: "Sequence[dict[str, Any]]") -> dict[str, Any]:
     """The record of a merge by a recipe."""
+    from coremerge_jax.precision import computing
+
+    with computing(recipe.precision) as dtype:
+        precision = dtype.name
     return {
         "coremerge_version": __version__,
+        "precision": precision,
         "recipe": recipe.explicit().to_dict(),
         "sources": list(sources),
     }

@@ -120,7 +120,7 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
     [
         (
             "coremerge ",
-            {"merge", "sweep", "apply", "inspect", "convert", "report", "rules", "demo"},
+            {"merge", "sweep", "apply", "verify", "inspect", "convert", "report", "rules", "demo"},
         ),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space ", set(SPACES)),
