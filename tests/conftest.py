@@ -1,6 +1,8 @@
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little.
@@ -9,14 +11,25 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.9."),
 )
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing of the user's is read or written
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests start
+# Tests have one of the run, in this process, xdist's, and those of several devices.
+if "COREMERGE_TEST_CACHE" not in os.environ:
+    _cache = TemporaryDirectory(prefix="coremerge-tests-")
+    os.environ["COREMERGE_TEST_CACHE"] = _cache.name
 
 import hypothesis
 import jax
 import pytest
 
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", os.environ["COREMERGE_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing allocates much and leaves few cycles: default thresholds have it searched all the time.
+gc.set_threshold(50_000)
 
 hypothesis.settings.register_profile(
     "default",
@@ -33,5 +46,6 @@ def _compiled_programs_do_not_pile_up():
     """Linux gives a process 65530 memory maps; JAX takes some 150 for each program it compiles."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
+        gc.collect()

@@ -29,9 +29,16 @@ def small():
     return random_adapters(HEAD, RANKS, dtype="float32")
 
 
-@every_mesh
-@pytest.mark.parametrize("name", CASES)
-def test_same_as_one_device(adapters, name, there):
+# All rules with modules and features spread. With modules alone, as `two_processes.py` has all of
+# them, those that look beyond their module: at its name, and at all others.
+PLACES = [(name, "4x2") for name in CASES] + [
+    (name, "8") for name in ("tsv", "dare|ties|isotropize", "ties of the model")
+]
+
+
+@pytest.mark.parametrize(("name", "spread"), PLACES)
+def test_same_as_one_device(adapters, name, spread):
+    there = MESHES[spread]
     expected = cm.merge(adapters, CASES[name], key=KEY)
     merged = cm.merge(adapters, CASES[name], key=KEY, mesh=there)
     assert_same(merged, expected, 1e-6)

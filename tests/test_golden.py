@@ -42,10 +42,10 @@ def load(name):
     return adapters, spec["cases"], expected
 
 
-def cases(well_posed):
+def cases(well_posed, chosen=lambda *_: True):
     for name in SETS:
         for i, case in enumerate(load(name)[1]):
-            if case["well_posed"] == well_posed:
+            if case["well_posed"] == well_posed and chosen(name, case["space"]):
                 parts = [name, case["space"], case["method"], *map(str, case["params"].values())]
                 yield pytest.param(name, i, id="-".join(parts + ["iso"] * case["isotropize"]))
 
@@ -74,12 +74,25 @@ def merge(name, i, precision, adapters=None):
     return cm.merge(adapters, rule_of(case), space=SPACES[case["space"]], precision=precision)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-5), ("float32", 1e-4)])
-@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=True)))
-def test_equals_the_reference(name, i, precision, tolerance):
+def check(name, i, precision, tolerance):
     merged = merge(name, i, precision)
     for path, expected in load(name)[2][i].items():
         assert distance(dense(merged[path]), expected) <= tolerance, path
+
+
+@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=True)))
+def test_equals_the_reference(name, i):
+    check(name, i, "float64", 1e-5)
+
+
+def in_float32(name, space):
+    """Core space on every set; the others on the most irregular one."""
+    return space == "core" or name == "mixed_ranks"
+
+
+@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=True, chosen=in_float32)))
+def test_equals_the_reference_in_float32(name, i):
+    check(name, i, "float32", 1e-4)
 
 
 @pytest.mark.parametrize(("name", "i"), list(cases(well_posed=False)))

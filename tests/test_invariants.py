@@ -47,12 +47,14 @@ SINGULAR = {
 SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots()}
 
 
+# With the scope of a module, all laws of a rule and a space follow each other, which use the same
+# compiled programs.
 def rules(*tables):
     table = {name: rule for part in tables for name, rule in part.items()}
-    return pytest.mark.parametrize("rule", table.values(), ids=table.keys())
+    return pytest.mark.parametrize("rule", table.values(), ids=table.keys(), scope="module")
 
 
-every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
+every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys(), scope="module")
 
 
 @every_space
