@@ -8,16 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coremerge_jax.search.plotting import STYLE, save
 from text8.results import Row
 
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "coremerge",
-}
 COLOURS = {"core": "#9c2f6f", "knots": "#b3a125", "full": "#8a8a8a"}
 
 
@@ -28,8 +21,8 @@ def draw(result: Mapping[str, list[Row]], path: Path) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
         _rules(left, result["paper"])
         _curve(right, result["curve"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
 
 
 def _rules(ax: Axes, rows: Sequence[Row]) -> None:
