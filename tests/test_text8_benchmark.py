@@ -237,6 +237,8 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     assert "| task_arithmetic | core | scale " in (tmp_path / "text8.md").read_text()
     figure.draw(found, tmp_path / "text8.svg")
     assert "tasks merged" in (tmp_path / "text8.svg").read_text()
+    results.explain(done, found["paper"], tmp_path / "text8.html")
+    assert "a merge of 3 adapters" in (tmp_path / "text8.html").read_text()
 
     def never(*_, **__):
         raise AssertionError("done twice")

@@ -16,7 +16,7 @@ import platformdirs
 from publish import folder, publish
 
 from text8.figure import draw
-from text8.results import collect
+from text8.results import collect, explain
 from text8.sources import SOURCES, fetch
 from text8.study import Study
 from text8.tables import NOTES, sheets
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(options.folder, packages["minilm"] / MODEL, tasks)
     result = collect(study)
     draw(result, options.output / "text8.svg")
+    explain(study, result["paper"], options.output / "text8.html")
     result = {"machine": machine.describe(watch), **result}
     publish(options.output / "text8", "Eight text tasks", result, sheets(result), NOTES)
     return 0

@@ -4,7 +4,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-SCALES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0)
+SCALES = (
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.8,
+    1.0,
+    1.25,
+    1.6,
+    2.0,
+    2.5,
+    3.2,
+    4.0,
+    5.0,
+    6.3,
+    8.0,
+)
 VALUES = {
     "dare.drop": (0.1, 0.3, 0.5, 0.7, 0.9),
     "flatten.power": (0.25, 0.5, 0.75),
@@ -59,14 +78,12 @@ PAPER = (
     ),
 )
 """The paper's rules and spaces, without those that are the same in core space: `results.SAME`."""
-MORE = tuple(
-    Method(rules)
-    for rules in (
-        *("flatten + tsv", "tsv + svc", "pico + tsv"),
-        *("iso_cts", "dc_merge", "sce", "prune"),
-    )
+MORE = (
+    *(Method(rules) for rules in ("flatten + tsv", "tsv + svc", "pico + tsv")),
+    *(Method(rules) for rules in ("iso_cts", "dc_merge", "sce", "prune")),
+    Method("ties", "core:gauge=balanced"),
 )
-"""Rules that the paper has not."""
+"""What the paper has not."""
 SMALL = (
     *(Method(rules, cut=16) for rules in ("task_arithmetic", "ties", "dare + ties", "tsv")),
     *(Method(rules, cut=16) for rules in ("isotropize", "tsv + isotropize")),

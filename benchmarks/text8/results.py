@@ -1,10 +1,16 @@
 """The sections of the result, as rows of numbers."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+import coremerge_jax as cm
+from coremerge_jax.demo.merging import parse_chain
+from coremerge_jax.recipe import parse_space
 from text8 import methods, scoring
 from text8.methods import Method
 from text8.sources import SOURCES
@@ -110,6 +116,18 @@ def learned(compare: Compare) -> list[Row]:
         for method in methods.LEARNED
         for per in ("adapter", "module")
     ]
+
+
+def explain(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Writes the report of the merge that was best on validation texts."""
+    best = max(rows, key=lambda row: row["validation"])
+    adapters = [cm.load_peft(study.adapter(name, RANK)) for name in study.names]
+    rule = cm.search.configure(parse_chain(best["rule"]), best["parameters"])
+    space = parse_space(best["space"])
+    scale = best["parameters"]["scale"]
+    merged = cm.merge(adapters, rule, space=space, scale=scale, key=jax.random.key(0))
+    named = merged.replace(metadata=dataclasses.replace(merged.metadata, name=best["rule"]))
+    cm.diagnose(adapters, named).to_html(path)
 
 
 def curve(study: Study) -> list[Row]:
