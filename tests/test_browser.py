@@ -1,12 +1,10 @@
-"""Reports in a real browser: `pytest -m browser`.
-
-Looks at further pages too: their paths in ``COREMERGE_PAGES``, with spaces between them.
-"""
+"""Reports in a real browser: `pytest -m browser`."""
 
 import base64
 import io
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,8 @@ from coremerge_jax import demo
 pytestmark = pytest.mark.browser
 
 WIDTHS = (1280, 400)
-FURTHER = os.environ.get("COREMERGE_PAGES", "").split()
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+PUBLISHED = sorted(RESULTS.glob("*/text8.html"))
 # Each figure's place and marks in color (not axes, not text), and what is too small or too wide.
 LOOK = """
 const colored = (x) => x.tagName === "image" || ["stroke", "fill"].some((name) => {
@@ -115,7 +114,7 @@ def screenshot(browser, box):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["demo.html", "many.html", *map(os.path.abspath, FURTHER)])
+@pytest.mark.parametrize("name", ["demo.html", "many.html", *PUBLISHED], ids=lambda x: Path(x).name)
 def test_a_page_can_be_read(browser, pages, name, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
