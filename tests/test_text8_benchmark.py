@@ -204,7 +204,7 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     sparse = Method("ties", cut=4, scales=(0.8,))
     for name, chosen in {
         "SUM": few,
-        "PAPER": (methods.AVERAGE, few),
+        "PAPER": (methods.AVERAGE, few, dataclasses.replace(few, space="full")),
         "MORE": (few,),
         "SMALL": (sparse,),
         "MIXED": (few,),
@@ -230,6 +230,9 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     assert all(row["interval"][0] <= row["test"] <= row["interval"][1] for row in found["paper"])
     total = found["paper"][1]
     assert total["gain"] == (0, 0)
+    (difference,) = found["differences"]
+    assert abs(difference["gain"]) < 0.01
+    assert difference["interval"][0] <= difference["gain"] <= difference["interval"][1]
     assert all(row["off"] < 1e-5 for row in found["spaces"])
     machine = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
     made_of = {"machine": machine | {"others": None}, **found}

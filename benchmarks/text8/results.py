@@ -36,6 +36,7 @@ def collect(study: Study) -> dict[str, list[Row]]:
     return {
         "tasks": describe(study, ranks),
         "paper": compare.rows(methods.PAPER),
+        "differences": compare.differences(methods.PAPER),
         "more": compare.rows(methods.MORE),
         "small": compare.rows(methods.SMALL),
         "mixed": Compare(study, mixed).rows(methods.MIXED),
@@ -98,6 +99,25 @@ class Compare:
     def rows(self, chosen: Iterable[Method]) -> list[Row]:
         """Of several methods."""
         return [self.row(x, self.study.measure(x, self.ranks)) for x in chosen]
+
+    def differences(self, chosen: Iterable[Method]) -> list[Row]:
+        """Of core space to the other spaces, rule by rule."""
+        rows = []
+        for method in chosen:
+            if method.space != "core":
+                pair = (dataclasses.replace(method, space="core"), method)
+                found = [self.study.measure(x, self.ranks) for x in pair]
+                core, other = (scoring.normalized(x["correct"], self.alone) for x in found)
+                drawn, others = map(self._scores, found)
+                rows.append(
+                    {
+                        "rule": method.rules,
+                        "space": method.space,
+                        "gain": core - other,
+                        "interval": scoring.interval(drawn - others),
+                    }
+                )
+        return rows
 
 
 def spaces(study: Study, ranks: Mapping[str, int]) -> list[Row]:

@@ -20,6 +20,9 @@ Test texts decide nothing. Adapters have rank {RANK}; with mixed ranks every sec
 {SMALL}, from the second on. With learned coefficients, *parameters* are the scale that they start
 from, and the steps after which they were kept.
 
+*Core is better by* is the difference of the averages: the same rule, with parameters chosen in each
+space.
+
 The last table has averages of some of the tasks, in {ORDERS} random orders, with the adapters and
 the texts of these tasks only."""
 
@@ -36,6 +39,7 @@ def sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
     return [
         _tasks(result["tasks"]),
         *(_merges(title, result[name]) for name, title in merged.items()),
+        _differences(result["differences"]),
         _spaces(result["spaces"]),
         _curve(result["curve"]),
     ]
@@ -78,6 +82,14 @@ def _merges(title: str, rows: Sequence[Row]) -> Sheet:
 
 def _parameters(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in values.items())
+
+
+def _differences(rows: Sequence[Row]) -> Sheet:
+    lines = [
+        [row["rule"], row["space"], f"{100 * row['gain']:+.1f}", _range(row["interval"], "+")]
+        for row in rows
+    ]
+    return Sheet(["rule", "space", "core is better by", "95 %"], lines, "Core and other spaces")
 
 
 def _spaces(rows: Sequence[Row]) -> Sheet:
