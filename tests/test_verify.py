@@ -316,7 +316,7 @@ def test_a_source_that_the_record_does_not_name(sources, tmp_path):
     (finding,) = cm.verify(out, sources).defects
     assert finding.kind == "left-out"
     assert "'task2'" in finding.message
-    with pytest.raises(cm.MismatchError, match="'task1' not among them"):
+    with pytest.raises(cm.MismatchError, match="'task1' not among the sources"):
         cm.verify(out, sources[:1])
 
 

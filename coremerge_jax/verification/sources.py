@@ -107,8 +107,8 @@ def match_sources(
     missing = [f"{x.name}" for slot, x in enumerate(record.sources) if slot not in places]
     if missing:
         raise MismatchError(
-            f"the merge is of {len(record.sources)} adapters, but there are {len(given)} sources: "
-            f"{some(missing)} not among them; name all of them (--sources)"
+            f"{some(missing)} not among the sources: the merge is of {len(record.sources)} adapters, "
+            f"got {len(given)}; name all of them (--sources)"
         )
     findings = [_changed(record.sources[slot], found[slot]) for slot in sorted(found)]
     if rest:
