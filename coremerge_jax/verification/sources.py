@@ -107,7 +107,7 @@ def match_sources(
     missing = [f"{x.name}" for slot, x in enumerate(record.sources) if slot not in places]
     if missing:
         raise MismatchError(
-            f"{some(missing)} not among the sources: the merge is of {len(record.sources)} adapters, "
+            f"{some(missing)} not among the sources: {len(record.sources)} adapters were merged, "
             f"got {len(given)}; name all of them (--sources)"
         )
     findings = [_changed(record.sources[slot], found[slot]) for slot in sorted(found)]
