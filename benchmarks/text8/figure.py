@@ -11,34 +11,41 @@ from matplotlib.figure import Figure
 from coremerge_jax.search.plotting import STYLE, save
 from text8.results import Row
 
-COLOURS = {"core": "#9c2f6f", "knots": "#b3a125", "full": "#8a8a8a"}
+COLOURS = {"full": "#8a8a8a", "knots": "#b3a125", "core": "#9c2f6f", "learned": "#2f6f9c"}
+LABELS = {"full": "full", "knots": "KnOTS", "core": "core", "learned": "core, learned coefficients"}
 
 
 def draw(result: Mapping[str, list[Row]], path: Path) -> None:
     """Averages with their intervals, and how they fall with more tasks."""
+    rows = []
+    for row in [*result["paper"], *result["more"]]:
+        space, _, option = row["space"].partition(":")
+        rows.append((space, ", ".join(filter(None, (row["rule"], option))), row))
+    rows += [
+        ("learned", f"{row['rule']}, {row['space'].removeprefix('a coefficient ')}", row)
+        for row in result["learned"]
+    ]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 5.5), layout="constrained")
+        figure = Figure(figsize=(11, 2 + 0.2 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-        _rules(left, result["paper"])
+        _rules(left, sorted(rows, key=lambda x: x[-1]["test"]))
         _curve(right, result["curve"])
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
 
-def _rules(ax: Axes, rows: Sequence[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: row["test"])
-    for place, row in enumerate(ordered):
-        low, high = row["interval"]
-        colour = COLOURS[row["space"]]
+def _rules(ax: Axes, rows: Sequence[tuple[str, str, Row]]) -> None:
+    for place, (space, _, row) in enumerate(rows):
+        colour, (low, high) = COLOURS[space], row["interval"]
         ax.plot([100 * low, 100 * high], [place, place], color=colour, alpha=0.5)
         ax.plot(100 * row["test"], place, "o", color=colour)
-    names = [
-        row["rule"] if row["space"] == "core" else f"{row['rule']} ({row['space']})"
-        for row in ordered
-    ]
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+    ax.margins(y=0.02)
     ax.set_xlabel("accuracy relative to each task's own adapter, mean, %")
     ax.set_title("Eight tasks", loc="left")
+    for name, colour in COLOURS.items():
+        ax.plot([], [], "o", color=colour, label=LABELS[name])
+    ax.legend(frameon=False, title="space")
 
 
 def _curve(ax: Axes, rows: Sequence[Row]) -> None:
@@ -52,5 +59,6 @@ def _curve(ax: Axes, rows: Sequence[Row]) -> None:
         ax.fill_between(counts, table.min(1), table.max(1), color=f"C{i}", alpha=0.15)
     ax.set_xticks(counts)
     ax.set_xlabel("tasks merged")
-    ax.set_title("More and more tasks", loc="left")
+    ax.set_ylabel("the same, and the range of two orders")
+    ax.set_title("More and more tasks, in core space", loc="left")
     ax.legend(frameon=False)

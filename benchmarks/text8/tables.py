@@ -73,7 +73,7 @@ def _merges(title: str, rows: Sequence[Row]) -> Sheet:
         [
             *(row["rule"], row["space"], _parameters(row["parameters"]), f"{row['rank']}"),
             *map(_percent, [*row["tasks"].values(), row["test"]]),
-            *(_range(row["interval"]), _range(row["gain"], "+")),
+            *(_range(row["interval"]), _range(row["gain"], "+") if any(row["gain"]) else "–"),
         ]
         for row in rows
     ]
@@ -81,7 +81,7 @@ def _merges(title: str, rows: Sequence[Row]) -> Sheet:
 
 
 def _parameters(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in values.items())
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def _differences(rows: Sequence[Row]) -> Sheet:
