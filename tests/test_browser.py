@@ -17,7 +17,7 @@ pytestmark = pytest.mark.browser
 
 WIDTHS = (1280, 400)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-PUBLISHED = sorted(RESULTS.glob("*/text8.html"))
+PUBLISHED = sorted(RESULTS.glob("*/text8-report.html"))
 # Each figure's place and marks in color (not axes, not text), and what is too small or too wide.
 LOOK = """
 const colored = (x) => x.tagName === "image" || ["stroke", "fill"].some((name) => {

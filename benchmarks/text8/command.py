@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(options.folder, packages["minilm"] / MODEL, tasks)
     result = collect(study)
     draw(result, options.output / "text8.svg")
-    explain(study, [*result["paper"], *result["more"]], options.output / "text8.html")
+    explain(study, [*result["paper"], *result["more"]], options.output / "text8-report.html")
     result = {"machine": machine.describe(watch), **result}
     publish(options.output / "text8", "Eight text tasks", result, sheets(result), NOTES)
     return 0
