@@ -13,11 +13,12 @@ from rich.table import Table
 
 
 class Sheet(NamedTuple):
-    """A table; columns from the third on hold numbers."""
+    """A table; after the first columns, which are texts, come numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+    texts: int = 2
 
 
 def folder() -> Path:
@@ -59,14 +60,15 @@ def digits(seconds: float) -> str:
 def _rich(sheet: Sheet) -> Table:
     table = Table(title=sheet.title or None, box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(sheet.header):
-        table.add_column(name, justify="left" if column < 2 else "right", overflow="fold")
+        justify = "left" if column < sheet.texts else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in sheet.rows:
         table.add_row(*row)
     return table
 
 
 def _markdown(sheet: Sheet) -> str:
-    rule = ["---"] * 2 + ["---:"] * (len(sheet.header) - 2)
+    rule = ["---"] * sheet.texts + ["---:"] * (len(sheet.header) - sheet.texts)
     lines = [f"| {' | '.join(cells)} |" for cells in (sheet.header, rule, *sheet.rows)]
     return "\n".join([f"## {sheet.title}\n", *lines] if sheet.title else lines)
 

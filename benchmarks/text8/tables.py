@@ -64,7 +64,7 @@ def _tasks(rows: Sequence[Row]) -> Sheet:
         ]
         for row in rows
     ]
-    return Sheet([*header, "base model", "own adapter"], lines, "Tasks")
+    return Sheet([*header, "base model", "own adapter"], lines, "Tasks", texts=3)
 
 
 def _merges(title: str, rows: Sequence[Row]) -> Sheet:
@@ -77,7 +77,7 @@ def _merges(title: str, rows: Sequence[Row]) -> Sheet:
         ]
         for row in rows
     ]
-    return Sheet([*header, "average", "95 %", "to the sum"], lines, title)
+    return Sheet([*header, "average", "95 %", "to the sum"], lines, title, texts=3)
 
 
 def _parameters(values: Mapping[str, Any]) -> str:

@@ -259,12 +259,13 @@ def _merge(diagnosis: Diagnosis) -> Iterator[Plot]:
         "be helped by scales for some modules.",
         findings.layers(diagnosis, kept),
     )
-    size = findings.relative_size(diagnosis)
+    size, count = findings.relative_size(diagnosis), len(diagnosis.adapters)
     yield Plot(
         "Size of the merge",
         plots.modules(diagnosis, size, Scale("viridis")),
-        "‖ΔW‖ of each merged module, relative to the root mean square over its adapters. Far from "
-        "1, try another scale (--scale).",
+        "‖ΔW‖ of each merged module, relative to the root mean square over its adapters. If these "
+        f"are unrelated, their sum has {count**0.5:.1f} and their mean {count**-0.5:.1f}: far "
+        "beyond, try another scale (--scale).",
         f"Mean over the modules: {findings.mean(size):.2f}.",
     )
     missing = findings.of_merged(diagnosis, "unexplained")
