@@ -7,6 +7,7 @@ A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` an
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -203,6 +204,11 @@ class Adapter(Mapping[str, LoRA]):
                 for path, lora in self.items()
             }
         )
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that factors are still to be read from: none for an adapter in memory."""
+        return ()
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths; an adapter that is still in a file reads them at once."""

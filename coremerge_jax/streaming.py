@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,6 +70,11 @@ class MergeStream:
             ),
             default=0,
         )
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that the adapters are still to be read from."""
+        return tuple(folder for adapter in self._job.adapters for folder in adapter.folders)
 
     @property
     def spread(self) -> bool:

@@ -2,12 +2,11 @@
 
 from coremerge_jax.checkpoint.base_model import apply_adapter
 from coremerge_jax.checkpoint.orbax import open_orbax, save_orbax
-from coremerge_jax.checkpoint.peft import check_output, load_peft, open_peft, save_peft
+from coremerge_jax.checkpoint.peft import load_peft, open_peft, save_peft
 from coremerge_jax.checkpoint.source import hash_source, open_adapter
 
 __all__ = [
     "apply_adapter",
-    "check_output",
     "hash_source",
     "load_peft",
     "open_adapter",

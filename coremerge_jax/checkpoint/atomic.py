@@ -1,111 +1,202 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 
+from coremerge_jax.checkpoint.outputs import RECORD, check_file, check_output, find_foreign
 from coremerge_jax.errors import FormatError
 from coremerge_jax.processes import agreed, exchange, failing_together
 
-
-def check_output(out: str | Path, *, markers: tuple[str, ...], force: bool = False) -> Path:
-    """The absolute path of an output folder that may be written.
-
-    Args:
-        out: the folder to write.
-        markers: files that together tell a folder of ours from any other folder.
-        force: whether an existing folder with the markers may be replaced.
-
-    Raises:
-        FormatError: the output exists and may not be replaced.
-    """
-    path = Path(os.path.realpath(out))
-    if not path.exists():
-        return path
-    if not path.is_dir():
-        raise FormatError(f"{out}: exists and is not a folder; choose another output")
-    if not force:
-        raise FormatError(f"{out}: already exists; choose another output, or --force it")
-    missing = [marker for marker in markers if not (path / marker).is_file()]
-    if missing and any(path.iterdir()):
-        raise FormatError(
-            f"{out}: has no {missing[0]}, so it is not replaced; choose another output"
-        )
-    return path
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def atomic_folder(
-    out: str | Path, *, markers: tuple[str, ...], force: bool = False, label: str | None = None
+    out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill, which then becomes `out` in one rename.
 
-    An existing `out` is moved aside, and deleted only when the new one is in place. After any
-    exception, `out` is what it was and nothing else is left.
+    Whoever fills it ends with `outputs.write_record`. An existing `out` is moved aside, and deleted
+    only when the new one is in place. After any exception, `out` is what it was and nothing else is
+    left. What a killed run has left is tidied up: what it had moved aside comes back.
 
     Args:
-        out: the folder to write.
-        markers: files that together tell a folder of ours from any other folder.
-        force: whether an existing folder with the markers may be replaced.
-        label: for the name of the temporary folder, which is unique by default. What a killed run
-            has left by this name is deleted.
+        out: see `outputs.check_output`.
+        kind: see `outputs.check_output`.
+        inputs: see `outputs.check_output`.
+        force: see `outputs.check_output`.
 
     Raises:
-        FormatError: the output exists and may not be replaced.
+        FormatError: the output may not be written.
     """
     path = Path(os.path.realpath(out))
-    name = f".{path.name}.{label or uuid.uuid4().hex[:12]}"
-    new, old = path.with_name(name + ".new"), path.with_name(name + ".old")
-    _tidy(new, old, path)
-    check_output(out, markers=markers, force=force)
+    _tidy(path)
+    check_output(out, kind=kind, inputs=inputs, force=force)
+    new, old = _siblings(path)
     missing = [folder for folder in path.parents if not folder.exists()]
-    try:
-        new.mkdir(parents=True)
-        yield new
-        _sync(*new.rglob("*"), new)
-        if path.exists():
-            check_output(path, markers=markers, force=force)
-            path.rename(old)
-        new.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not path.exists():
+    with contextlib.ExitStack() as locks, _naming(out, new):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_made(new, new.mkdir))
+            yield new
+            if not (new / RECORD).is_file():
+                raise RuntimeError(f"{new}: was filled without a {RECORD}")
+            _sync(*new.rglob("*"), new)
+            if os.path.lexists(path):
+                check_output(path, kind=kind, force=force)
+                locks.enter_context(_locked(path))
+                path.rename(old)
+                if reason := find_foreign(old, kind):  # it came since the last look
+                    raise FormatError(f"{out}: {reason}, so it is not replaced")
+            new.rename(path)
+            _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            _put_back(old, path)
             for folder in missing:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # not empty
                     folder.rmdir()
-        if isinstance(error, OSError) and error.errno and _is_below(new, error.filename):
-            error.filename = str(out)  # the user knows nothing of the temporary folder
+            raise
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Ends a replacement that was cut short: the old folder comes back, unless there is a new one.
+
+    Two may exist only where the new one is in place, or another process has put one there.
+    """
+    if not os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(path)
+    elif old.is_dir() and not find_foreign(old):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(
+    out: str | Path, *, mark: bytes, inputs: Iterable[str | Path] = (), force: bool = False
+) -> Iterator[Path]:
+    """Yields a temporary sibling file to write, which then becomes `out` in one rename.
+
+    Args:
+        out: see `outputs.check_file`.
+        mark: see `outputs.check_file`.
+        inputs: see `outputs.check_file`.
+        force: see `outputs.check_file`.
+
+    Raises:
+        FormatError: the output may not be written.
+    """
+    path = check_file(out, mark=mark, inputs=inputs, force=force)
+    _tidy(path)
+    new, _ = _siblings(path)
+    with contextlib.ExitStack() as locks, _naming(out, new):
+        try:
+            locks.enter_context(_made(new, partial(new.touch, exist_ok=False)))
+            yield new
+            _sync(new)
+            check_file(path, mark=mark, force=force)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(out: str | Path, new: Path) -> Iterator[None]:
+    """Names the output in system errors about the temporary one, which the user does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and _is_below(new, error.filename):
+            error.filename, error.filename2 = str(out), None
         raise
 
 
-def _tidy(new: Path, old: Path, path: Path) -> None:
-    """Deletes what a killed run has left, but for what it had moved aside and not replaced."""
-    shutil.rmtree(new, ignore_errors=True)
-    if old.exists() and not path.exists():
-        old.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def _siblings(path: Path) -> tuple[Path, Path]:
+    """Returns two names beside an output that nobody can foresee: for the new and the old one."""
+    name = f".{path.name}.{uuid.uuid4().hex[:12]}"
+    return path.with_name(f"{name}.new"), path.with_name(f"{name}.old")
+
+
+def _tidy(path: Path) -> None:
+    """Deletes what killed runs have left beside an output; brings back what they had moved aside.
+
+    Runs that are alive hold locks on theirs.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(new|old)")
+    if not path.parent.is_dir():
+        return
+    for left in sorted(path.parent.iterdir()):
+        found = pattern.fullmatch(left.name)
+        if found is None or left.is_symlink():
+            continue
+        with _locked(left) as is_dead:
+            if not is_dead:
+                continue
+            if found[1] == "old":
+                _put_back(left, path)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _made(new: Path, make: Callable[[], None]) -> Iterator[None]:
+    """Makes a temporary folder or file, and holds its lock while the context lasts.
+
+    Another run may take it for one of the dead before it is locked; then it is made again.
+    """
+    while True:
+        make()
+        with _locked(new):
+            if new.exists():
+                yield
+                return
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds the lock of a folder or file, which the system releases however the process ends.
+
+    Yields whether it is held: another process may have it, or the file system has no locks. Then
+    nothing that was left here is ever deleted.
+    """
+    handle, held = None, False
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+    try:
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 @contextlib.contextmanager
 def shared_folder(
-    out: str | Path, *, markers: tuple[str, ...], force: bool = False
+    out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Iterator[Path]:
     """`atomic_folder` for all processes of a job: it appears when all of them have filled it.
 
     Args:
-        out: see `atomic_folder`.
-        markers: see `atomic_folder`.
-        force: see `atomic_folder`.
+        out: see `outputs.check_output`.
+        kind: see `outputs.check_output`.
+        inputs: see `outputs.check_output`.
+        force: see `outputs.check_output`.
 
     Raises:
         FormatError: the output exists and may not be replaced, or processes do not share its
@@ -116,7 +207,7 @@ def shared_folder(
         with failing_together():
             made = None
             if jax.process_index() == 0:
-                folder = atomic_folder(out, markers=markers, force=force, label="shared")
+                folder = atomic_folder(out, kind=kind, inputs=inputs, force=force)
                 made = str(stack.enter_context(folder))
         new = Path(exchange(made)[0])
         with agreed():

@@ -22,6 +22,7 @@ from coremerge_jax.checkpoint.orbax_tree import (
     open_tree,
     write_tree,
 )
+from coremerge_jax.checkpoint.outputs import CHECKPOINT, check_output, write_record
 from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.checkpoint.peft.source import CONFIG
 from coremerge_jax.errors import FormatError
@@ -38,6 +39,7 @@ class OrbaxFile(AdapterFile):
 
     def __init__(self, source: OrbaxTree, places: Places, metadata: Metadata) -> None:
         super().__init__(places.outline(), metadata=metadata)
+        self._folder = source.folder
         self._slots = {path: slot for slot in places.slots for path in slot.paths}
         self._lock = threading.Lock()  # orbax runs an event loop of its own in each call
 
@@ -48,6 +50,11 @@ class OrbaxFile(AdapterFile):
             return slot.read(a, b, places.slots[slot])
 
         self._read = read
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the checkpoint."""
+        return (self._folder,)
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths.
@@ -150,15 +157,17 @@ def save_orbax(
         head_dim: the size of an attention head, for ``to``.
         like: instead of ``to``, a checkpoint, or a tree of shapes and dtypes, whose keys, axes and
             dtypes to use.
-        force: replace an existing checkpoint.
+        force: replace a checkpoint that is already there, if coremerge wrote all that is in it.
         **options: see `TreeFormat`, for what ``like`` does not tell.
 
     Raises:
-        FormatError: ``out`` exists, or ``like`` cannot be understood.
+        FormatError: ``out`` may not be written, or ``like`` cannot be understood.
         MismatchError: the adapter has not the modules of ``like``, or other names than ``to``.
         RecipeError: ``to`` is not known.
         UnsupportedError: ``head_dim`` is needed, or does not fit.
     """
+    inputs = [*adapter.folders, *([like] if isinstance(like, str | Path) else [])]
+    check_output(out, kind=CHECKPOINT, inputs=inputs, force=force)
     rank = max(lora.rank for lora in adapter.outline.values())
     item: str | None = None
     if to is not None:
@@ -177,26 +186,15 @@ def save_orbax(
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
         tree = _arrays(to_tree(adapter, like, **options))
-    custom = {
-        "lora": {"lora_rank": rank, "lora_alpha": rank},
-        "coremerge": {"version": __version__, "base_model": adapter.metadata.base_model},
-    }
-    if force:
-        _check_replaceable(Path(out))
+    origin = {"version": __version__, "base_model": adapter.metadata.base_model}
+    custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, "coremerge": origin}
     item = item or "state"
     open_folder = shared_folder if jax.process_count() > 1 else atomic_folder
-    with open_folder(out, markers=(MARKER,), force=force) as folder:
+    with open_folder(out, kind=CHECKPOINT, inputs=inputs, force=force) as folder:
         write_tree(folder, tree, item=item, custom=custom)
         if jax.process_index() == 0:  # MaxText restores, and looks, in this folder
             shutil.copy(folder / MARKER, folder / item)
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuses a checkpoint that is no adapter written here: ``force`` is not for a base model."""
-    if (out / MARKER).is_file() and not {"lora", "coremerge"} <= open_tree(out).custom.keys():
-        raise FormatError(
-            f"{out}: no adapter that coremerge wrote, so it is not replaced; choose another output"
-        )
+            write_record(folder, CHECKPOINT, {**origin, "rank": rank, "to": to or "orbax"})
 
 
 def _arrays(tree: Any) -> Any:

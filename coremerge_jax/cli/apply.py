@@ -121,15 +121,13 @@ def _report(
 ) -> dict[str, Any]:
     from coremerge_jax.checkpoint import open_adapter
     from coremerge_jax.checkpoint.base_model import find_folding
-    from coremerge_jax.checkpoint.peft.source import same_folder
+    from coremerge_jax.checkpoint.outputs import MODEL, check_output
 
     stage = Stages()
     with stage("open"):
+        if output is not None:
+            check_output(output, kind=MODEL, inputs=[adapter, base], force=force)
         folding = find_folding(open_adapter(adapter), base, scale=scale, **options)
-    if output is not None:
-        if same_folder(adapter, output):
-            raise RecipeError(f"{output}: is the adapter; choose another output")
-        folding.check_output(output, force=force)
     if output is None or dry_run:
         report: dict[str, Any] = {"report": folding.report}
     else:

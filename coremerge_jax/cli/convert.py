@@ -112,6 +112,7 @@ def convert(
 ) -> None:
     """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
     from coremerge_jax.checkpoint import open_adapter, save_orbax, save_peft
+    from coremerge_jax.checkpoint.outputs import ADAPTER, CHECKPOINT, check_output
     from coremerge_jax.names import NAME_MAPS, translate
 
     known = ("peft", "orbax", *NAME_MAPS)
@@ -135,6 +136,9 @@ def convert(
     options = {key: value for key, value in told.items() if value is not None}
     if scan_axis is not None:
         options["scan_axis"] = _parse_scan_axis(scan_axis)
+    inputs: list[str | Path] = [source, *([like] if like else [])]
+    kind = ADAPTER if to == "peft" else CHECKPOINT
+    check_output(output, kind=kind, inputs=inputs, force=force)
     adapter = open_adapter(source, **options)
     if names is not None:
         adapter = translate(adapter, names, head_dim=head_dim)

@@ -129,13 +129,14 @@ def _report(
     """Does the work; one process tells about it. What can fail early is checked first."""
     import jax
 
-    from coremerge_jax.checkpoint import check_output, open_adapter
+    from coremerge_jax.checkpoint import open_adapter
+    from coremerge_jax.checkpoint.outputs import ADAPTER, check_output
     from coremerge_jax.processes import agreed
 
     stage = Stages()
     with stage("open"), agreed():
         if output is not None:
-            check_output(output, force=force, sources=recipe.adapters)
+            check_output(output, kind=ADAPTER, inputs=recipe.adapters, force=force)
         adapters = [open_adapter(source) for source in recipe.adapters]
         devices = make_mesh(mesh)
         taken = taken_by_program()
@@ -241,6 +242,10 @@ class _Watched:
     @property
     def outline(self) -> "Adapter":
         return self.stream.outline
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self.stream.folders
 
     @property
     def processes(self) -> Mapping[int, int]:

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 
 from coremerge_jax.cli.console import Stages, print_json
 from coremerge_jax.cli.options import run_option
-from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
     from coremerge_jax.diagnosis import Diagnosis
@@ -56,7 +56,7 @@ def report(
     if output is None and not as_json:
         raise RecipeError("no output: give -o OUT.html, or --json to print the numbers")
     if output is not None:
-        _check(output, force)
+        _check(output, [*sources, *([merged] if merged else [])], force)
     diagnosis = _diagnose(sources, merged, allow_mismatch)
     if output is not None:
         diagnosis.to_html(output)
@@ -66,16 +66,12 @@ def report(
     return typer.echo(f"wrote {output} ({decimal(output.stat().st_size)})")
 
 
-def _check(output: Path, force: bool) -> None:
+def _check(output: Path, inputs: list[str], force: bool) -> None:
     """Refuses, before there is any work, what could not be written in the end."""
-    import coremerge_jax.diagnosis.page  # noqa: F401  (refuses where there is no matplotlib)
+    from coremerge_jax.checkpoint.outputs import check_file
+    from coremerge_jax.diagnosis.page import MARK  # refuses where there is no matplotlib
 
-    if output.is_dir():
-        raise FormatError(f"{output}: is a folder; give the name of a file, such as report.html")
-    if not output.parent.is_dir():
-        raise FormatError(f"{output.parent}: there is no such folder")
-    if output.exists() and not force:
-        raise FormatError(f"{output}: already exists; choose another output, or --force it")
+    check_file(output, mark=MARK, inputs=inputs, force=force)
 
 
 def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +101,7 @@ def sweep(
     if evaluate is None and (method.partition(":")[0] == "line" or objective or minimize):
         raise RecipeError("line, --objective and --minimize compare candidates: give --evaluate")
     judge = load_function(evaluate) if evaluate else None
-    _check_output(output)
+    _check_output(output, recipe.adapters)
     run = _Run(recipe, output)
     search = run.search(tried, method, objective, minimize)
     output.mkdir(parents=True, exist_ok=True)
@@ -192,12 +192,23 @@ class _Run:
         return dataclasses.replace(self.recipe, rules=rules, scale=record.scale)
 
 
-def _check_output(output: Path) -> None:
-    """Refuses to mix the results with what is not of a sweep."""
-    if output.exists() and not output.is_dir():
-        raise FormatError(f"{output}: exists and is not a folder; choose another output")
-    if output.exists() and not (output / LOG).is_file() and any(output.iterdir()):
+def _check_output(output: Path, inputs: Sequence[str]) -> None:
+    """Refuses to mix the results with what is not of a sweep, or to touch an input."""
+    from coremerge_jax.checkpoint.outputs import ADAPTER, check_output, refuse_inputs
+    from coremerge_jax.checkpoint.urls import refuse_url
+
+    refuse_url(output)
+    refuse_inputs(output, inputs)
+    if not output.is_dir():
+        check_output(output, kind=ADAPTER)
+        return
+    for name in (LOG, CSV, PLOT, BEST):
+        if (output / name).is_symlink():
+            raise FormatError(f"{output / name}: is a symbolic link; choose another output")
+    if not (output / LOG).is_file() and any(output.iterdir()):
         raise FormatError(f"{output}: has files but no {LOG}; choose another output")
+    if (output / BEST).exists():
+        check_output(output / BEST, kind=ADAPTER, inputs=inputs, force=True)
 
 
 def load_function(text: str) -> Callable[..., Any]:

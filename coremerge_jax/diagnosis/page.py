@@ -12,6 +12,9 @@ from coremerge_jax.diagnosis.plots import Scale, around
 from coremerge_jax.diagnosis.results import Diagnosis
 from coremerge_jax.errors import UnsupportedError
 
+# What tells a page of ours from any other.
+MARK = b'<meta name="generator" content="coremerge-jax">'
+
 try:
     import jinja2
 except ImportError as error:
@@ -60,6 +63,7 @@ def render(diagnosis: Diagnosis) -> str:
     template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         diagnosis=diagnosis,
+        mark=MARK.decode(),
         version=__version__,
         facts=list(_facts(diagnosis)),
         adapters=_adapters(diagnosis),

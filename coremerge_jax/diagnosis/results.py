@@ -181,24 +181,26 @@ class Diagnosis:
         }
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """One page with plots and what they say, which needs no other file and no network.
+        """Renders one page with plots and their findings; it needs no other file and no network.
 
         Args:
-            path: where to write it, if anywhere; the file appears whole or not at all.
+            path: the file to write, if any; it appears whole or not at all. A file that is already
+                there is replaced if it is such a page.
 
         Returns:
             The HTML text. matplotlib and jinja2 have to be installed.
-        """
-        from coremerge_jax.diagnosis.page import render
 
-        text = render(self)
-        if path is not None:
-            new = Path(path).with_name(f".{Path(path).name}.new")
-            try:
-                new.write_text(text, encoding="utf-8")
-                new.replace(path)
-            finally:
-                new.unlink(missing_ok=True)
+        Raises:
+            FormatError: the file may not be written.
+        """
+        from coremerge_jax.checkpoint.atomic import atomic_file
+        from coremerge_jax.diagnosis.page import MARK, render
+
+        if path is None:
+            return render(self)
+        with atomic_file(path, mark=MARK, force=True) as file:
+            text = render(self)
+            file.write_text(text, encoding="utf-8")
         return text
 
 

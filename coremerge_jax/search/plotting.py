@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from coremerge_jax.search.fitting import Fit
     from coremerge_jax.search.results import Sweep
+
+# What tells a figure of ours from any other, and no date, so that equal figures are equal files.
+_CREATOR = "coremerge-jax"
+_METADATA: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": _CREATOR},
+    "png": {"Software": _CREATOR},
+}
 
 STYLE: Any = {
     "axes.spines.top": False,
@@ -20,13 +28,18 @@ STYLE: Any = {
 
 
 def save(figure: Any, path: str | Path | None) -> Any:
-    """Writes a figure, if there is a path for it, and gives it back."""
+    """Writes a figure, if there is a path for it, and returns it."""
     if path is not None:
         import matplotlib as mpl
 
-        dateless = {"Date": None} if Path(path).suffix == ".svg" else None
-        with mpl.rc_context(STYLE):
-            figure.savefig(path, bbox_inches="tight", dpi=150, metadata=dateless)
+        path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
+        form = path.suffix.removeprefix(".").lower()
+        metadata = _METADATA.get(form)
+        with (
+            atomic_file(path, mark=_CREATOR.encode(), force=True) as file,
+            mpl.rc_context(STYLE),
+        ):
+            figure.savefig(file, format=form, bbox_inches="tight", dpi=150, metadata=metadata)
     return figure
 
 

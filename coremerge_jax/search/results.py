@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain
 from coremerge_jax.search.parameters import SCALE
@@ -94,13 +95,23 @@ class Sweep:
         ]
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """The rows as CSV text; also written to ``path``, if given."""
+        """Returns the rows as CSV text.
+
+        Args:
+            path: the file to write them to, if any. A file that is already there is replaced if it
+                is a table of such a sweep.
+
+        Raises:
+            FormatError: the file may not be written.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
+            header = text.getvalue().partition("\n")[0].encode()
+            with atomic_file(path, mark=header, force=True) as file:
+                file.write_text(text.getvalue(), encoding="utf-8")
         return text.getvalue()
 
     def table(self, count: int | None = 10) -> Table:
@@ -117,10 +128,11 @@ class Sweep:
         return grid
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """The objective against each parameter: all candidates, and the best at each value.
+        """Draws the objective against each parameter: all candidates, and the best at each value.
 
         Args:
-            path: where to write the figure, if anywhere; its ending tells the format.
+            path: the file to write the figure to, if any; its ending tells the format. A file that
+                is already there is replaced if it is such a figure (SVG or PNG).
 
         Returns:
             The figure, of matplotlib, which has to be installed.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coremerge_jax.checkpoint.json_file import read_json
-from coremerge_jax.checkpoint.peft.card import PROVENANCE
+from coremerge_jax.checkpoint.outputs import RECORD
 from coremerge_jax.checkpoint.source import hash_source, open_adapter
 from coremerge_jax.errors import FormatError, MismatchError, RecipeError
 from coremerge_jax.lora import Adapter
@@ -51,7 +51,7 @@ def read_record(merged: Adapter | str | Path) -> Record | None:
         FormatError: it is broken.
         RecipeError: its recipe is none that this version knows.
     """
-    if isinstance(merged, Adapter) or not (file := Path(merged) / PROVENANCE).is_file():
+    if isinstance(merged, Adapter) or not (file := Path(merged) / RECORD).is_file():
         return None
     content = read_json(file, "a merged adapter")
     if not isinstance(content.get("recipe"), dict):  # written by `save_peft`, not by a recipe

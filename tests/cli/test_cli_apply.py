@@ -77,7 +77,7 @@ def test_refusals(coremerge, save, base, tmp_path):
         "error: no output: give -o OUT, or --dry-run to only check\n",
     )
     assert coremerge("apply", adapter, "--base", base, "-o", base, "--force").code == 1
-    assert "is the adapter" in coremerge("apply", adapter, "--base", base, "-o", adapter).err
+    assert "is the input" in coremerge("apply", adapter, "--base", base, "-o", adapter).err
     other = save("code", modules={"other.query": (6, 8)})
     result = coremerge("apply", other, "--base", base, "-o", out)
     assert result.code == 1
@@ -160,8 +160,8 @@ def test_adapters_and_models_do_not_replace_each_other(coremerge, save, adapters
     other = save("other")
     result = coremerge("apply", other, "--base", base, "-o", merged, "--force")
     assert (result.code, result.out) == (1, "")
-    assert "merged: has no config.json, so it is not replaced" in result.err
+    assert "merged: holds another kind of output (PEFT adapter, not model)" in result.err
     result = coremerge("merge", *adapters, "-o", model, "--force")
     assert (result.code, result.out) == (1, "")
-    assert "model: has no adapter_config.json, so it is not replaced" in result.err
+    assert "model: holds another kind of output (model, not PEFT adapter)" in result.err
     assert sorted(path for folder in (merged, model) for path in folder.rglob("*")) == before

@@ -12,12 +12,12 @@ import numpy as np
 from coremerge_jax import addition
 from coremerge_jax.addition import FLOATS, add, add_update, cast
 from coremerge_jax.checkpoint.base_model.extras import place_extras
-from coremerge_jax.checkpoint.base_model.folder import CONFIG, INDEX, BaseModel
+from coremerge_jax.checkpoint.base_model.folder import INDEX, BaseModel
 from coremerge_jax.checkpoint.base_model.folding import Applied, Folding, Report
 from coremerge_jax.checkpoint.base_model.names import find_tensors
 from coremerge_jax.checkpoint.base_model.tied import refuse_tied
 from coremerge_jax.checkpoint.base_model.updates import Update, place_updates
-from coremerge_jax.checkpoint.peft.card import PROVENANCE
+from coremerge_jax.checkpoint.outputs import RECORD
 from coremerge_jax.checkpoint.tensor_file import LazyTensor, TensorEditor
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.lora import Adapter, Array, LoRA
@@ -31,8 +31,6 @@ class FileFolding(Folding):
         base: see `apply_adapter`.
         scale: see `apply_adapter`.
     """
-
-    markers = (PROVENANCE, CONFIG)
 
     def __init__(self, adapter: Adapter, base: str | Path, *, scale: float = 1.0) -> None:
         self._base = model = BaseModel(base)
@@ -57,10 +55,10 @@ class FileFolding(Folding):
             modules={path: modules[path] for path in outline},
             replaced=sorted({*extras.replaced, *extras.rows, *extras.biases}),
             appended=list(extras.appended),
-            copied=[name for name in copied if name != PROVENANCE],
+            copied=[name for name in copied if name != RECORD],
             skipped=skipped,
         )
-        super().__init__(adapter, base, model.folder, report, scale)
+        super().__init__(adapter, base, [model.folder, *adapter.folders], report, scale)
 
     def _fold(self, folder: Path, origin: Mapping[str, Any]) -> Iterator[tuple[str, float]]:  # noqa: ARG002
         for name in self._base.shards:

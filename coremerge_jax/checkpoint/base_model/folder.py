@@ -112,12 +112,14 @@ class BaseModel:
         return [config[field] for config in configs if config.get(field) is not None]
 
     def others(self) -> tuple[list[str], list[str]]:
-        """Files beside the shards, hidden ones aside: what is still true of an adapted model.
+        """Finds the files beside the shards, hidden ones aside.
 
-        Weights of the parts of a sentence-transformers model, which ``modules.json`` names, are.
+        Those that are still true of an adapted model are to be copied; so are weights of the parts
+        of a sentence-transformers model, which ``modules.json`` names.
 
         Returns:
-            Files to copy; and weights of the unadapted model in other files. Both relative.
+            Files to copy; and what is left out: weights of the unadapted model in other files, and
+            links to folders, which may lead anywhere. All relative.
         """
         parts = _sentence_parts(self.folder / "modules.json")
         copied: list[str] = []
@@ -125,6 +127,9 @@ class BaseModel:
         for file in _visible_files(self.folder):
             name = file.relative_to(self.folder).as_posix()
             if name in self.shards:
+                continue
+            if file.is_dir():
+                skipped.append(f"{name}/ (a link)")
                 continue
             weights = name.endswith(tuple(f".{ending}" for ending in _WEIGHTS))
             used = name == INDEX and self.index is not None
@@ -190,12 +195,13 @@ def _sentence_parts(file: Path) -> set[str]:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder and of those in it; of a link to a folder, the link alone."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             yield from _visible_files(path)
-        elif path.is_file():
+        elif path.is_dir() or path.is_file():
             yield path
 
 

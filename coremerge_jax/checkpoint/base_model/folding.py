@@ -2,18 +2,15 @@
 
 import abc
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from coremerge_jax import __version__
-from coremerge_jax.checkpoint import atomic
-from coremerge_jax.checkpoint.peft.card import PROVENANCE
-from coremerge_jax.errors import FormatError
+from coremerge_jax.checkpoint.atomic import atomic_folder
+from coremerge_jax.checkpoint.outputs import MODEL, check_output, write_record
 from coremerge_jax.lora import Adapter
 
 
@@ -60,19 +57,21 @@ class Folding(abc.ABC):
     """An adapter and its base model, found to fit. See `apply_adapter` for arguments and errors.
 
     Attributes:
-        markers: files that tell a model that was written here from any other folder.
         adapter: with the names of the base model.
         report: what will be done; no losses are known yet.
         scale: of the update.
     """
 
-    markers: ClassVar[tuple[str, ...]]
-
     def __init__(
-        self, adapter: Adapter, base: str | Path, folder: Path, report: Report, scale: float
+        self,
+        adapter: Adapter,
+        base: str | Path,
+        inputs: Sequence[Path],
+        report: Report,
+        scale: float,
     ) -> None:
         self.adapter, self.report, self.scale = adapter, report, scale
-        self._source, self._folder = str(base), folder
+        self._source, self._inputs = str(base), inputs
 
     @abc.abstractmethod
     def _fold(self, folder: Path, origin: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -85,10 +84,7 @@ class Folding(abc.ABC):
 
     def check_output(self, out: str | Path, *, force: bool = False) -> None:
         """Raises the error that `write` would for its arguments, before any work is done."""
-        path, folder = Path(os.path.realpath(out)), Path(os.path.realpath(self._folder))
-        if path == folder or folder in path.parents or path in folder.parents:
-            raise FormatError(f"{out}: is, or contains, or is in the base; choose another output")
-        atomic.check_output(out, markers=self.markers, force=force)
+        check_output(out, kind=MODEL, inputs=self._inputs, force=force)
 
     def write(
         self,
@@ -118,7 +114,7 @@ class Folding(abc.ABC):
         # The products are small: threads would wait for each other for longer than they compute.
         with (
             threadpool_limits(1, user_api="blas"),
-            atomic.atomic_folder(out, markers=self.markers, force=force) as folder,
+            atomic_folder(out, kind=MODEL, inputs=self._inputs, force=force) as folder,
         ):
             for path, loss in self._fold(folder, origin):
                 losses[path] = loss
@@ -128,6 +124,5 @@ class Folding(abc.ABC):
                 for path, module in self.report.modules.items()
             }
             report = dataclasses.replace(self.report, modules=modules)
-            content = json.dumps({**origin, **dataclasses.asdict(report)}, indent=2)
-            (folder / PROVENANCE).write_text(content + "\n", encoding="utf-8")
+            write_record(folder, MODEL, {**origin, **dataclasses.asdict(report)})
         return report

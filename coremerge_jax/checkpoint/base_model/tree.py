@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from coremerge_jax.checkpoint.base_model.folding import Applied, Folding, Report
-from coremerge_jax.checkpoint.orbax_tree import MARKER, open_tree, write_tree
-from coremerge_jax.checkpoint.peft.card import PROVENANCE
+from coremerge_jax.checkpoint.orbax_tree import open_tree, write_tree
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.folding import fold_on_host
 from coremerge_jax.kernels import find_kernels
@@ -32,8 +31,6 @@ class TreeFolding(Folding):
         **options: ``scan_axis`` and ``axes`` of `fold_tree`.
     """
 
-    markers = (PROVENANCE, MARKER)
-
     def __init__(
         self,
         adapter: Adapter,
@@ -49,6 +46,7 @@ class TreeFolding(Folding):
         self._base = open_tree(base, item=item, step=step)
         leaves = flatten(self._base.tree)
         _check_base(str(self._base), leaves)
+        inputs = [Path(base), *adapter.folders]
         if names is not None:
             adapter = find_names(names).from_hugging_face(adapter, head_dim=head_dim)
         self._kernels = find_kernels(leaves, adapter, **options)
@@ -58,7 +56,7 @@ class TreeFolding(Folding):
             for path in kernel.modules
         }
         report = Report({path: modules[path] for path in adapter}, skipped=self._base.others())
-        super().__init__(adapter, base, Path(base), report, scale)
+        super().__init__(adapter, base, inputs, report, scale)
 
     def _fold(self, folder: Path, origin: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         tree = self._base.load()

@@ -2,6 +2,6 @@
 
 from coremerge_jax.checkpoint.peft.reader import load_peft, open_peft
 from coremerge_jax.checkpoint.peft.source import hash_source
-from coremerge_jax.checkpoint.peft.writer import check_output, save_peft
+from coremerge_jax.checkpoint.peft.writer import save_peft
 
-__all__ = ["check_output", "hash_source", "load_peft", "open_peft", "save_peft"]
+__all__ = ["hash_source", "load_peft", "open_peft", "save_peft"]

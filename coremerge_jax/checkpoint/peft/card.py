@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-PROVENANCE = "coremerge.json"
-
 
 def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The text of README.md and the content of coremerge.json.

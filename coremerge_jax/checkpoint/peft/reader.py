@@ -26,6 +26,11 @@ class PeftFile(AdapterFile):
         super().__init__(outlines, metadata=metadata, extras=contents.extras)
         self._reader, self._sources = reader, contents.modules
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the adapter."""
+        return (self._reader.file.parent,)
+
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths, by one opening of the file.
 

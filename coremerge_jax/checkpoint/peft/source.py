@@ -1,7 +1,6 @@
 """Where an adapter's files are: a folder, or the Hugging Face cache."""
 
 import hashlib
-import os
 import re
 import urllib.error
 import urllib.request
@@ -135,8 +134,3 @@ def hash_source(source: str | Path) -> dict[str, str]:
         with file.open("rb") as stream:
             digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
-
-
-def same_folder(a: str | Path, b: str | Path) -> bool:
-    """Whether two paths lead to one folder."""
-    return os.path.realpath(a) == os.path.realpath(b)

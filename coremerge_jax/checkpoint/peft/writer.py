@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from coremerge_jax.checkpoint import atomic
-from coremerge_jax.checkpoint.peft.card import PROVENANCE, model_card
+from coremerge_jax.checkpoint.atomic import atomic_folder, shared_folder
+from coremerge_jax.checkpoint.outputs import ADAPTER, check_output, write_record
+from coremerge_jax.checkpoint.peft.card import model_card
 from coremerge_jax.checkpoint.peft.layout import Layout
-from coremerge_jax.checkpoint.peft.source import CONFIG, WEIGHTS, same_folder
+from coremerge_jax.checkpoint.peft.source import CONFIG, WEIGHTS
 from coremerge_jax.checkpoint.tensor_file import TensorReader, TensorWriter
 from coremerge_jax.errors import FormatError, MismatchError
 from coremerge_jax.grid import is_spread
@@ -39,25 +40,6 @@ class Stream(Protocol):
     def outline(self) -> Adapter: ...  # noqa: D102
 
     def __iter__(self) -> Iterator[Mapping[str, LoRA]]: ...
-
-
-def check_output(
-    out: str | Path, *, force: bool = False, sources: Iterable[str | Path] = ()
-) -> None:
-    """Raises the error that `save_peft` would, before any work is done.
-
-    Args:
-        out: the folder to write.
-        force: whether an adapter folder there may be replaced.
-        sources: folders that may not be replaced.
-
-    Raises:
-        FormatError: the output exists and may not be replaced.
-    """
-    for source in sources:
-        if same_folder(source, out):
-            raise FormatError(f"{out}: is one of the sources; choose another output")
-    atomic.check_output(out, markers=(CONFIG,), force=force)
 
 
 def save_peft(
@@ -86,7 +68,7 @@ def save_peft(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         rank: cut every module to this rank first.
         energy: cut every module to the lowest rank that keeps this fraction of ``||ΔW||_F^2``.
-        force: replace an adapter folder that is already there.
+        force: replace a folder that is already there, if coremerge wrote all that is in it.
         card: where the adapter comes from, for README.md and coremerge.json; under ``"sources"``
             a list of mappings with ``"name"``, ``"path"`` and ``"sha256"``.
 
@@ -99,16 +81,17 @@ def save_peft(
         ProcessError: another process has failed.
     """
     card = dict(card or {})
-    sources = [source["path"] for source in card.get("sources", ()) if source.get("path")]
-    check_output(out, force=force, sources=sources)
+    inputs = [source["path"] for source in card.get("sources", ()) if source.get("path")]
+    inputs += getattr(adapter, "folders", ())
+    check_output(out, kind=ADAPTER, inputs=inputs, force=force)
     if dtype not in DTYPES:
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     layout, factors = Layout(adapter.outline), jnp.dtype(dtype)
     cut = partial(_cut, rank=rank, energy=energy)
     shared, spread = bool(getattr(adapter, "processes", ())), _is_spread(adapter)
     write = _write_share if shared else _write_spread if spread else _write_all
-    open_folder = atomic.shared_folder if shared or spread else atomic.atomic_folder
-    with open_folder(out, markers=(CONFIG,), force=force) as folder:
+    open_folder = shared_folder if shared or spread else atomic_folder
+    with open_folder(out, kind=ADAPTER, inputs=inputs, force=force) as folder:
         ranks, kept = write(adapter, layout, factors, folder, cut)
         if not (shared or spread) or jax.process_index() == 0:
             content = {"modules": len(layout.group), "rank": max(ranks.values()), "dtype": dtype}
@@ -117,7 +100,7 @@ def save_peft(
             config = layout.config(ranks)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             (folder / "README.md").write_text(readme, encoding="utf-8")
-            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+            write_record(folder, ADAPTER, provenance)
     return {path: kept[path] for path in adapter.outline} if kept else None
 
 
