@@ -76,6 +76,9 @@ class Log:
         with contextlib.suppress(FileNotFoundError):
             text = path.read_bytes()
             complete = text[: text.rfind(b"\n") + 1]
+            # Without a whole line, only the start of this header shows that a sweep wrote it.
+            if not complete and not json.dumps(self._header).encode().startswith(text):
+                raise FormatError(f"{path}: not the log of a sweep; choose another file")
             try:
                 rows = [json.loads(line) for line in complete.splitlines()]
                 header, *records = rows or [self._header]
