@@ -16,7 +16,8 @@ def refuse_url(path: str | Path) -> None:
         FormatError: the path starts like ``gs://`` or ``s3://``.
     """
     if _URL.match(str(path)):
+        address = re.sub(":/+", "://", str(path), count=1)
         raise FormatError(
-            f"{path}: only local folders are read and written; copy it first "
+            f"{address}: only local folders are read and written; copy from or to it "
             "(such as by 'gcloud storage cp -r'), or mount the bucket"
         )
