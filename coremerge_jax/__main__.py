@@ -1,5 +1,27 @@
-"""``python -m coremerge_jax`` is the command ``coremerge``."""
+"""The entry of the command line: it answers Ctrl-C before anything heavy is imported."""
 
-from coremerge_jax.cli import main
+import os
+import signal
+import sys
+from typing import Any
 
-main()
+
+def main() -> None:
+    """Runs the command line and exits."""
+    # Nothing is to be tidied up yet. A shell has a background job ignore the signal: that stays.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    from coremerge_jax.cli import main as run
+
+    run()
+
+
+def _leave(*_: Any) -> None:
+    """Ends the process at once."""
+    if sys.stderr is not None:
+        os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

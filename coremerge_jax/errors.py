@@ -25,6 +25,10 @@ class RecipeError(CoreMergeError):
     """A rule, space, parameter or option that does not exist, or a value that it cannot have."""
 
 
+class CoreMergeWarning(UserWarning):
+    """Something that is allowed, and may not be what was meant. Commands print it as a note."""
+
+
 class ProcessError(CoreMergeError):
     """Another process of the same job has failed."""
 

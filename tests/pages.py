@@ -7,12 +7,12 @@ import math
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
 import jax
 import pytest
 import typer.main
@@ -20,7 +20,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from coremerge_jax import demo
-from coremerge_jax.cli import app, main
+from coremerge_jax.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -109,13 +109,7 @@ def run(command: str) -> int:
     words = [name for word in words for name in sorted(map(str, Path().glob(word))) or [word]]
     if "--max-memory" in words:  # of the process; this one holds what all tests have left
         return subprocess.run([sys.executable, "-m", "coremerge_jax", *words]).returncode
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            main(words)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return exit_.value.code or 0
+    return commands.run(*words)
 
 
 def check_syntax(block: Block, where: str) -> None:

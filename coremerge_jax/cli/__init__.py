@@ -9,14 +9,20 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+import sysconfig
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from coremerge_jax import __version__
 from coremerge_jax.cli.apply import EPILOG as APPLY_EPILOG
 from coremerge_jax.cli.apply import apply
+from coremerge_jax.cli.console import say
 from coremerge_jax.cli.convert import EPILOG as CONVERT_EPILOG
 from coremerge_jax.cli.convert import convert
 from coremerge_jax.cli.demo import demo
@@ -29,7 +35,7 @@ from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
 from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
 from coremerge_jax.cli.verify import verify
-from coremerge_jax.errors import CoreMergeError, RecipeError
+from coremerge_jax.errors import CoreMergeError, CoreMergeWarning, RecipeError
 
 app = typer.Typer(
     name="coremerge",
@@ -71,58 +77,143 @@ def _coremerge(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: one line, not a traceback, for a user's mistake."""
-    # Else XLA lists, with every program from its cache, processor features that it would prefer.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    _quiet_orbax()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Runs the command line and exits: one line, not a traceback, for whatever goes wrong."""
+    debug = bool(os.environ.get("COREMERGE_DEBUG"))
+    end = _unwind_on_signals()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show Δ
-    try:
-        code = app(args, standalone_mode=False)
-    except Exception as error:
-        if os.environ.get("COREMERGE_DEBUG"):
-            raise
-        code = _report(error)
-    if code == 130:
-        typer.echo("interrupted", err=True)
+    if not debug:
+        _quiet_libraries()
+    with warnings.catch_warnings():
+        if not debug:
+            _print_warnings()
+        code = _run(args, debug=debug)
+    end(code)
     sys.exit(code)
 
 
-def _quiet_orbax() -> None:
-    """Of what it says beside raising errors: log messages, and reads that fail after the first."""
+def _run(args: Sequence[str] | None, *, debug: bool) -> int:
+    """Runs a command; returns its exit code."""
+    try:
+        code = app(args, standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # whoever reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(error)
+    if code == 130:
+        say("interrupted", err=True)
+    return code or 0
+
+
+_PATIENCE = 5.0  # seconds that the tidying up after a signal may take
+
+
+def _unwind_on_signals() -> Callable[[int], None]:
+    """Has the first signal to end unwind the command, so that temporary files go.
+
+    Those that come meanwhile are ignored; after a few seconds, one ends the process at once. What
+    the shell has had the process ignore, it goes on to ignore.
+
+    Returns:
+        What has any further signal end the process at once, with an exit code: for the end of the
+        command, when the interpreter shuts down.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    since: list[float] = []
+
+    def stop(number: int, _: Any) -> None:
+        if since and time.monotonic() - since[0] < _PATIENCE:
+            return
+        if since:
+            os._exit(128 + number)
+        since.append(time.monotonic())
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    def end(code: int) -> None:
+        for number in caught:
+            signal.signal(number, lambda *_: os._exit(code))
+
+    for number in caught:
+        signal.signal(number, stop)
+    return end
+
+
+def _quiet_libraries() -> None:
+    """Keeps from the terminal what libraries say beside raising errors."""
+    # XLA lists, with every program from its cache, processor features that it would prefer. JAX
+    # sets the level to 1, also for the processes that a program with JAX starts.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Reads of orbax that fail after the first, in its threads and event loops.
+    sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
 
-    shown = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            shown(unraisable)
+def _print_warnings() -> None:
+    """Prints warnings of coremerge as notes, and drops those of libraries.
 
-    sys.unraisablehook = hook
+    Those of a user's own code, such as a function that judges, are shown as ever.
+    """
+    shown = warnings.showwarning
+    folders = sysconfig.get_paths()
+    libraries = tuple(folders[x] for x in ("stdlib", "purelib", "platlib"))
+    libraries += (str(Path(__file__).parents[1]),)
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, CoreMergeWarning):
+            say(f"note: {' '.join(str(message).split())}", err=True)
+        elif not filename.startswith((*libraries, "<")):
+            shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", CoreMergeWarning)
 
 
 def _report(error: Exception) -> int:
-    """Prints an error that is the user's to mend, and gives the exit code; raises others."""
+    """Prints an error in one line; returns the exit code."""
+    code = 1
     if hasattr(error, "format_message"):  # typer's own usage errors
         text, code = _describe_usage_error(error), 2
     elif isinstance(error, CoreMergeError):
         text, code = str(error), 2 if isinstance(error, RecipeError) else 1
     elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        text, code = f"{where}{error.strerror or error}", 1
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}"
     elif isinstance(error, MemoryError):
-        text, code = str(error) or "out of memory", 1
+        text = str(error) or "out of memory"
     else:
-        raise error
+        text = (
+            f"unexpected {type(error).__name__} ({error}); this is a mistake in coremerge: please "
+            "report it, with what COREMERGE_DEBUG=1 shows"
+        )
     if text:
-        typer.echo(f"error: {' '.join(text.split())}", err=True)
+        say(f"error: {' '.join(text.split())}", err=True)
     return code
 
 
 def _describe_usage_error(error: Any) -> str:
-    """The message, and where to read more; nothing where help has just been shown."""
+    """Returns the message, and where to read more; nothing where help has just been shown."""
     message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
     return f"{message} (see '{context.command_path} --help')" if message and context else message

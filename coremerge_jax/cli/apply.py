@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax.cli.console import Stages, describe_paths, folder_size, print_json, print_table
+from coremerge_jax.cli.console import (
+    Stages,
+    describe_paths,
+    folder_size,
+    print_json,
+    print_table,
+    say,
+)
 from coremerge_jax.cli.convert import NAMES, parse_axes
 from coremerge_jax.errors import RecipeError
 
@@ -168,12 +175,12 @@ def _show(report: Mapping[str, Any]) -> None:
         names = report[what]
         if names:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            typer.echo(f"{what}: {', '.join(names[:_NAMED])}{more}")
+            say(f"{what}: {', '.join(names[:_NAMED])}{more}")
     modules = f"{len(report['modules'])} modules"
     if done:
-        typer.echo(
-            f"applied {modules} in {report['seconds']['apply']:.1f} s\n"
-            f"wrote {report['output']} ({decimal(report['bytes'])})"
+        say(
+            f"applied {modules} in {report['seconds']['apply']:.1f} s",
+            f"wrote {report['output']} ({decimal(report['bytes'])})",
         )
     else:
-        typer.echo(f"would apply {modules} to {report['base']}; nothing was written")
+        say(f"would apply {modules} to {report['base']}; nothing was written")

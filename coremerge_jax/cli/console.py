@@ -22,6 +22,16 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from coremerge_jax.foreign_text import json_escaped, printable, shortened
+
+_LONGEST = 4000  # characters of a line that is not in a table
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Prints lines to stdout or stderr; what is in names and files cannot steer the terminal."""
+    for line in lines:
+        typer.echo(shortened(printable(line), _LONGEST), err=err)
+
 
 def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder."""
@@ -36,11 +46,12 @@ def print_table(
     title: str | None = None,
 ) -> None:
     """Prints a table to stdout; the columns named in ``right`` hold numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    heading = None if title is None else Text(printable(title))
+    table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as it is: a name may look like markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a name may look like markup
     show(table)
 
 
@@ -54,7 +65,7 @@ def show(table: Table) -> None:
 
 def print_json(value: Any) -> None:
     """Prints one JSON document to stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_escaped(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 class Stages:

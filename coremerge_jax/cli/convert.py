@@ -14,6 +14,7 @@ from coremerge_jax.cli.console import (
     folder_size,
     print_json,
     print_table,
+    say,
 )
 from coremerge_jax.errors import RecipeError
 
@@ -181,5 +182,5 @@ def _show(source: str, adapter: "Adapter", output: Path, to: str, as_json: bool)
         rank = describe_ranks({ranks[path] for path in paths})
         rows.append([describe_paths(paths), "{} × {}".format(*shape), rank])
     print_table(["modules", "m × n", "ranks"], rows, right=("m × n", "ranks"))
-    typer.echo(f"wrote {output} ({to}, {decimal(size)})")
+    say(f"wrote {output} ({to}, {decimal(size)})")
     return None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coremerge_jax.cli.console import Stages, print_json, show
+from coremerge_jax.cli.console import Stages, print_json, say, show
 
 
 def demo(
@@ -21,6 +21,6 @@ def demo(
         return print_json([{**dataclasses.asdict(r), "average": r.average} for r in records])
     show(table(records))
     seconds = stage.seconds["merge and measure"]
-    return typer.echo(
+    return say(
         f"Accuracy on test images; normalized by each task's own adapter. Took {seconds:.0f} s."
     )

@@ -9,6 +9,7 @@ from coremerge_jax.cli.console import (
     describe_ranks,
     print_json,
     print_table,
+    say,
 )
 from coremerge_jax.errors import CoreMergeError
 from coremerge_jax.recipe import Recipe
@@ -44,7 +45,7 @@ def inspect(
         for adapter in described:
             _show_modules(adapter)
     if len(adapters) > 1:
-        typer.echo(f"cannot be merged: {problem}" if problem else "can be merged")
+        say(f"cannot be merged: {problem}" if problem else "can be merged")
     return None
 
 
@@ -104,9 +105,9 @@ def _show(adapters: list[dict[str, Any]]) -> None:
     print_table(columns, rows, right=("ranks", "alpha", "‖ΔW‖"))
     for adapter in adapters:
         if adapter["extras"]:
-            typer.echo(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
+            say(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
     if len(bases) == 1:
-        typer.echo(f"base model: {bases.pop() or 'unknown'}")
+        say(f"base model: {bases.pop() or 'unknown'}")
 
 
 def _show_modules(adapter: dict[str, Any]) -> None:

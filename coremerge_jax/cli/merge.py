@@ -17,6 +17,7 @@ from coremerge_jax.cli.console import (
     folder_size,
     print_json,
     print_table,
+    say,
 )
 from coremerge_jax.cli.devices import devices_option, join_job, make_mesh
 from coremerge_jax.cli.options import run_option, takes_recipe
@@ -295,13 +296,14 @@ def _show(report: Mapping[str, Any]) -> None:
     merge = f"{len(recipe['adapters'])} adapters by {rules} in {recipe['space']} space"
     if "output" in report:
         seconds = report["seconds"]
-        typer.echo(
+        say(
             f"merged {merge} in {seconds['open'] + seconds['merge']:.1f} s, of which "
-            f"{seconds['compile']:.1f} s went to compiling\nwrote {report['output']} ({size})"
+            f"{seconds['compile']:.1f} s went to compiling",
+            f"wrote {report['output']} ({size})",
         )
     else:
         _show_cost(report["cost"])
-        typer.echo(f"would merge {merge}, and write at most {size}; nothing was written")
+        say(f"would merge {merge}, and write at most {size}; nothing was written")
 
 
 def _show_cost(cost: Mapping[str, Any]) -> None:
@@ -319,7 +321,7 @@ def _show_cost(cost: Mapping[str, Any]) -> None:
     rows = [(name, amounts[name], f"{value:.2f}") for name, value in cost["seconds"].items()]
     columns = ("stage", "amount", "expected seconds")
     print_table(columns, rows, right=columns[1:])
-    typer.echo(
+    say(
         f"expected memory {decimal(cost['memory'])}; stages overlap, and programs that are kept "
         "from an earlier merge are not compiled again"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from coremerge_jax.cli.console import Stages, print_json
+from coremerge_jax.cli.console import Stages, print_json, say
 from coremerge_jax.cli.options import run_option
 from coremerge_jax.errors import RecipeError
 
@@ -63,7 +63,7 @@ def report(
     if as_json:
         return print_json(diagnosis.to_dict())
     assert output is not None
-    return typer.echo(f"wrote {output} ({decimal(output.stat().st_size)})")
+    return say(f"wrote {output} ({decimal(output.stat().st_size)})")
 
 
 def _check(output: Path, inputs: list[str], force: bool) -> None:

@@ -1,9 +1,11 @@
 """``coremerge sweep``."""
 
+import contextlib
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge_jax.cli.console import print_json, show
+from coremerge_jax.cli.console import print_json, say, show
 from coremerge_jax.cli.options import run_option, search_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import keep_compiled_programs
-from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.errors import CoreMergeError, FormatError, RecipeError
 from coremerge_jax.recipe import (
     Recipe,
     format_rule,
@@ -114,7 +116,7 @@ def sweep(
     if judge:
         show(result.table())
     where = output / BEST if judge else f"{len(result)} candidates in {output}"
-    return typer.echo(f"wrote {where}; all records are in {output / CSV}")
+    return say(f"wrote {where}; all records are in {output / CSV}")
 
 
 class _Run:
@@ -167,7 +169,12 @@ class _Run:
 
     def find_best(self, search: "Search", judge: Callable[["Adapter"], Any]) -> "Sweep":
         """Judges the candidates, and writes the best."""
-        records = search.run(lambda _, merged: judge(merged), self.output / LOG)
+
+        def judged(_: "Record", merged: "Adapter") -> Any:
+            with _failing_as(judge.__name__):
+                return judge(merged)
+
+        records = search.run(judged, self.output / LOG)
         result = search.collect(records, progress=True)
         self._write(result.best, self._recipe(result.best).stream(self.adapters), BEST)
         return result
@@ -211,6 +218,21 @@ def _check_output(output: Path, inputs: Sequence[str]) -> None:
         check_output(output / BEST, kind=ADAPTER, inputs=inputs, force=True)
 
 
+@contextlib.contextmanager
+def _failing_as(name: str) -> Iterator[None]:
+    """Names the user's code, and its line, in the error of whatever it raises."""
+    try:
+        yield
+    except CoreMergeError:
+        raise
+    except Exception as error:
+        *_, where = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
+        raise RecipeError(
+            f"evaluate {name!r} failed with {type(error).__name__}: {error} "
+            f"({where.filename}, line {where.lineno}); COREMERGE_DEBUG=1 shows the traceback"
+        ) from error
+
+
 def load_function(text: str) -> Callable[..., Any]:
     """The function that ``FILE.py:FUNCTION`` or ``module:function`` names.
 
@@ -220,7 +242,8 @@ def load_function(text: str) -> Callable[..., Any]:
     source, _, name = text.rpartition(":")
     if not source:
         raise RecipeError(f"evaluate {text!r}: expected FILE.py:FUNCTION or module:function")
-    found = _load_module(text, source)
+    with _failing_as(text):
+        found = _load_module(text, source)
     if not callable(getattr(found, name, None)):
         names = [x for x, value in vars(found).items() if callable(value) and x[0] != "_"]
         raise unknown(f"function in {source}:", name, names)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge_jax.cli.console import Stages, print_json, print_table
+from coremerge_jax.cli.console import Stages, print_json, print_table, say
 from coremerge_jax.cli.options import Given, takes_options
 from coremerge_jax.cli.runtime import keep_compiled_programs
 from coremerge_jax.recipe import DTYPES, Recipe
@@ -87,8 +87,8 @@ def _show(merged: str, found: "Verification") -> None:
     if found.modules:
         _show_modules(found)
     for finding in found.findings:
-        typer.echo(f"{'defect' if finding.defect else 'note'} {finding.kind}: {finding.message}")
-    typer.echo(_verdict(merged, found))
+        say(f"{'defect' if finding.defect else 'note'} {finding.kind}: {finding.message}")
+    say(_verdict(merged, found))
 
 
 def _show_modules(found: "Verification") -> None:
@@ -97,7 +97,7 @@ def _show_modules(found: "Verification") -> None:
     columns = ("worst modules", "‖ΔW‖", "expected", "error", "explained by rounding")
     print_table(columns, rows, right=columns[1:])
     losses = ", ".join(f"{dtype} {_worst_loss(found, dtype)}" for dtype in DTYPES)
-    typer.echo(f"what writing it in other dtypes loses, at most: {losses}; it is in {found.dtype}")
+    say(f"what writing it in other dtypes loses, at most: {losses}; it is in {found.dtype}")
 
 
 def _excess(one: "Check") -> float:

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 def progress_line(text: str, wanted: bool) -> Iterator[Callable[[str], None]]:
     """Shows a line, where stderr is a terminal; the given function changes its text."""
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     hidden = not (wanted and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(text)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from coremerge_jax.checkpoint.atomic import atomic_file
+from coremerge_jax.foreign_text import printable
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain
 from coremerge_jax.search.parameters import SCALE
@@ -117,14 +119,16 @@ class Sweep:
     def table(self, count: int | None = 10) -> Table:
         """The best records for a terminal, best first."""
         one = len({record.name for record in self}) == 1
-        grid = Table(title=self.records[0].name if one else None, box=None, pad_edge=False)
+        title = Text(printable(self.records[0].name)) if one else None
+        grid = Table(title=title, box=None, pad_edge=False)
         columns = self.columns[1 if one else 0 : -1]
         for column in columns:
             justify: Any = "left" if column == "rule" else "right"
-            grid.add_column(column, justify=justify, overflow="fold")
+            grid.add_column(Text(printable(column)), justify=justify, overflow="fold")
         for record in self.top(count):
             row = {"rule": record.name, **record.parameters, **record.metrics}
-            grid.add_row(*(_show(row.get(column, "")) for column in columns))
+            cells = (_show(row.get(column, "")) for column in columns)
+            grid.add_row(*(Text(printable(cell)) for cell in cells))  # may look like markup
         return grid
 
     def plot(self, path: str | Path | None = None) -> Any:

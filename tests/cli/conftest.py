@@ -1,13 +1,11 @@
-import signal
-import sys
 from dataclasses import dataclass
 
+import commands
 import numpy as np
 import pytest
 
 import coremerge_jax as cm
 from coremerge_jax.checkpoint import save_peft
-from coremerge_jax.cli import main
 
 MODULES = {"layer.0.query": (6, 8), "layer.0.value": (6, 8), "layer.0.dense": (8, 5)}
 
@@ -23,16 +21,12 @@ class Result:
 def coremerge(capsys, monkeypatch):
     """Runs the command line in this process, as `coremerge ARGS` would."""
     monkeypatch.delenv("COREMERGE_DEBUG", raising=False)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as it was, afterwards
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*args):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(arg) for arg in args])
-        return Result(exit_.value.code or 0, *capsys.readouterr())
+        code = commands.run(*args)
+        return Result(code, *capsys.readouterr())
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture

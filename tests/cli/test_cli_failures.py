@@ -178,7 +178,9 @@ def test_full_disk(coremerge, save, tiny_disk):
 
 def start(*args, before="", **kwargs):
     """The command line in a process of its own, after some more Python."""
-    code = f"from coremerge_jax.cli import main\n{before}\nmain()"
+    # A shell that runs the tests in the background has them, and so this process, ignore SIGINT.
+    default = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{default}\nfrom coremerge_jax.cli import main\n{before}\nmain()"
     command = [sys.executable, "-c", code, *map(str, args)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
