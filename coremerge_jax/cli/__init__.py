@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -75,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Else XLA lists, with every program from its cache, processor features that it would prefer.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _quiet_orbax()
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
