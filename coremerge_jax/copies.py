@@ -22,7 +22,7 @@ _OPTIMIZER = re.compile(
 # Names that a module may have as well: they count beside parameters with the same keys.
 _MOMENTS = re.compile(
     r"opt|mu|nu|trace|(first_|second_)?moments?|momentums?|exp_avg(_sq)?|v_row|v_col|velocit(y|ies)"
-    r"|slots?|(acc(umulated)?_?)?grad(ient)?s?|inner_states?",
+    r"|adam(w|ax)?|sgd|lion|lamb|muon|adafactor|adagrad|rmsprop|slots?|(acc(umulated)?_?)?grad(ient)?s?|inner_states?",
     re.IGNORECASE,
 )
 _AVERAGES = re.compile(
@@ -30,10 +30,10 @@ _AVERAGES = re.compile(
 )
 _OTHERS = re.compile(
     r"((.*_)?(teacher|student|target|reference|ref|backup|copy|snapshot|frozen|actor|critic)"
-    r"|online|old|new|init|initial|best|prev|previous|last)(_(params|model|state|network|net))?",
+    r"|online|base|orig|original|merged|old|new|init|initial|best|prev|previous|last)(_(params|model|state|network|net))?",
     re.IGNORECASE,
 )
-_CHAIN = re.compile(_OPTIMIZER.pattern + r"|opt|inner_states?", re.IGNORECASE)
+_CHAIN = re.compile(_OPTIMIZER.pattern + r"|opt|adam\w*|sgd|lion|inner_states?", re.IGNORECASE)
 _COUNTERS = ("step", "count", "global_step", "gradient_step", "mini_step")
 
 
@@ -44,7 +44,7 @@ class _Place:
     Attributes:
         key: of the factor.
         sorts: of the trees that it is in.
-        root: the path of the outermost of these that is not the model's.
+        root: the path of the one of these that is not the model's; of moments, the outermost.
         tail: the module's path in the innermost of them, and which factor it is.
         inner: the tail, below what is above all of them: alike in copies.
         trees: names of the trees that it is in.
@@ -111,8 +111,10 @@ def _place(key: str, factor: Factor) -> _Place:
     found = {sort for sort in sorts[first:last] if sort}
     if "optimizer" in sorts:
         found.add("optimizer")
-    others = [i for i, sort in enumerate(sorts) if sort in found and sort != "model"]
-    depth = others[0] + 1 if others else last
+    if "optimizer" in found:
+        depth = max(i for i, sort in enumerate(sorts) if sort == "optimizer") + 1
+    else:
+        depth = next((i + 1 for i in range(first, last) if sorts[i] not in ("model", None)), last)
     return _Place(
         key,
         frozenset(found - {"model"}),
@@ -156,12 +158,11 @@ def _model(group: list[_Place]) -> _Place:
 def _refuse_unknown_copies(places: list[_Place]) -> None:
     """Refuses what may be copies: trees of other names, or below other names."""
     params = {place.inner: place for place in places if place.is_parameter and not place.sorts}
-    ends = {
-        place.inner[i:]: place
-        for place in places
-        if not place.sorts
-        for i in range(len(place.inner) - 2)
-    }
+    ends = {}
+    for place in places:
+        numbers = next(i for i, part in enumerate(place.inner) if not part.isdigit())
+        starts = range(len(place.inner) - 2 if place.trees else numbers + 1)
+        ends.update({place.inner[i:]: place for i in starts if not place.sorts})
     for place in places:
         tails = (place.inner[i:] for i in range(1, len(place.inner) - 2))
         found = next((params[tail] for tail in tails if tail in params), None)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import itertools
 import math
 import numbers
 import re
@@ -63,7 +62,8 @@ class Slot:
 
     def read(self, a: Array, b: Array, scale: float | Array) -> dict[str, LoRA]:
         """The modules, given the stored factors."""
-        a, b = self.axes.matrices(_single(a), _single(b))
+        a, b = _gathered(_single(a), self.axes.a), _gathered(_single(b), self.axes.b)
+        a, b = self.axes.matrices(a, b)
         b = b * np.asarray(scale, b.dtype) if isinstance(scale, float) else b * scale
         # Indexing keeps arrays where they are on devices; iterating over them does not.
         shared = len(b) != len(a)  # one b for all
@@ -410,10 +410,12 @@ def _for_shape(sharding: jax.sharding.Sharding, shape: Shape) -> jax.sharding.Sh
         return sharding
     sizes = sharding.mesh.shape
     spec = []
-    for n, names in itertools.zip_longest(shape, sharding.spec[: len(shape)]):
+    for n, names in zip(shape, sharding.spec, strict=False):
         several = names if isinstance(names, tuple) else (names,)
         parts = math.prod(sizes[name] for name in several if name in sizes)
         spec.append(names if n % parts == 0 else None)
+    if spec == list(sharding.spec):
+        return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
@@ -517,6 +519,24 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
                 f"module {path!r} is {adapter[path].shape} (m, n) in the adapter, and {lora.shape} "
                 "in the tree"
             )
+
+
+def _gathered(x: Array, letters: str) -> Array:
+    """An array whose type says how it is sharded, so that its layers and axes can be taken apart.
+
+    Of axes that become one, the first can stay sharded.
+    """
+    if not isinstance(x, jax.Array):
+        return x
+    typed = jax.typeof(x).sharding
+    if not any(typed.spec):
+        return x
+    spec = [
+        names if letter not in "le" and letters.index(letter) == axis else None
+        for axis, (letter, names) in enumerate(zip(letters, typed.spec, strict=True))
+    ]
+    mesh = typed.mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh  # type: ignore[attr-defined]
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _single(x: Array) -> Array:

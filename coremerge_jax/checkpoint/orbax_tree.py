@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coremerge_jax.checkpoint.json_file import read_json
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.grid import is_spread
@@ -47,9 +48,13 @@ class OrbaxTree:
         self.folder, self.item = folder, item
         _refuse_special_files(folder)
         try:
+            if (folder / MARKER).exists():  # orbax would go on without what it says
+                read_json(folder / MARKER, "an orbax checkpoint")
             with _alone():
                 found = ocp.metadata(folder, item)
             self.tree = jax.tree.map(_outline, found.metadata)
+        except FormatError:
+            raise
         except Exception as error:
             raise FormatError(
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
@@ -320,7 +325,8 @@ def _find_step(source: Path, step: int | None) -> Path:
         return steps[step]
     if not whole:
         if steps or _is_marked(source):
-            raise FormatError(f"{source}: no whole step in it: what is there is not finished")
+            what = "whole step" if steps else f"tree of arrays ({_TREE})"
+            raise FormatError(f"{source}: not finished, or cut off: no {what} in it")
         if _is_step_of_others(source):
             found = _find_step(source.parent, None)
             raise FormatError(
