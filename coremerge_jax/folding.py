@@ -31,8 +31,10 @@ def fold_tree(
     Sums are computed in float32 (with float64 kernels, in float64) and rounded once. NumPy arrays
     stay on the host; JAX arrays stay sharded as they are, and each device computes its part.
 
-    Which axes of a kernel are its inputs is known from shapes. As in all JAX stacks, the first ones
-    are where that fits, also if others would; else those that fit alone; else ``axes`` has to say.
+    Which axes of a kernel are its inputs is known from those of the factors, if the adapter, or one
+    that it is a merge of, has been read from a tree where they are several. Else it is known from
+    shapes: as in all JAX stacks, the first ones are where that fits, also if others would; else
+    those that fit alone; else ``axes`` has to say.
 
     Args:
         params: any pytree of arrays, such as an `nnx.State`, with the names that `from_tree` gives
@@ -49,8 +51,8 @@ def fold_tree(
 
     Raises:
         MismatchError: a module has no kernel, or one of another shape.
-        FormatError: which axes of a kernel are inputs, or layers, cannot be told; or a NumPy kernel
-            cannot hold the result.
+        FormatError: which axes of a kernel are inputs, or layers, cannot be told; a pattern of
+            ``axes`` matches no module; or a NumPy kernel cannot hold the result.
         UnsupportedError: a kernel is quantized, or the adapter is more than low-rank updates.
     """
     kernels = find_kernels(flatten(params), adapter, scan_axis=scan_axis, axes=axes)

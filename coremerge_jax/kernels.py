@@ -6,14 +6,14 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coremerge_jax.addition import FLOATS
 from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError, hint
 from coremerge_jax.layouts.axes import Shape
 from coremerge_jax.lora import Adapter
-from coremerge_jax.trees import module_paths
+from coremerge_jax.trees import check_pattern, module_paths
 
 # Of a layer or an expert, in a module's path.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)|\[\d+\]")
@@ -79,7 +79,12 @@ def find_kernels(
                 f"module {path!r} is a convolution of PEFT, whose axes JAX kernels have in another "
                 "order; apply the adapter to the Hugging Face model"
             )
-    search = _Search(outline, scan_axis, axes or {})
+    if scan_axis not in ("auto", None, 0, 1):
+        raise FormatError(f"scan_axis is {scan_axis!r}; expected 0, 1, None or 'auto'")
+    for pattern in axes or {}:
+        check_pattern(pattern, {key.rpartition("/")[0] for key in leaves}, "axes")
+    lengths = {path: pair for path, *pair in adapter.metadata.lengths}
+    search = _Search(outline, scan_axis, axes or {}, lengths)
     kernels: dict[str, Kernel] = {}
     owners: dict[str, str] = {}
     for key, leaf in leaves.items():
@@ -117,6 +122,7 @@ class _Search:
     outline: Adapter
     scan_axis: int | str | None
     axes: Mapping[str, str]
+    lengths: Mapping[str, Sequence[Shape]]
 
     @functools.cached_property
     def families(self) -> dict[str, str]:
@@ -131,7 +137,7 @@ class _Search:
         if example is None:
             return None
         kernels = []
-        for axes in self._axes(key, shape, *self.outline[example].shape, stacked=example != path):
+        for axes in self._axes(key, shape, example, stacked=example != path):
             kernel = Kernel(key, shape, axes, {})
             paths = module_paths(module, param, kernel.sizes("l"))
             modules = {path: i for i, path in enumerate(paths) if path in self.outline}
@@ -146,11 +152,12 @@ class _Search:
             self._check(kernel)
         return kernels[0] if kernels else None
 
-    def _axes(self, key: str, shape: Shape, m: int, n: int, *, stacked: bool) -> list[str]:
-        """What the axes of a kernel can be."""
-        module = key.rpartition("/")[0]
+    def _axes(self, key: str, shape: Shape, example: str, *, stacked: bool) -> list[str]:
+        """What the axes of a kernel can be, given one of its modules."""
+        module, (m, n) = key.rpartition("/")[0], self.outline[example].shape
+        told = self.lengths.get(example, ())
         for pattern, letters in self.axes.items():
-            if fnmatch.fnmatch(module, pattern):
+            if fnmatch.fnmatchcase(module, pattern):
                 if len(letters) != len(shape) or set(letters) - set("ilo"):
                     raise FormatError(
                         f"{key}: axes {letters!r} for kernel {shape}; expected a letter an axis: "
@@ -158,13 +165,13 @@ class _Search:
                     )
                 return [letters]
         if not stacked:
-            return [_find_axes(key, shape, m, n)]
+            return [_find_axes(key, shape, m, n, told)]
         found = []
         for axis in (0, 1) if self.scan_axis == "auto" else (self.scan_axis,):
             if not isinstance(axis, int) or axis >= len(shape):
                 continue
             if shape[axis] * m * n == math.prod(shape):
-                layer = _find_axes(key, shape[:axis] + shape[axis + 1 :], m, n)
+                layer = _find_axes(key, shape[:axis] + shape[axis + 1 :], m, n, told)
                 found.append(layer[:axis] + "l" + layer[axis:])
         return found
 
@@ -175,8 +182,16 @@ class _Search:
                 raise _misfit(kernel.key, kernel.shape, *self.outline[path].shape)
 
 
-def _find_axes(key: str, shape: Shape, m: int, n: int) -> str:
-    """The axes of a kernel without layers."""
+def _find_axes(key: str, shape: Shape, m: int, n: int, told: Sequence[Shape]) -> str:
+    """The axes of a kernel without layers.
+
+    Args:
+        key: of the kernel.
+        shape: of it.
+        m: outputs of the update.
+        n: inputs of it.
+        told: the lengths of the axes of inputs, and of outputs, if they are known.
+    """
     wide = [axis for axis, size in enumerate(shape) if size != 1]
     fitting = [
         inputs
@@ -186,14 +201,26 @@ def _find_axes(key: str, shape: Shape, m: int, n: int) -> str:
     ]
     if not fitting or math.prod(shape) != m * n:
         raise _misfit(key, shape, m, n)
+    known = [inputs for inputs in fitting if _lengths(shape, wide, inputs) == _wide(told)]
     first = [inputs for inputs in fitting if inputs == tuple(wide[: len(inputs)])]
-    if len(fitting) > 1 and not first:
+    if len(fitting) > 1 and len(known) != 1 and (known or not first):
         raise FormatError(
             f"{key}: which axes of kernel {shape} are the {n} inputs is not clear; say which with "
             "axes (--axes), such as 'oio' for heads, inputs, head size"
         )
-    inputs = (first or fitting)[0]
+    inputs = (known or first or fitting)[0]
     return "".join("i" if axis in inputs else "o" for axis in range(len(shape)))
+
+
+def _lengths(shape: Shape, wide: Sequence[int], inputs: Sequence[int]) -> list[Shape]:
+    """The lengths of the axes of inputs, and of outputs."""
+    outputs = [axis for axis in wide if axis not in inputs]
+    return [tuple(shape[axis] for axis in axes) for axes in (inputs, outputs)]
+
+
+def _wide(told: Sequence[Shape]) -> list[Shape]:
+    """Lengths without those that are 1."""
+    return [tuple(n for n in lengths if n != 1) for lengths in told]
 
 
 def _misfit(key: str, shape: Shape, m: int, n: int) -> MismatchError:

@@ -18,6 +18,8 @@ import numpy as np
 from coremerge_jax.errors import FormatError
 
 Array = jax.Array | np.ndarray
+# A module's path, the lengths of the axes of its inputs, and of those of its outputs.
+Lengths = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Metadata:
         alpha: the source's nominal alpha, before it was folded into ``b``.
         dtype: dtype of the factors in the source's file.
         config: further fields of the source's configuration that its extras need.
+        lengths: of modules whose inputs or outputs were several axes in the tree that they are
+            from.
     """
 
     name: str | None = None
@@ -121,6 +125,7 @@ class Metadata:
     alpha: float | None = None
     dtype: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    lengths: tuple[Lengths, ...] = ()
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.grid import Grid, is_host, refuse_explicit
-from coremerge_jax.lora import Adapter, Array, Metadata
+from coremerge_jax.lora import Adapter, Array, Lengths, Metadata
 from coremerge_jax.rules import Chain, Rule, as_rule, chain
 from coremerge_jax.spaces import Space, core
 from coremerge_jax.stack import group_modules, label
@@ -258,4 +258,18 @@ def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> M
         return values.pop() if len(values) == 1 else None
 
     base = next((a.metadata.base_model for a in adapters if a.metadata.base_model), None)
-    return Metadata(base_model=base, task_type=common("task_type"), config=config)
+    return Metadata(
+        base_model=base,
+        task_type=common("task_type"),
+        config=config,
+        lengths=_common_lengths(adapters),
+    )
+
+
+def _common_lengths(adapters: Sequence[Adapter]) -> tuple[Lengths, ...]:
+    """Those of modules of which no two adapters tell different ones."""
+    told = [entry for adapter in adapters for entry in adapter.metadata.lengths]
+    found: dict[str, set[Lengths]] = {}
+    for entry in told:
+        found.setdefault(entry[0], set()).add(entry)
+    return tuple(next(iter(entries)) for entries in found.values() if len(entries) == 1)

@@ -2,19 +2,26 @@
 
 import dataclasses
 import fnmatch
+import math
+import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from coremerge_jax.addition import FLOATS
+from coremerge_jax.copies import other_trees
 from coremerge_jax.errors import FormatError, MismatchError, hint
+from coremerge_jax.grid import is_spread
 from coremerge_jax.layouts import LAYOUTS, Axes, Layout
 from coremerge_jax.layouts.axes import Shape, pad_rank
-from coremerge_jax.layouts.layout import container, find_axes, is_numbered, separate_numbers
+from coremerge_jax.layouts.foreign import refuse_foreign
+from coremerge_jax.layouts.layout import Factor, container, find_axes, separate_numbers
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 
 # Names of parameters that say nothing about the module.
@@ -55,11 +62,24 @@ class Slot:
 
     def read(self, a: Array, b: Array, scale: float | Array) -> dict[str, LoRA]:
         """The modules, given the stored factors."""
-        a, b = self.axes.matrices(_single(a), _single(b))
+        a, b = _gathered(_single(a), self.axes.a), _gathered(_single(b), self.axes.b)
+        a, b = self.axes.matrices(a, b)
         b = b * np.asarray(scale, b.dtype) if isinstance(scale, float) else b * scale
-        rows = b if len(b) == len(a) else [b[0]] * len(a)  # one b for all
-        pairs = zip(self.paths, a, rows, strict=True)
-        return {path: LoRA(a=x, b=y, kind=self.kind) for path, x, y in pairs}
+        # Indexing keeps arrays where they are on devices; iterating over them does not.
+        shared = len(b) != len(a)  # one b for all
+        return {
+            path: LoRA(a=a[i], b=b[0 if shared else i], kind=self.kind)
+            for i, path in enumerate(self.paths)
+        }
+
+    @property
+    def lengths(self) -> tuple[Shape, Shape]:
+        """The lengths of the axes of inputs, and of outputs."""
+        a, b = self.shapes
+        return (
+            tuple(n for n, letter in zip(a, self.axes.a, strict=True) if letter == "i"),
+            tuple(n for n, letter in zip(b, self.axes.b, strict=True) if letter == "o"),
+        )
 
     def write(self, modules: Mapping[str, LoRA], scale: float | Array) -> tuple[Array, Array]:
         """The factors to store, given the modules; their ranks are made equal with zeros.
@@ -96,17 +116,29 @@ class TreeFormat:
         rank: that the scale is of, and to write factors with; by default that of the factors.
         scan_axis: 0 or 1, where stacked layers are in both factors; None for none; ``"auto"`` where
             shapes and names show it.
+        scan_axes: with ``"auto"``, what it can be where shapes fit several; as a checkpoint tells.
         axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its factors
             as ``"lir,lro"``; see `layouts.Axes`.
         ignore: patterns of keys to leave out, such as those of the base model's own parameters.
+            What an optimizer has by the keys of the parameters beside it is left out anyway.
+
+    Raises:
+        FormatError: alpha is no positive number, or rank no positive integer.
     """
 
     layout: str | None = None
     alpha: float | Array | None = None
     rank: int | None = None
     scan_axis: int | str | None = "auto"
+    scan_axes: Collection[int | None] = ()
     axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignore: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_rank(self.rank, "rank")
+        if self.alpha is not None and not isinstance(self.alpha, jax.Array):
+            check_alpha(self.alpha, "alpha")
 
     def scale(self, layout: Layout, rank: int) -> float | Array:
         """What the library that the tree is of multiplies an update by.
@@ -138,22 +170,19 @@ class TreeFormat:
             FormatError: keys are of no layout, or of several; a factor has no partner; shapes can
                 be read in several ways; or the scale is not known.
         """
-        kept = [key for key in leaves if not any(fnmatch.fnmatch(key, p) for p in self.ignore)]
-        layout = self._layout(kept)
-        found: dict[tuple[str, str], dict[str, str]] = {}
-        unmatched = []
-        for key in kept:
-            factor = layout.match(key)
-            if factor is None:
-                unmatched.append(key)
-            else:
-                found.setdefault((factor.module, factor.param), {})[factor.factor] = key
+        layout, factors, unmatched = self.sort(leaves)
         if unmatched:
             raise FormatError(
                 f"{len(unmatched)} keys are not LoRA factors of layout {layout.name!r} (first: "
-                f"{unmatched[0]!r}{hint(unmatched[0], set(kept) - set(unmatched))}); leave "
+                f"{unmatched[0]!r}{hint(unmatched[0], factors)}); leave "
                 "them out with ignore (coremerge convert --ignore)"
             )
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for key, factor in factors.items():
+            found.setdefault((factor.module, factor.param), {})[factor.factor] = key
+        modules = {module for module, _ in found}
+        for pattern in self.axes:
+            check_pattern(pattern, modules, "axes")
         slots: dict[Slot, float | Array] = {}
         for (module, param), keys in found.items():
             if set(keys) != {"a", "b"}:
@@ -162,11 +191,47 @@ class TreeFormat:
             slots[slot] = self.scale(layout, slot.rank)
         return Places(slots)
 
+    def sort(self, leaves: Mapping[str, Any]) -> tuple[Layout, dict[str, Factor], list[str]]:
+        """The layout of a tree, what the keys of its factors say, and its other keys.
+
+        Keys to ignore, and an optimizer's, are in neither.
+
+        Raises:
+            FormatError: keys are of no layout, or of several; or a pattern matches none.
+        """
+        for pattern in self.ignore:
+            check_pattern(pattern, leaves, "ignore")
+        kept = [key for key in leaves if not matches(key, self.ignore)]
+        layout = self._layout(kept)
+        matched = {key: layout.match(key) for key in kept}
+        factors = {key: factor for key, factor in matched.items() if factor is not None}
+        for key in factors:
+            if getattr(leaves[key], "shape", None) is None:
+                raise FormatError(f"{key!r} is not an array")
+        refuse_foreign({key: leaves[key].shape for key in factors})
+        left = other_trees(factors, kept)
+        return (
+            layout,
+            {key: factor for key, factor in factors.items() if key not in left},
+            [key for key in kept if key not in factors and key not in left],
+        )
+
     def metadata(self, places: "Places", name: str | None) -> Metadata:
         """What is known of the adapter."""
         first = next(iter(places.slots))
-        alpha = self.alpha if isinstance(self.alpha, int | float) else None
-        return Metadata(name=name, rank=first.rank, alpha=alpha, dtype=str(first.dtypes[0]))
+        alpha = float(self.alpha) if isinstance(self.alpha, numbers.Real) else None
+        return Metadata(
+            name=name,
+            rank=first.rank,
+            alpha=alpha,
+            dtype=str(first.dtypes[0]),
+            lengths=tuple(
+                (path, *slot.lengths)
+                for slot in places.slots
+                if max(map(len, slot.lengths)) > 1
+                for path in slot.paths
+            ),
+        )
 
     def _layout(self, keys: Sequence[str]) -> Layout:
         if self.layout is not None:
@@ -178,6 +243,7 @@ class TreeFormat:
         fitting = [layout for layout in LAYOUTS.values() if any(map(layout.match, keys))]
         if len(fitting) == 1:
             return fitting[0]
+        refuse_foreign(dict.fromkeys(keys))
         if not fitting:
             examples = ", ".join(repr(key) for key in keys[:3])
             raise FormatError(
@@ -199,8 +265,10 @@ class TreeFormat:
     ) -> Slot:
         a, b = (leaves[keys[factor]] for factor in "ab")
         for key, leaf in zip((keys["a"], keys["b"]), (a, b), strict=True):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise FormatError(f"{key!r} is of dtype {leaf.dtype}; expected floating point")
+            if leaf.dtype.name not in FLOATS:
+                raise FormatError(
+                    f"{key!r} is of dtype {leaf.dtype}; expected floating point of 16 bits or more"
+                )
         shapes = tuple(a.shape), tuple(b.shape)
         axes = self._axes(module, *shapes)
         rank, other = axes.rank(*shapes)
@@ -221,10 +289,10 @@ class TreeFormat:
 
     def _axes(self, module: str, a: Shape, b: Shape) -> Axes:
         for pattern, letters in self.axes.items():
-            if fnmatch.fnmatch(module, pattern):
+            if fnmatch.fnmatchcase(module, pattern):
                 first, _, second = letters.partition(",")
                 return Axes(first, second).checked(module, a, b)
-        return find_axes(module, a, b, self.scan_axis)
+        return find_axes(module, a, b, self.scan_axis, self.scan_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +378,45 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
             its rank is larger than that of the scale.
     """
     stored = TreeFormat(**options).places(flatten(like)).write(adapter)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: stored.get(key_of(path), leaf), like)
+
+    def put(path: tuple[Any, ...], leaf: Any) -> Any:
+        key = key_of(path)
+        return place_like(stored[key], leaf) if key in stored else leaf
+
+    return jax.tree_util.tree_map_with_path(put, like)
+
+
+def place_like(x: Array, leaf: Any) -> Array:
+    """An array where another one is on devices; itself if that is on the host, or either is traced.
+
+    An axis of another length stays spread over the same devices where these divide it.
+    """
+    if isinstance(x, jax.core.Tracer) or isinstance(leaf, jax.core.Tracer):
+        return x
+    if not isinstance(leaf, jax.Array):
+        return x
+    if not leaf.committed and leaf.is_fully_addressable:
+        return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    sharding = _for_shape(leaf.sharding, x.shape)
+    if sharding.is_fully_addressable or is_spread(x):
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)  # each process has all of it
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _for_shape(sharding: jax.sharding.Sharding, shape: Shape) -> jax.sharding.Sharding:
+    """A sharding without the axes that do not divide a shape."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    sizes = sharding.mesh.shape
+    spec = []
+    for n, names in zip(shape, sharding.spec, strict=False):
+        several = names if isinstance(names, tuple) else (names,)
+        parts = math.prod(sizes[name] for name in several if name in sizes)
+        spec.append(names if n % parts == 0 else None)
+    if spec == list(sharding.spec):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -328,7 +434,7 @@ def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
     """The module path of each kernel of a batch."""
     module = re.sub(r"^(params/)+", "", module)
     parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
-    at = None if is_numbered(module) else container(module)
+    at = container(module)
     found = []
     for index in np.ndindex(batch):
         names, rest = list(parts), list(index)
@@ -336,6 +442,59 @@ def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
             names.insert(at + 1, str(rest.pop(0)))
         found.append(".".join(names) + "".join(f"[{i}]" for i in rest))
     return tuple(found)
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key matches one of the patterns, as in `fnmatch`."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def check_pattern(pattern: str, keys: Collection[str], option: str) -> None:
+    """Refuses a pattern that matches nothing: it would change nothing without a word.
+
+    Raises:
+        FormatError: naming the pattern, and the nearest key.
+    """
+    if not any(fnmatch.fnmatchcase(key, pattern) for key in keys):
+        what = "key" if option == "ignore" else "module"
+        raise FormatError(
+            f"{option} (--{option}): pattern {pattern!r} matches no {what}{hint(pattern, keys)}"
+        )
+
+
+def check_rank(value: Any, name: str) -> int:
+    """A rank that was told, if it can be one.
+
+    Raises:
+        FormatError: it is no positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise FormatError(f"{name} is {_short(value)}; expected a positive integer")
+    return int(value)
+
+
+def check_alpha(value: Any, name: str) -> float:
+    """An alpha that was told, if it can be one.
+
+    Raises:
+        FormatError: it is no positive finite number.
+    """
+    number = isinstance(value, numbers.Real | np.ndarray) and not isinstance(value, bool)
+    try:
+        fits = number and np.ndim(value) == 0 and math.isfinite(value) and value > 0
+    except (OverflowError, TypeError):
+        fits = False
+    if not fits:
+        raise FormatError(f"{name} is {_short(value)}; expected a positive number")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        text = "too long to be shown"
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) -> None:
@@ -360,6 +519,24 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
                 f"module {path!r} is {adapter[path].shape} (m, n) in the adapter, and {lora.shape} "
                 "in the tree"
             )
+
+
+def _gathered(x: Array, letters: str) -> Array:
+    """An array whose type says how it is sharded, so that its layers and axes can be taken apart.
+
+    Of axes that become one, the first can stay sharded.
+    """
+    if not isinstance(x, jax.Array):
+        return x
+    typed = jax.typeof(x).sharding
+    if not any(typed.spec):
+        return x
+    spec = [
+        names if letter not in "le" and letters.index(letter) == axis else None
+        for axis, (letter, names) in enumerate(zip(letters, typed.spec, strict=True))
+    ]
+    mesh = typed.mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh  # type: ignore[attr-defined]
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _single(x: Array) -> Array:

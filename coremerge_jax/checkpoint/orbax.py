@@ -4,7 +4,8 @@ import functools
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,28 @@ from coremerge_jax import __version__
 from coremerge_jax.checkpoint.atomic import atomic_folder, shared_folder
 from coremerge_jax.checkpoint.orbax_tree import (
     MARKER,
+    SCAN,
     OrbaxTree,
-    is_array,
     open_tree,
     write_tree,
 )
 from coremerge_jax.checkpoint.outputs import CHECKPOINT, check_output, write_record
 from coremerge_jax.checkpoint.peft.config import PeftConfig
 from coremerge_jax.checkpoint.peft.source import CONFIG
-from coremerge_jax.errors import FormatError
+from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, UnsupportedError
 from coremerge_jax.grid import is_spread
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.names import find_names, outline_tree
-from coremerge_jax.trees import Places, Slot, TreeFormat, flatten, to_tree
+from coremerge_jax.trees import (
+    Places,
+    Slot,
+    TreeFormat,
+    check_alpha,
+    check_rank,
+    flatten,
+    key_of,
+    to_tree,
+)
 
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 
@@ -40,6 +50,7 @@ class OrbaxFile(AdapterFile):
     def __init__(self, source: OrbaxTree, places: Places, metadata: Metadata) -> None:
         super().__init__(places.outline(), metadata=metadata)
         self._folder = source.folder
+        self._made_of = source, places, metadata
         self._slots = {path: slot for slot in places.slots for path in slot.paths}
         self._lock = threading.Lock()  # orbax runs an event loop of its own in each call
 
@@ -55,6 +66,10 @@ class OrbaxFile(AdapterFile):
     def folders(self) -> tuple[Path, ...]:
         """The folder of the checkpoint."""
         return (self._folder,)
+
+    def __reduce__(self) -> tuple[Callable[..., "OrbaxFile"], tuple[Any, ...]]:
+        """Pickles what says where factors are; they stay in the checkpoint."""
+        return OrbaxFile, self._made_of
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """The modules with these paths.
@@ -76,13 +91,6 @@ class OrbaxFile(AdapterFile):
         return found
 
 
-def _parameters(tree: Any) -> Any:
-    """Those of a train state of flax, whose optimizer has moments by the same keys; or the tree."""
-    if isinstance(tree, Mapping) and "params" in tree and {"step", "opt_state"} & tree.keys():
-        return {"params": tree["params"]}
-    return tree
-
-
 def open_orbax(
     source: str | Path,
     *,
@@ -98,10 +106,15 @@ def open_orbax(
 
     Rank and alpha are taken from ``custom_metadata["lora"]`` of the checkpoint (``lora_rank`` and
     ``lora_alpha``, as MaxText and `save_orbax` write them), or from an ``adapter_config.json`` in
-    its folder or the one above.
+    its folder or the one above. What it says of scanned layers (``scan_layers``,
+    ``param_scan_axis``) counts where shapes can be read in several ways.
+
+    A last step that is not finished is passed over with a warning. Of a checkpoint with the state
+    of an optimizer, or an average of the parameters, the parameters are read.
 
     Args:
-        source: a checkpoint, or a folder of steps of a CheckpointManager.
+        source: a checkpoint, the folder of an item in it, or a folder of steps of a
+            CheckpointManager.
         item: which of several trees; by default the one that training stacks keep parameters in.
         step: which of several steps; by default the last.
         name: a name for messages and tables; the name of the folder by default.
@@ -116,15 +129,13 @@ def open_orbax(
             raise FormatError(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
+    options.setdefault("scan_axes", tree.scan_axes)
     form = TreeFormat(**options)
-    leaves = flatten(_parameters(tree.tree))
-    for key, leaf in leaves.items():
-        if not is_array(leaf):
-            raise FormatError(f"{tree}: {key!r} is not an array")
+    leaves = flatten(tree.tree)
     try:
         places = form.places(leaves)
-    except FormatError as error:
-        raise FormatError(f"{tree}: {error}") from error
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{tree}: {error}") from error
     metadata = form.metadata(places, name or tree.folder.name)
     return OrbaxFile(tree, places, metadata)
 
@@ -156,7 +167,7 @@ def save_orbax(
             stacked along a first axis, not scaled, and in float32.
         head_dim: the size of an attention head, for ``to``.
         like: instead of ``to``, a checkpoint, or a tree of shapes and dtypes, whose keys, axes and
-            dtypes to use.
+            dtypes to use. Its keys that are no LoRA factors are left out, with a warning.
         force: replace a checkpoint that is already there, if coremerge wrote all that is in it.
         **options: see `TreeFormat`, for what ``like`` does not tell.
 
@@ -177,17 +188,26 @@ def save_orbax(
         like = outline_tree(adapter, names, head_dim)
         options |= {"layout": names.layout, "scan_axis": names.scan_axis}
         rank = max(lora.rank for lora in adapter.outline.values())
+    scan = _scan(options.get("scan_axis", 0 if like is None else None))
     if like is None:
         tree = stacked(adapter)
     else:
+        named = str(like) if isinstance(like, str | Path) else "the tree to be like"
         if isinstance(like, str | Path):
             source = open_tree(like)
-            like, item = _parameters(source.tree), source.item
+            like, item = source.tree, source.item
+            options.setdefault("scan_axes", source.scan_axes)
+            scan = {key: source.custom[key] for key in SCAN if key in source.custom} | scan
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
-        tree = _arrays(to_tree(adapter, like, **options))
+        try:
+            like = _only_factors(named, like, TreeFormat(**options))
+            options.pop("ignore", None)
+            tree = _arrays(to_tree(adapter, like, **options))
+        except (FormatError, UnsupportedError, MismatchError) as error:
+            raise type(error)(f"{named}: {error}") from error
     origin = {"version": __version__, "base_model": adapter.metadata.base_model}
-    custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, "coremerge": origin}
+    custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, "coremerge": origin, **scan}
     item = item or "state"
     open_folder = shared_folder if jax.process_count() > 1 else atomic_folder
     with open_folder(out, kind=CHECKPOINT, inputs=inputs, force=force) as folder:
@@ -197,26 +217,60 @@ def save_orbax(
             write_record(folder, CHECKPOINT, {**origin, "rank": rank, "to": to or "orbax"})
 
 
+def _scan(axis: Any) -> dict[str, Any]:
+    """What a checkpoint says of its layers, for the time when it is read."""
+    return dict(zip(SCAN, (True, axis), strict=False)) if axis in (0, 1) else {}
+
+
+def _only_factors(named: str, like: Any, form: TreeFormat) -> Any:
+    """A tree with None in place of what is no LoRA factor, with a warning if it is not ignored."""
+    _, factors, others = form.sort(flatten(like))
+    if others:
+        warnings.warn(
+            f"{named}: {len(others)} keys are no LoRA factors, and are left out of the copy "
+            f"(first: {others[0]!r})",
+            CoreMergeWarning,
+            stacklevel=3,
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if key_of(path) in factors else None, like
+    )
+
+
 def _arrays(tree: Any) -> Any:
-    """Nested dicts without the leaves that are still shapes: those of keys to ignore."""
+    """Nested dicts without what has no arrays."""
     if not isinstance(tree, Mapping):
         return tree
-    kept = {key: _arrays(x) for key, x in tree.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    kept = {key: _arrays(x) for key, x in tree.items() if jax.tree.leaves(x)}
     return {key: x for key, x in kept.items() if not isinstance(x, Mapping) or x}
 
 
 def _told(source: OrbaxTree) -> dict[str, float | int]:
-    """Rank and alpha, where something beside the arrays says them."""
-    lora = source.custom.get("lora")
+    """Rank and alpha, where something beside the arrays says them.
+
+    Raises:
+        FormatError: they are no rank, or no alpha.
+    """
+    where, lora = f"{source}: custom_metadata", source.custom.get("lora")
     names = {"rank": "lora_rank", "alpha": "lora_alpha"}
-    if not isinstance(lora, Mapping):
+    if lora is None:
         files = (folder / CONFIG for folder in (source.folder, source.folder.parent))
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             return {}
-        lora = PeftConfig.read(file).fields
+        where, lora = f"{file}:", PeftConfig.read(file).fields
         names = {"rank": "r", "alpha": "lora_alpha"}
-    return {option: lora[name] for option, name in names.items() if name in lora}
+    if not isinstance(lora, Mapping):
+        raise FormatError(
+            f"{where} has lora of type {type(lora).__name__}; expected an object with lora_rank "
+            "and lora_alpha"
+        )
+    checks = {"rank": check_rank, "alpha": check_alpha}
+    return {
+        option: checks[option](lora[name], f"{where} {name}")
+        for option, name in names.items()
+        if lora.get(name) is not None
+    }
 
 
 def stacked(adapter: Adapter) -> dict[str, Any]:

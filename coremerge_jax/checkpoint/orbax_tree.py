@@ -4,22 +4,30 @@ It is imported late, as that takes time which those who merge PEFT folders need 
 """
 
 import contextlib
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+import stat
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.checkpoint.json_file import read_json
+from coremerge_jax.checkpoint.urls import refuse_url
+from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError
 from coremerge_jax.grid import is_spread
 from coremerge_jax.trees import flatten, key_of
 
 MARKER = "_CHECKPOINT_METADATA"
+SCAN = ("scan_layers", "param_scan_axis", "scan_axis")  # of custom metadata, as MaxText has it
 _TREE = "_METADATA"  # in the folder of each tree of arrays
 
-_STEP = re.compile(r"(?:.*_)?(\d+)")  # folder of a step
+_STEP = re.compile(r"(?:.*_)?(\d{1,18})", re.ASCII)  # folder of a step
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax is still writing
+_LONG = 200  # characters of others' messages
 # Where training stacks put trained parameters, in a checkpoint of several items.
 _ITEMS = ("model_params", "lora", "state", "params", "items", "default", "pytree", "model")
 
@@ -38,23 +46,41 @@ class OrbaxTree:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self.item = folder, item
+        _refuse_special_files(folder)
         try:
+            if (folder / MARKER).exists():  # orbax would go on without what it says
+                read_json(folder / MARKER, "an orbax checkpoint")
             with _alone():
                 found = ocp.metadata(folder, item)
+            self.tree = jax.tree.map(_outline, found.metadata)
+        except FormatError:
+            raise
         except Exception as error:
             raise FormatError(
                 f"{self}: not a readable orbax checkpoint ({_line(error)})"
             ) from error
-        self.tree = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf,
-            found.metadata,
-        )
         self.custom = found.custom_metadata or {}
+        if not isinstance(self.custom, Mapping):
+            raise FormatError(
+                f"{self}: custom_metadata is of type {type(self.custom).__name__}; expected an "
+                "object, or none"
+            )
         if not jax.tree.leaves(self.tree):
             raise FormatError(f"{self}: not a readable orbax checkpoint (no arrays found in it)")
 
     def __str__(self) -> str:
         return str(self.folder / (self.item or ""))
+
+    @property
+    def scan_axes(self) -> tuple[int | None, ...]:
+        """The axes that layers may be stacked along, None for no stack; () if nothing tells it."""
+        config = self.custom.get("config")
+        told = {**(config if isinstance(config, Mapping) else {}), **self.custom}
+        scanned, *axes = (told.get(name) for name in SCAN)
+        if scanned is False:
+            return (None,)
+        known = tuple(axis for axis in axes if type(axis) is int and axis in (0, 1))
+        return known or ((0, 1) if scanned is True else ())
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
         """Arrays of the tree, on the host."""
@@ -98,10 +124,28 @@ def open_tree(source: str | Path, *, item: str | None = None, step: int | None =
         item: which of several trees; by default the one that training stacks keep parameters in.
         step: which of several steps; by default the last.
 
+    A last step that is not finished, as while it is being written, is passed over with a warning.
+
     Raises:
         FormatError: there is no such checkpoint, or it is broken.
     """
-    return OrbaxTree(*_find(Path(source), step, item))
+    folder, item = _find(Path(source), step, item)
+    if step is None and _STEP.fullmatch(folder.name):
+        _warn_of_unfinished(folder, Path(os.path.realpath(source)))
+    return OrbaxTree(folder, item)
+
+
+def _warn_of_unfinished(folder: Path, source: Path) -> None:
+    """Says which step was opened, if it is not the last one in the folder that was given."""
+    if folder.parent == source:
+        last = _steps(source)[-1]
+        if last != folder:
+            warnings.warn(
+                f"{last}: not finished, or cut off: trees are missing; read the last whole step, "
+                f"{folder.name}",
+                CoreMergeWarning,
+                stacklevel=3,
+            )
 
 
 def write_tree(
@@ -182,30 +226,71 @@ def is_array(leaf: Any) -> bool:
     return getattr(leaf, "shape", None) is not None
 
 
+def _outline(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
+
+
+# --- Where the tree is ---------------------------------------------------------------------------
+
+
 def is_orbax(source: str | Path) -> bool:
-    """Whether a folder looks like an orbax checkpoint, or like one of several steps."""
+    """Whether a folder looks like an orbax checkpoint, or like one of several steps.
+
+    One that is broken, or unfinished, does too.
+    """
+    folder = Path(source)
     try:
-        _find(Path(source), None, None)
-    except (FormatError, OSError):
+        if not folder.is_dir():
+            return False
+        if _is_marked(folder) or any(_items(step) or _is_marked(step) for step in _steps(folder)):
+            return True
+        return not any(folder.iterdir()) and _is_step_of_others(folder)
+    except OSError:
         return False
-    return True
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether orbax has written, or begun to write, a checkpoint or steps into a folder."""
+    return (
+        os.path.lexists(folder / MARKER)
+        or bool(_items(folder))
+        or any(_UNFINISHED in path.name for path in folder.iterdir())
+    )
+
+
+def _is_step_of_others(folder: Path) -> bool:
+    """Whether there are other steps beside a folder, and trees in these."""
+    folder = Path(os.path.realpath(folder))
+    if not _STEP.fullmatch(folder.name):
+        return False
+    return any(_items(step) for step in _steps(folder.parent))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The folders of steps, the first one first."""
+    return [path for _, path in sorted(_numbered(folder).items())]
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    names = ((_STEP.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
+    return {int(match[1]): path for match, path in names if match and path.is_dir()}
 
 
 def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str | None]:
     """The folder of a checkpoint, and the name of the tree in it that holds parameters."""
-    source = source.resolve()
+    refuse_url(source)
     if not source.is_dir():
-        raise FormatError(f"{source}: no such folder")
+        what = "a link that leads nowhere" if source.is_symlink() else "no such folder"
+        raise FormatError(f"{source}: {what}")
+    source = Path(os.path.realpath(source))
     items = _items(source)
     if not items:
-        steps = {int(m[1]): path for path in source.iterdir() if (m := _STEP.fullmatch(path.name))}
-        if step is not None and step not in steps:
-            raise FormatError(f"{source}: no step {step}; there are {sorted(steps)}")
-        if steps:
-            source = steps[max(steps) if step is None else step]
-            items = _items(source)
-    if not items:
-        raise FormatError(f"{source}: not an orbax checkpoint: no tree of arrays in it")
+        source = _find_step(source, step)
+        items = _items(source)
+    elif step is not None and not _is_step(source, step):
+        raise FormatError(f"{source}: one checkpoint, without steps; leave step ({step}) out")
+    if items == [None] and not (source / MARKER).exists() and (source.parent / MARKER).exists():
+        source, items = source.parent, [source.name]  # an item's own folder was given
     if item is not None and item not in items:
         raise FormatError(f"{source}: no item {item!r}; there are {_listed(items)}")
     if item is None and len(items) > 1:
@@ -219,16 +304,106 @@ def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str |
     return source, item or items[0]
 
 
-def _items(folder: Path) -> Sequence[str | None]:
+def _is_step(folder: Path, step: int) -> bool:
+    names = (folder.name, folder.parent.name)
+    return any((found := _STEP.fullmatch(name)) and int(found[1]) == step for name in names)
+
+
+def _find_step(source: Path, step: int | None) -> Path:
+    """The folder of a step: of the last one that is whole, unless one is asked for.
+
+    Raises:
+        FormatError: there is no such step, or it is not whole.
+    """
+    steps = _numbered(source)
+    whole = [number for number, path in steps.items() if _is_whole(path, steps.values())]
+    last = f"; the last whole step is {max(whole)}" if whole else ""
+    if step is not None:
+        if step not in steps:
+            raise FormatError(f"{source}: no step {step}; there are {sorted(steps)}")
+        if step not in whole:
+            raise FormatError(f"{steps[step]}: not finished, or cut off: trees are missing{last}")
+        return steps[step]
+    if not whole:
+        if steps or _is_marked(source):
+            what = "whole step" if steps else f"tree of arrays ({_TREE})"
+            raise FormatError(f"{source}: not finished, or cut off: no {what} in it")
+        if _is_step_of_others(source):
+            found = _find_step(source.parent, None)
+            raise FormatError(
+                f"{source}: not finished, or cut off: no tree of arrays in it; the last whole "
+                f"step is {found}"
+            )
+        raise FormatError(f"{source}: not an orbax checkpoint: no tree of arrays in it")
+    return steps[max(whole)]
+
+
+def _is_whole(step: Path, steps: Collection[Path]) -> bool:
+    """Whether a step has all trees that it has begun, as far as other steps show what is one."""
+    items = _items(step)
+    names = {name for other in steps for name in _items(other) if name is not None}
+    begun = {name for name in names if (step / name).is_dir()}
+    unfinished = any(_UNFINISHED in path.name for path in step.iterdir())
+    return bool(items) and begun <= set(items) and not unfinished
+
+
+def _items(folder: Path) -> list[str | None]:
     """The trees of arrays in a checkpoint: None stands for the checkpoint itself."""
-    if (folder / _TREE).is_file():
+    if os.path.lexists(folder / _TREE):
         return [None]
-    return sorted(path.name for path in folder.iterdir() if (path / _TREE).is_file())
+    found = sorted(path.name for path in folder.iterdir() if os.path.lexists(path / _TREE))
+    return [name for name in found if _UNFINISHED not in name]
 
 
 def _listed(items: Sequence[str | None]) -> str:
-    return ", ".join(map(repr, items))
+    return ", ".join(repr(name or "the checkpoint itself") for name in items)
+
+
+# --- What is in its files ------------------------------------------------------------------------
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
+    """All that is in a folder but folders; those that links lead to are entered once.
+
+    Gives:
+        Each path, and its mode as `stat` has it, None where a link leads nowhere.
+    """
+    waiting, seen = [folder], set()
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            try:
+                status = path.stat()
+            except OSError:
+                yield path, None
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                yield path, status.st_mode
+            elif (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                waiting.append(path)
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Refuses what would block, or never end, when orbax reads it."""
+    for path, mode in walk(folder):
+        if mode is None:
+            raise FormatError(f"{path}: a link that leads nowhere; copy the checkpoint again")
+        if not stat.S_ISREG(mode):
+            raise FormatError(
+                f"{path}: no regular file but {_special(mode)}; a checkpoint has files and folders "
+                "only"
+            )
+
+
+def _special(mode: int) -> str:
+    kinds = {"FIFO": stat.S_ISFIFO, "SOCK": stat.S_ISSOCK, "CHR": stat.S_ISCHR, "BLK": stat.S_ISBLK}
+    names = {"FIFO": "a FIFO", "SOCK": "a socket", "CHR": "a device", "BLK": "a device"}
+    return next((names[kind] for kind, test in kinds.items() if test(mode)), "something else")
 
 
 def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of others' message, without the settings that tensorstore adds."""
+    lines = (line.strip() for line in str(error).splitlines())
+    line = next((line for line in lines if line), type(error).__name__)
+    line = line.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
+    return line if len(line) <= _LONG else f"{line[:_LONG]} …"

@@ -1,12 +1,14 @@
 """Whatever holds an adapter, by what is in it."""
 
 import hashlib
+import stat
 from pathlib import Path
 from typing import Any
 
 from coremerge_jax.checkpoint import peft
 from coremerge_jax.checkpoint.orbax import open_orbax
-from coremerge_jax.checkpoint.orbax_tree import is_orbax
+from coremerge_jax.checkpoint.orbax_tree import is_orbax, walk
+from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
 
@@ -24,6 +26,7 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
         RecipeError: options for a PEFT folder.
         UnsupportedError: it is more than a low-rank update of the base model.
     """
+    refuse_url(source)
     if is_orbax(source):
         return open_orbax(source, name=name, **options)
     if options:
@@ -41,11 +44,15 @@ def hash_source(source: str | Path) -> dict[str, str]:
 
     Returns:
         File name to hexadecimal digest; of a checkpoint, one digest of all its names and files.
+
+    Raises:
+        FormatError: see `open_adapter`.
     """
+    refuse_url(source)
     if not is_orbax(source):
         return peft.hash_source(source)
     whole = hashlib.sha256()
-    for file in sorted(path for path in Path(source).rglob("*") if path.is_file()):
+    for file in sorted(path for path, mode in walk(Path(source)) if mode and stat.S_ISREG(mode)):
         whole.update(str(file.relative_to(source)).encode())
         with file.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())

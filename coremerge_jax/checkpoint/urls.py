@@ -5,19 +5,31 @@ from pathlib import Path
 
 from coremerge_jax.errors import FormatError
 
-# `Path` makes one slash of two. A drive of Windows has one letter.
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")  # a Path has lost one slash
+_COPY = {
+    "gs": "with 'gcloud storage cp -r'",
+    "s3": "with 'aws s3 cp --recursive'",
+    "hdfs": "with 'hdfs dfs -get'",
+}
+_COPY["s3a"] = _COPY["s3n"] = _COPY["s3"]
 
 
 def refuse_url(path: str | Path) -> None:
-    """Refuses a bucket or another remote address, which would be taken for a local folder.
+    """Refuses ``scheme://…``, such as a bucket's address: coremerge reads and writes local folders.
+
+    Args:
+        path: of an input or an output; a `Path`, in which ``://`` has become ``:/``, counts too.
 
     Raises:
-        FormatError: the path starts like ``gs://`` or ``s3://``.
+        FormatError: it is such an address, and no folder has that name.
     """
-    if _URL.match(str(path)):
-        address = re.sub(":/+", "://", str(path), count=1)
-        raise FormatError(
-            f"{address}: only local folders are read and written; copy from or to it "
-            "(such as by 'gcloud storage cp -r'), or mount the bucket"
-        )
+    text = str(path)
+    found = _SCHEME.match(text)
+    if not found or (found[2] == "/" and Path(path).exists()):
+        return
+    scheme, rest = found[1], text[found.end() :]
+    copy = _COPY.get(scheme.lower(), "with the tools of that storage")
+    raise FormatError(
+        f"{scheme}://{rest}: no local folder, and coremerge reads and writes local ones only; copy "
+        f"it {copy}, or mount it, and give that folder"
+    )

@@ -29,7 +29,9 @@ coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
 
 coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
 
-_source = partial(typer.Option, show_default=False, rich_help_panel="How the source is stored")
+_source = partial(
+    typer.Option, show_default=False, rich_help_panel="How the source, or --like, is stored"
+)
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
 
 NAMES = "tunix|tunix-gemma|gemma|maxtext-llama3.1|maxtext-qwen"
@@ -140,16 +142,62 @@ def convert(
     inputs: list[str | Path] = [source, *([like] if like else [])]
     kind = ADAPTER if to == "peft" else CHECKPOINT
     check_output(output, kind=kind, inputs=inputs, force=force)
-    adapter = open_adapter(source, **options)
+    given, like_options = _share(source, like, options)
+    adapter = open_adapter(source, **given)
     if names is not None:
         adapter = translate(adapter, names, head_dim=head_dim)
     if to == "peft":
         save_peft(adapter, output, dtype=dtype or "float32", force=force)
     elif to == "orbax":
-        save_orbax(adapter, output, like=like, force=force)
+        save_orbax(adapter, output, like=like, force=force, **like_options)
     else:
         save_orbax(adapter, output, to=to, head_dim=head_dim, force=force)
     _show(source, adapter.outline, output, to, as_json)
+
+
+_OF_TREES = ("layout", "scan_axis", "axes", "ignore")
+
+
+def _share(
+    source: str, like: Path | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the source, and for the checkpoint to be like: that may need them as well.
+
+    Where both are orbax checkpoints, a pattern is for the one, or both, in which it matches.
+    """
+    if like is None:
+        return options, {}
+    from coremerge_jax.checkpoint.orbax_tree import is_orbax, open_tree
+    from coremerge_jax.layouts import LAYOUTS
+    from coremerge_jax.trees import flatten, matches
+
+    target = {key: x for key, x in options.items() if key in _OF_TREES}
+    if not is_orbax(source):
+        return {key: x for key, x in options.items() if key not in target}, target
+    there = open_tree(source, item=options.get("item"), step=options.get("step"))
+    keys = [list(flatten(tree.tree)) for tree in (there, open_tree(like))]
+    layouts = LAYOUTS.values()
+    modules = [
+        [factor.module for key in tree for x in layouts if (factor := x.match(key))]
+        for tree in keys
+    ]
+    given = dict(options)
+    known = LAYOUTS.get(options.get("layout", ""))
+    if known and not any(map(known.match, keys[1])):
+        target.pop("layout")
+    for option, found in (("ignore", keys), ("axes", modules)):
+        for pattern in options.get(option, ()):
+            hits = [any(matches(key, [pattern]) for key in tree) for tree in found]
+            for kept, hit in ((given, hits[0] or not hits[1]), (target, hits[1])):
+                if not hit:
+                    kept[option] = _without(kept[option], pattern)
+    return given, target
+
+
+def _without(patterns: Any, pattern: str) -> Any:
+    if isinstance(patterns, dict):
+        return {key: x for key, x in patterns.items() if key != pattern}
+    return [x for x in patterns if x != pattern]
 
 
 def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.layouts.axes import Axes, Shape
 from coremerge_jax.lora import LINEAR, Kind
 
-# Parts of a path below which layers lie: numbered, or scanned if no number follows.
-_CONTAINERS = "layers?|blocks?|h"
+# Parts of a path below which layers lie: numbered, or scanned if no number follows. Both may be
+# there: MaxText scans over blocks of a few layers (decoder/layers/layers_0).
+_CONTAINERS = "(?:[a-z]+_)*(?:layers|blocks)|layer|block|h"
 _CONTAINER = re.compile(_CONTAINERS)
-_NUMBERED = re.compile(rf"(?:^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
+_NUMBERED = re.compile(rf"(^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,13 @@ class Layout:
         return self.kinds.get(param, LINEAR)
 
 
-def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> Axes:
+def find_axes(
+    module: str,
+    a: Shape,
+    b: Shape,
+    batch_axis: int | str | None,
+    told: Collection[int | None] = (),
+) -> Axes:
     """The axes of two factors, from their shapes and the path of their module.
 
     Args:
@@ -76,6 +83,7 @@ def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> 
         b: shape of the factor of the outputs.
         batch_axis: 0 or 1, where layers (or experts) are stacked if both factors have more than
             two axes; None for no such axis; ``"auto"`` where the shapes show it.
+        told: with ``"auto"``, what ``batch_axis`` may be where the shapes fit several ways.
 
     Raises:
         FormatError: the shapes are not those of two factors, or could be so in several ways.
@@ -87,6 +95,7 @@ def find_axes(module: str, a: Shape, b: Shape, batch_axis: int | str | None) -> 
     if batch_axis != "auto":
         fitting = [axes for axes in fitting if _batch_axis(axes) == batch_axis]
     elif len(fitting) > 1:
+        fitting = [axes for axes in fitting if _batch_axis(axes) in told] or fitting
         fitting = _likely(module, fitting)
     if len(fitting) == 1:
         return fitting[0]
@@ -132,11 +141,9 @@ def _fit(axes: Axes, a: Shape, b: Shape) -> bool:
 
 
 def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
-    """A numbered layer is not stacked along axis 1; one without a number is stacked."""
-    if is_numbered(module):
-        return [axes for axes in fitting if _batch_axis(axes) != 1]
+    """What is below a container of layers without a number is stacked."""
     if container(module) is None:
-        return [axes for axes in fitting if not axes.a.startswith("el")]
+        return [axes for axes in fitting if not axes.a.startswith("el")] or fitting
     return [axes for axes in fitting if "l" in axes.a] or fitting
 
 
@@ -147,11 +154,19 @@ def is_numbered(module: str) -> bool:
 
 def separate_numbers(module: str) -> str:
     """A path with ``layers/0`` in place of ``layers_0``."""
-    return _NUMBERED.sub(lambda found: found[0].replace("_", "/"), module)
+    return _NUMBERED.sub(r"\1\2/\3", module)
 
 
 def container(module: str) -> int | None:
-    """The place, in a path, of the part below which layers lie."""
-    parts = module.split("/")
-    places = [i for i, part in enumerate(parts) if _CONTAINER.fullmatch(part)]
+    """The place of the last part below which layers lie that have no numbers in the path.
+
+    It is the place in the path as `separate_numbers` gives it.
+    """
+    parts = separate_numbers(module).split("/")
+    pairs = zip(parts, [*parts[1:], ""], strict=True)
+    places = [
+        i
+        for i, (part, following) in enumerate(pairs)
+        if _CONTAINER.fullmatch(part) and not following.isdigit()
+    ]
     return places[-1] if places else None

@@ -80,12 +80,40 @@ def test_storing_is_the_inverse_also_for_another_rank(axes):
         ("decoder/layers/mlp/wi_0", (3, 8, 2), (3, 2, 8), "lir,lro"),
         ("decoder/layers/mlp/wi_0", (3, 8, 3), (3, 3, 8), "lir,lro"),  # as many layers as ranks
         ("decoder/layers_3/mlp/wi_0", (8, 2), (2, 8), "ir,ro"),
-        ("layers/0/dense", (8, 3, 2), (2, 3, 8), "iir,roo"),
+        # MaxText's scans over blocks of a few layers, each of which has a number.
+        ("decoder/layers/layers_0/self_attention/query", (16, 3, 4), (4, 3, 32), "ilr,rlo"),
+        ("decoder/layers/layers/0/self_attention/query", (16, 3, 4), (4, 3, 32), "ilr,rlo"),
+        ("decoder/scanned_blocks/layers_0/mlp/wi_0", (16, 3, 4), (4, 3, 32), "ilr,rlo"),
+        ("decoder/layers/layers_0/self_attention/query", (3, 16, 4), (3, 4, 32), "lir,lro"),
+        ("decoder/layers/layers_0/self_attention/query", (16, 3, 4), (4, 3, 2, 8), "ilr,rloo"),
+        ("decoder/layers/layers_0/self_attention/out", (2, 3, 8, 4), (4, 3, 16), "ilir,rlo"),
+        ("decoder/layers/layers_0/self_attention/query", (16, 4), (4, 32), "ir,ro"),
+        ("decoder/moe_layers/self_attention/query", (16, 3, 4), (4, 3, 32), "ilr,rlo"),
     ],
 )
 def test_axes_that_shapes_and_names_show(module, a, b, axes):
     found = find_axes(module, a, b, "auto")
     assert f"{found.a},{found.b}" == axes
+
+
+@pytest.mark.parametrize("module", ["layers/0/dense", "decoder/stack/layers_0/dense", "dense"])
+def test_what_may_be_one_module_or_a_stack_is_asked_for(module):
+    """A number does not show that nothing is scanned above it."""
+    shapes = (8, 3, 2), (2, 3, 8)
+    with pytest.raises(FormatError, match=r"several ways .*iir,roo or ilr,rlo.*--scan-axis"):
+        find_axes(module, *shapes, "auto")
+    assert find_axes(module, *shapes, None) == Axes("iir", "roo")
+    assert find_axes(module, *shapes, 1) == Axes("ilr", "rlo")
+    assert find_axes(module, *shapes, "auto", (None,)) == Axes("iir", "roo")
+    assert find_axes(module, *shapes, "auto", (0, 1)) == Axes("ilr", "rlo")
+
+
+def test_what_a_checkpoint_tells_counts_where_shapes_fit_it():
+    shapes = (2, 2, 2), (2, 2, 8)
+    with pytest.raises(FormatError, match=r"\(lir,lro or ilr,rlo: "):
+        find_axes("layers/x", *shapes, "auto", (0, 1))
+    assert find_axes("layers/x", *shapes, "auto", (1,)) == Axes("ilr", "rlo")
+    assert find_axes("layers/x", (3, 8, 2), (3, 2, 6), "auto", (1,)) == Axes("lir", "lro")
 
 
 def test_a_scan_axis_that_cannot_be_told_is_asked_for():

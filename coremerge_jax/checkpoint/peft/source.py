@@ -12,6 +12,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import CoreMergeError, FormatError, UnsupportedError
 
 CONFIG = "adapter_config.json"
@@ -46,6 +47,7 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
     Raises:
         FormatError: there is no such folder, or the id can neither be found nor downloaded.
     """
+    refuse_url(source)
     folder = Path(source)
     if folder.is_dir():
         return folder
