@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from coremerge_jax.errors import MismatchError, UnsupportedError
+from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array
 from coremerge_jax.stack import label
 
@@ -27,12 +27,12 @@ def merge_extras(
     Raises:
         UnsupportedError: there are extras and the policy is ``"error"``.
         MismatchError: the policy does not fit the adapters.
-        ValueError: the policy is not one of these.
+        RecipeError: the policy is not one of these.
     """
     having = [t for t, adapter in enumerate(adapters) if adapter.extras]
-    kind, _, name = policy.partition("=")
+    kind, _, name = policy.partition("=") if isinstance(policy, str) else ("", "", "")
     if policy not in ("error", "first", "mean") and not (kind == "keep" and name):
-        raise ValueError(f"extras={policy!r}: expected 'error', 'first', 'mean' or 'keep=NAME'")
+        raise RecipeError(f"extras={policy!r}: expected 'error', 'first', 'mean' or 'keep=NAME'")
     if kind == "keep":
         return _keep(adapters, name)
     if not having:

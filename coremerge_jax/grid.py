@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.lora import LoRA
+from coremerge_jax.lora import Adapter, LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,35 @@ def refuse_explicit(factors: Sequence[Any]) -> None:
                 f"factors are sharded as {spec} over a mesh with explicit axes: say with mesh= "
                 "which devices shall merge them"
             )
+
+
+def implicit(adapter: Adapter) -> Adapter:
+    """An adapter for programs that spread work by themselves: with no sharding in its types.
+
+    Factors stay where they are; their mesh has axes of another kind.
+
+    Raises:
+        UnsupportedError: factors that are sharded as their types say are traced.
+    """
+    if type(adapter) is not Adapter:
+        return adapter
+    typed = [x for x in jax.tree.leaves(dict(adapter)) if _is_typed(x)]
+    if any(isinstance(x, jax.core.Tracer) for x in typed):
+        refuse_explicit(typed)
+    return jax.tree.map(_untyped, adapter) if typed else adapter
+
+
+def _is_typed(x: Any) -> bool:
+    if is_host(x):
+        return False
+    return any(jax.typeof(x).sharding.spec)
+
+
+def _untyped(x: Any) -> Any:
+    if not _is_typed(x):
+        return x
+    mesh = Mesh(x.sharding.mesh.devices, x.sharding.mesh.axis_names)
+    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
 
 
 def is_spread(x: Any) -> bool:

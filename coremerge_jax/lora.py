@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from coremerge_jax.errors import FormatError
 
@@ -99,7 +100,29 @@ class LoRA:
         a, b = self.a.astype(self.dtype), self.b.astype(self.dtype)
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return b @ a
-        return jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+        where = _sharding_of_product(b, a)
+        return jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
+
+
+def _sharding_of_product(b: Any, a: Any) -> NamedSharding | None:
+    """Where ``b @ a`` is if the types of its factors say where these are (explicit mesh axes).
+
+    Rows are spread as those of ``b``, and columns as those of ``a``, unless by the same axis.
+    """
+    rows, columns = (jax.typeof(x).sharding for x in (b, a))
+    if not any((*rows.spec, *columns.spec)):
+        return None
+    taken = {axis for part in rows.spec[:-1] for axis in _axes(part)}
+    last = () if taken & set(_axes(columns.spec[-1])) else _axes(columns.spec[-1])
+    mesh = (rows if any(rows.spec) else columns).mesh
+    return NamedSharding(mesh, PartitionSpec(*rows.spec[:-1], last or None))
+
+
+def _axes(part: Any) -> tuple:
+    """The mesh axes that a dimension is spread over."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +162,8 @@ class Adapter(Mapping[str, LoRA]):
             ``modules_to_save``, biases, trained token rows), by name.
 
     Raises:
-        FormatError: a module's value is not a `LoRA` of two matrices, or there is no module.
+        FormatError: a module's value is not a `LoRA` of two matrices, or has none of their
+            entries; or there is no module.
     """
 
     def __init__(
@@ -163,6 +187,11 @@ class Adapter(Mapping[str, LoRA]):
                 raise FormatError(
                     f"{self._label()}, module {path!r}: factors must be matrices, "
                     f"got a: {lora.a.shape}, b: {lora.b.shape}"
+                )
+            if 0 in (*lora.a.shape, *lora.b.shape):
+                raise FormatError(
+                    f"{self._label()}, module {path!r}: a: {lora.a.shape}, b: {lora.b.shape} have "
+                    "no entries; expected a rank, rows and columns of at least 1; leave it out"
                 )
 
     def _label(self) -> str:

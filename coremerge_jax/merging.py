@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from coremerge_jax.errors import MismatchError
+from coremerge_jax.arguments import as_adapters, as_space, as_weights, check_key, check_scale
+from coremerge_jax.errors import MismatchError, RecipeError
 from coremerge_jax.extras import merge_extras
 from coremerge_jax.grid import Grid, is_host, refuse_explicit
 from coremerge_jax.lora import Adapter, Array, Lengths, Metadata
 from coremerge_jax.rules import Chain, Rule, as_rule, chain
-from coremerge_jax.spaces import Space, core
+from coremerge_jax.rules.base import validated
+from coremerge_jax.spaces import Space
 from coremerge_jax.stack import group_modules, label
 from coremerge_jax.streaming import Job, MergeStream
 
@@ -64,11 +66,13 @@ def merge(
         a mesh, others are where those of the first adapter are.
 
     Raises:
-        MismatchError: the adapters do not belong together.
+        MismatchError: the adapters do not belong together; or what is merged of finite values
+            is none, as it is too large.
+        FormatError: a factor has NaN or infinite values.
         ProcessError: another process has failed.
+        RecipeError: an argument is of another kind, or a parameter is out of range.
         UnsupportedError: adapters have extras and no policy for them was given; or the mesh has
             other axes, or the space cannot spread a module over devices.
-        ValueError: a parameter is out of range.
     """
     return merge_stream(
         adapters,
@@ -121,8 +125,10 @@ def merge_stream(
     Raises:
         MemoryError: a single module needs more than ``max_memory``.
     """
+    adapters = as_adapters(adapters)
     parts = chain(as_rule(rule))
     check_rule(parts, key, len(adapters))
+    weights = as_weights(weights, len(adapters))
     tasks = present_adapters(adapters, weights, allow_mismatch)
     present = [adapters[t] for t in tasks]
     merged_extras, config = merge_extras(present, extras)
@@ -133,7 +139,7 @@ def merge_stream(
         adapters=present,
         places=np.asarray(tasks, np.int32),
         rule=parts,
-        space=space or core(),
+        space=as_space(space),
         weights=weights,
         scales=dict(zip(paths, module_scales(paths, scale), strict=True)),
         key=key,
@@ -152,6 +158,8 @@ def _devices(
     What is on the host, or in files, each process can read for itself.
     """
     factors = jax.tree.leaves([dict(x) for x in adapters if type(x) is Adapter])
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise RecipeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
     if mesh is None:
         refuse_explicit(factors)
         return None, {}
@@ -172,40 +180,34 @@ def _is_zero(weights: Any, t: int) -> bool:
 
 
 def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> None:
-    """Checks that a rule has what it needs: a key, one weight per adapter.
+    """Checks that a rule has what it needs: a key, one weight per adapter, sound parameters.
 
     Raises:
         MismatchError: naming the number of weights and of adapters.
-        ValueError: there is no key for a rule that draws random numbers.
+        RecipeError: there is no key for a rule that draws random numbers, or a parameter is out
+            of range.
     """
+    check_key(key)
     if rule.needs_key and key is None:
-        raise ValueError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
-    for part in rule.rules:
-        _check_weights(getattr(part, "weights", None), adapters)
+        raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
+    for part in validated(rule).rules:
+        as_weights(getattr(part, "weights", None), adapters)
 
 
 def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
     """Which adapters take part in a merge: those whose weight is not 0.
 
     Raises:
-        MismatchError: none, or they do not belong together, or there is not one weight for each.
+        MismatchError: there is none, or they do not belong together.
     """
     if not adapters:
         raise MismatchError("no adapters to merge; expected at least one")
-    _check_weights(weights, len(adapters))
     tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
     if not tasks:
         raise MismatchError("all weights are 0: nothing to merge")
     if not allow_mismatch:
         check_compatible([adapters[t] for t in tasks])
     return tasks
-
-
-def _check_weights(weights: Any, adapters: int) -> None:
-    if isinstance(weights, int | float):
-        raise MismatchError(f"weights={weights}: expected a list, one for each adapter")
-    if weights is not None and len(weights) != adapters:
-        raise MismatchError(f"{len(weights)} weights for {adapters} adapters; expected one each")
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:
@@ -239,7 +241,9 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> l
 
     Raises:
         MismatchError: a pattern matches no module.
+        RecipeError: the scale is no number.
     """
+    check_scale(scale)
     if not isinstance(scale, Mapping):
         return [scale] * len(paths)
     for pattern in scale:

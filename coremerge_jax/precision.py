@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Array, widest
 
 
@@ -13,23 +14,26 @@ from coremerge_jax.lora import Array, widest
 def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
     """A scope in which JAX computes in the dtype that it yields.
 
+    Unless something is traced, `jax.transfer_guard` does not hold in it: that guards against
+    transfers by accident, and here arrays are brought to where they are computed with.
+
     Args:
         precision: ``"float32"``, ``"float64"``, or None: float64, except on TPU and for traced
             inputs, which keep their own precision (at least float32).
         *inputs: what is computed with.
 
     Raises:
-        ValueError: the precision has another name, or cannot be had for traced inputs.
+        RecipeError: the precision has another name, or cannot be had for traced inputs.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
     if precision not in (None, "float32", "float64"):
-        raise ValueError(f"precision={precision!r}: expected 'float32', 'float64' or None")
+        raise RecipeError(f"precision={precision!r}: expected 'float32', 'float64' or None")
     if (
         traced
         and precision == "float64"
         and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
     ):
-        raise ValueError(
+        raise RecipeError(
             "precision='float64' with traced factors needs JAX's x64 mode; "
             "enable it around the traced function, or leave precision unset"
         )
@@ -38,5 +42,7 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
         return
     if precision is None:
         precision = "float32" if jax.default_backend() == "tpu" else "float64"
-    with jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext():
+    wide = jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext()
+    guard = contextlib.nullcontext() if traced else jax.transfer_guard("allow")
+    with wide, guard:
         yield np.dtype(precision)

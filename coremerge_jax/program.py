@@ -13,8 +13,8 @@ from coremerge_jax.grid import Grid
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.base import dense, fold_rows
-from coremerge_jax.spaces import Projection, Space
+from coremerge_jax.rules.base import Cores, dense, fold_rows
+from coremerge_jax.spaces import Core, Projection, Space
 from coremerge_jax.stack import over_modules
 
 BITS = 16  # of a magnitude that one count of all modules settles
@@ -36,6 +36,21 @@ class Inputs:
         a, b, each = grid.specs
         weights: Any = None if self.weights is None else each
         return Inputs(a=a, b=b, weights=weights, tasks=each, names=each, scale=each)  # type: ignore[arg-type]
+
+
+@flax.struct.dataclass
+class Facts:
+    """What is found out about modules while they are merged, one entry for each.
+
+    Attributes:
+        finite: ``(L,)``, whether all factors that were given are.
+        alive: ``(L, T)``, whether the updates of the adapters are not zero.
+        peak: ``(L,)``, the largest magnitude in the merged B; infinite or NaN if it overflowed.
+    """
+
+    finite: Array
+    alive: Array
+    peak: Array
 
 
 class Settings(NamedTuple):
@@ -69,22 +84,24 @@ def merge_stack(
     settings: Settings,
     *,
     keep_a: bool | None = None,
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """The merged A and B of each module, and whether these are good.
+) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
+    """The merged A and B of each module, whether these are good, and what was found out.
 
     With ``keep_a``, the A factors are those of ``arrays`` where that can be: then the first result
-    is None, and the last says whether it should be.
+    is None, and the third says whether it should be.
     """
 
     def merge_module(
         rule: Chain, key: jax.Array | None, module: Inputs
-    ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
         good: bool | jax.Array = True
+        factors = None
         if _needs_no_space(rule, settings):
             lora, kept = _merge_linear(rule, module, settings)
         else:
             projection = _project(rule, module, settings)
             good = projection.keeps_a
+            factors = projection.factors
             kept = bool(keep_a) and good is not False
             lora = projection.merge(
                 rule,
@@ -93,18 +110,49 @@ def merge_stack(
                 keep_a=True if kept else None,
             )
         b = (jnp.asarray(lora.b) * module.scale).astype(arrays.b.dtype)
+        facts = _facts(module, factors, b, settings)
         if keep_a and kept:
-            return None, b, jnp.asarray(good)
-        return jnp.asarray(lora.a).astype(arrays.a.dtype), b, jnp.asarray(True)
+            return None, b, jnp.asarray(good), facts
+        return jnp.asarray(lora.a).astype(arrays.a.dtype), b, jnp.asarray(True), facts
 
     def merge_modules(shared: tuple, modules: Inputs) -> Any:
         return over_modules(partial(merge_module, *shared), modules)
 
     if settings.grid is None:
         return merge_modules((rule, key), arrays)
+    specs = settings.grid.specs
+    out_specs = (*specs, Facts(finite=specs[2], alive=specs[2], peak=specs[2]))  # type: ignore[arg-type]
     return settings.grid.map(
-        merge_modules, (rule, key), arrays, arrays.specs(settings.grid), settings.grid.specs
+        merge_modules, (rule, key), arrays, arrays.specs(settings.grid), out_specs
     )
+
+
+def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settings) -> Facts:
+    """What a merge tells of its module.
+
+    Coordinates in core space are small, zero where factors are, and not finite if any of them is
+    not. Where there are none, the factors themselves are summed up.
+    """
+    peak = jnp.max(jnp.abs(b)).astype(settings.dtype)
+    if isinstance(factors, LoRA) and isinstance(settings.space, Core):
+        b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
+        a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
+    else:
+        ends = np.cumsum(settings.ranks)[:-1]
+        b_sizes = _sizes(jnp.max(jnp.abs(module.b), axis=0), ends, settings.dtype)
+        a_sizes = _sizes(jnp.max(jnp.abs(module.a), axis=1), ends, settings.dtype)
+        if settings.axis:
+            b_sizes, a_sizes = (jax.lax.pmax(x, settings.axis) for x in (b_sizes, a_sizes))
+    if settings.axis:
+        peak = jax.lax.pmax(peak, settings.axis)
+    finite = jnp.all(jnp.isfinite(b_sizes) & jnp.isfinite(a_sizes))
+    facts = Facts(finite=finite, alive=(b_sizes > 0) & (a_sizes > 0), peak=peak)
+    return jax.lax.stop_gradient(facts)
+
+
+def _sizes(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
+    """The largest of the ``(R,)`` numbers of each adapter."""
+    return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])
 
 
 def _needs_no_space(rule: Chain, settings: Settings) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import MismatchError
+from coremerge_jax.linalg import in_loop
 from coremerge_jax.lora import Adapter, Array, LoRA, widest
 
 
@@ -134,7 +135,9 @@ def group_modules(adapters: Sequence[Adapter]) -> list[Group]:
 
 def over_modules(fn: Callable, arrays: Any) -> Any:
     """``fn`` of each module: in a loop on CPU, where that takes less memory, else at once."""
-    return jax.lax.map(fn, arrays) if jax.default_backend() == "cpu" else jax.vmap(fn)(arrays)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(fn)(arrays)
+    return jax.lax.map(in_loop(fn), arrays)
 
 
 def _check_same(adapters: Sequence[Adapter], path: str, first: int, other: int, lora: LoRA) -> None:

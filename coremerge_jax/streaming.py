@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coremerge_jax.arguments import refuse_values
 from coremerge_jax.cost import Cost, batch_size, cost, fitting_workers
+from coremerge_jax.errors import MismatchError
 from coremerge_jax.grid import Grid, is_host, rows_like
 from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
 from coremerge_jax.precision import computing
 from coremerge_jax.processes import failing_together, gather, owners, total
 from coremerge_jax.processors import processors
-from coremerge_jax.program import BITS, Inputs, Settings, count_stack, merge_stack
+from coremerge_jax.program import BITS, Facts, Inputs, Settings, count_stack, merge_stack
 from coremerge_jax.rules import Chain, Ties, TiesAbove
 from coremerge_jax.spaces import Space
-from coremerge_jax.stack import Group, Scratch
+from coremerge_jax.stack import Group, Scratch, label
 
 
 class MergeStream:
@@ -34,6 +36,7 @@ class MergeStream:
     Attributes:
         processes: those that share the merge, and how many devices each has; empty if it is not
             shared, or if this is the share of one.
+        effects: what was found out by the last iteration; nothing of what is traced.
     """
 
     def __init__(
@@ -50,6 +53,12 @@ class MergeStream:
         self._metadata, self._extras, self._shared = metadata, extras, shared
         self._workers, self._batches = _batches(job, groups, max_memory)
         self.processes = processes
+        self.effects = Effects([0] * len(job.adapters))
+
+    @property
+    def adapters(self) -> Sequence[Adapter]:
+        """Those that are merged: of a weight other than 0."""
+        return self._job.adapters
 
     def __len__(self) -> int:
         """The number of parts."""
@@ -92,7 +101,10 @@ class MergeStream:
             over_all = total if self._shared else lambda *counts: counts
             rule = _with_thresholds(job, self._batches, self._workers, over_all)
             job = dataclasses.replace(job, rule=rule)
-        for batch, (a, b) in _each(job.merge, self._batches, self._workers):
+        self.effects = Effects([0] * len(job.adapters))
+        for batch, (a, b, facts) in _each(job.merge, self._batches, self._workers):
+            if facts is not None:
+                self.effects.add(batch, facts)
             yield job.modules(batch, *job.apart(batch, a, b))
 
     def collect(self) -> Adapter:
@@ -163,6 +175,40 @@ class MergeStream:
             metadata=self._metadata,
             extras=self._extras,
         )
+
+
+@dataclasses.dataclass
+class Effects:
+    """What a merge has effects of, counted in modules.
+
+    Attributes:
+        alive: for each adapter, in how many modules its update is not zero.
+        merged: how many merged updates are not zero.
+        modules: how many modules were merged.
+    """
+
+    alive: list[int]
+    merged: int = 0
+    modules: int = 0
+
+    def add(self, batch: Group, facts: Facts) -> None:
+        """Counts a batch; the modules that only fill it up are left out."""
+        number = len(batch.paths)
+        for tasks, alive in zip(batch.tasks, facts.alive, strict=False):
+            for t in tasks[alive]:
+                self.alive[t] += 1
+        self.merged += int(np.count_nonzero(facts.peak[:number]))
+        self.modules += number
+
+    @property
+    def idle(self) -> list[int]:
+        """The adapters without any effect."""
+        return [t for t, count in enumerate(self.alive) if self.modules and not count]
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all merged updates are zero."""
+        return self.modules > 0 and not self.merged
 
 
 def _batches(job: "Job", groups: list[Group], max_memory: int | None) -> tuple[int, list[Group]]:
@@ -245,29 +291,41 @@ class Job:
         leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
 
-    def merge(self, batch: Group) -> tuple[Array, ...]:
-        """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules."""
+    def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
+        """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules, and facts."""
         given = batch.stack(self.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (arrays, settings),
             _first_calls("merge", self.rule, *given, settings),
         ):
-            a, b = self._run(arrays, settings)
+            a, b, facts = self._run(arrays, settings)
             if self.traced:
-                return a, b
+                return a, b, None
+            self._check(batch, facts, given[1].dtype)
             # Waits, as B may be computed from memory that the next batch overwrites.
             if not all(map(is_host, given)):
-                return jax.block_until_ready((a, b))
-            return given[0] if a is arrays.a else np.asarray(a), np.asarray(b)
+                return *jax.block_until_ready((a, b)), facts
+            return given[0] if a is arrays.a else np.asarray(a), np.asarray(b), facts
 
-    def _run(self, arrays: "Inputs", settings: "Settings") -> tuple[Any, ...]:
+    def _check(self, batch: Group, facts: Facts | None, dtype: np.dtype) -> None:
+        """Refuses what is not finite: one of the factors, or what is merged of them."""
+        if facts is None or np.isfinite(facts.peak).all() and facts.finite.all():
+            return
+        refuse_values(self.adapters, batch.paths, label)
+        path = batch.padded(batch.paths)[int(np.argmin(np.isfinite(facts.peak) & facts.finite))]
+        raise MismatchError(
+            f"module {path!r}: the merged update overflows {dtype}, though all factors are finite; "
+            "choose smaller weights or scale, or cast the adapters to a wider dtype"
+        )
+
+    def _run(self, arrays: "Inputs", settings: "Settings") -> tuple[Any, Any, Facts | None]:
         merge = partial(merge_stack, self.rule, arrays, self.key, settings=settings)
         if self.traced or (self.grid and len(self.grid.processes) > 1):
-            return merge()[:2]
-        a, b, good = merge(keep_a=True)
-        if not np.asarray(good).all():
-            a, b, _ = merge()
-        return arrays.a if a is None else a, b
+            return *merge()[:2], None
+        a, b, good, facts = merge(keep_a=True)
+        if not jax.device_get(good).all():
+            a, b, _, facts = merge()
+        return arrays.a if a is None else a, b, jax.device_get(facts)
 
     def apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:
         """The modules of merged stacks, without what only fills up."""
@@ -301,7 +359,7 @@ class Job:
         """Those of what `merge` gives."""
         with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
             merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
-            a, b, _ = jax.eval_shape(merge, self.rule, arrays, self.key)
+            a, b, *_ = jax.eval_shape(merge, self.rule, arrays, self.key)
         a, (m, n) = arrays.a if a is None else a, batch.shape
         return (
             jax.ShapeDtypeStruct((*a.shape[:-1], n), a.dtype),

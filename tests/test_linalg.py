@@ -220,3 +220,41 @@ def test_kth_smallest_is_that_of_a_sort(x, k, dtype):
         found = linalg.kth_smallest(jnp.asarray(x), jnp.asarray(k, jnp.int32))
     if k <= len(x):
         assert found == (np.sort(x)[k - 1] if k else 0)
+
+
+def _coinciding():
+    rng = np.random.default_rng(3)
+    return orthogonal(rng, 5)[:, :3] @ orthogonal(rng, 4)[:, :3].T
+
+
+DIFFERENTIATED = {
+    "polar": (linalg.polar, None),
+    "polar, singular values coincide": (linalg.polar, _coinciding()),
+    "flattened": (lambda x: linalg.flattened(x, 0.5), None),
+    "truncate": (lambda x: linalg.truncate(x, 2)[0], None),
+    "basis": (lambda x: linalg.basis(x, 1e-12, singular=True)[1], None),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_second_derivatives_are_right_in_every_mode_and_in_loops(name):
+    fn, point = DIFFERENTIATED[name]
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((5, 5)), rng.standard_normal((4, 4))
+    point = rng.standard_normal((5, 4)) if point is None else point
+
+    def value(t):
+        # Along changes that keep the rank.
+        x = (jnp.eye(5) + t * left) @ jnp.asarray(point) @ (jnp.eye(4) + t * right)
+        found = jax.lax.map(linalg.in_loop(fn), x[None])[0]
+        return jnp.sum(found**2 * probe) + jnp.sum(found * probe)
+
+    with jax.enable_x64(True):
+        left, right = jnp.asarray(left), jnp.asarray(right)
+        shape = jax.eval_shape(fn, jnp.asarray(point)).shape
+        probe = jnp.asarray(rng.standard_normal(shape))
+        modes = [(f, g) for f in (jax.jacfwd, jax.jacrev) for g in (jax.jacfwd, jax.jacrev)]
+        found = jax.jit(lambda t: [f(g(value))(t) for f, g in modes])(0.0)
+        slope, step = jax.jit(jax.grad(value)), 1e-6
+        expected = (slope(step) - slope(-step)) / (2 * step)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -11,7 +11,15 @@ In float32, where κ² would cost too much, the slower way is the only one.
 """
 
 from coremerge_jax.linalg import lapack
-from coremerge_jax.linalg.basic import in_range, inverse, kth_smallest, matmul, rounding, roundoff
+from coremerge_jax.linalg.basic import (
+    in_loop,
+    in_range,
+    inverse,
+    kth_smallest,
+    matmul,
+    rounding,
+    roundoff,
+)
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
 from coremerge_jax.linalg.spectral import (
     Factored,
@@ -27,6 +35,7 @@ __all__ = [
     "Factored",
     "basis",
     "flattened",
+    "in_loop",
     "in_range",
     "inverse",
     "isotropic",

@@ -49,6 +49,19 @@ def gram_pays(x: jax.Array) -> bool:
     return x.dtype == jnp.float64 and max(x.shape) > GRAM_SIZE
 
 
+def in_loop(fn: Callable) -> Callable:
+    """The function as the body of a loop (`jax.lax.scan`) that is differentiated twice.
+
+    Loops of JAX 0.9 forget custom derivatives once they are differentiated backwards, and then
+    differentiate decompositions. Nothing is forgotten of what a checkpoint holds: this has one for
+    each derivative, and they keep all that the function computes.
+    """
+    keep = partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.everything_saveable, prevent_cse=False
+    )
+    return keep(keep(fn))
+
+
 def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
     """A function of arrays: ``fast``, and ``robust`` where that says it is not exact.
 

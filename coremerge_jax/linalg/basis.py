@@ -151,7 +151,7 @@ def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
     """The singular vectors, from the triangular factor."""
     upper = lapack.triangular(rows.T)
     left, s, right = lapack.svd(upper.T)
-    live = in_range(s, rtol)
+    live = in_range(s, rtol) | jnp.isnan(s)  # else what is NaN would pass for zero
     s = jnp.where(live, s, 0)
     left, right = (jnp.where(live[None, :], z, 0) for z in (left, right))
     # rows = left S rightᵀ Q: those of a tall x are its columns. Zero columns must have coordinates
@@ -190,7 +190,7 @@ def _by_grams(columns: jax.Array, how: _How) -> _Parts:
         frame = matmul(frame, vectors) * inverse(s)[None, :]
         coordinates = s[:, None] * matmul(vectors.T, coordinates)
     _, s, right = (x[..., : how.rank] for x in lapack.svd(coordinates))
-    live = in_range(s, how.rtol)
+    live = in_range(s, how.rtol) | jnp.isnan(s)
     s = jnp.where(live, s, 0)
     frame = right * inverse(s)[None, :]
     # Zero columns have coordinates that are exactly zero.
@@ -228,7 +228,9 @@ def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
 
 def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
     """``uᵀ du`` of the left singular vectors; zero where their singular values coincide."""
-    s = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
+    squares = jnp.sum(coordinates**2, axis=1)
+    # The root of zero has no derivative, and is needed for second ones.
+    s = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     dp = matmul(d, coordinates.T) * inverse(s)[None, :]
     gap = s[None, :] ** 2 - s[:, None] ** 2
     distinct = jnp.abs(gap) > rtol * jnp.max(s) ** 2

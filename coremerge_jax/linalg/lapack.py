@@ -25,7 +25,10 @@ def _one_by_one_on_cpu(fn: Callable) -> Callable:
 
     @wrapped.def_vmap
     def batched(size: int, in_batched: list, x: jax.Array) -> tuple[Any, Any]:
-        del size, in_batched  # of one argument
+        del size
+        if not in_batched[0]:  # where tangents alone are
+            out = wrapped(x)
+            return out, jax.tree.map(lambda _: False, out)
         out = jax.lax.platform_dependent(
             x, cpu=lambda x: jax.lax.map(wrapped, x), default=jax.vmap(fn)
         )
@@ -50,8 +53,11 @@ def inverse_lower(x: jax.Array) -> jax.Array:
 @_one_by_one_on_cpu
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
-    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
-    return values[::-1], vectors[:, ::-1]
+    def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+        return values[::-1], vectors[:, ::-1]
+
+    return _of_finite(decompose, x)
 
 
 @_one_by_one_on_cpu
@@ -83,4 +89,14 @@ def _svd(x: jax.Array, compute_uv: bool) -> Any:
         by_qr = partial(svd, x, algorithm=jax.lax.linalg.SvdAlgorithm.QR)
         return jax.lax.cond(converged, lambda: found, by_qr)
 
-    return jax.lax.platform_dependent(x, cpu=on_cpu, default=svd)
+    return _of_finite(lambda x: jax.lax.platform_dependent(x, cpu=on_cpu, default=svd), x)
+
+
+def _of_finite(decompose: Callable, x: jax.Array) -> Any:
+    """The decomposition of a matrix; NaN where it has NaN or infinite values.
+
+    LAPACK must not see these: it prints complaints, gives up or finds some zeros.
+    """
+    finite = jnp.all(jnp.isfinite(x))
+    found = decompose(jnp.where(finite, x, 0))
+    return jax.tree.map(lambda part: jnp.where(finite, part, jnp.nan), found)

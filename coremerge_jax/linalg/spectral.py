@@ -1,6 +1,6 @@
 """Functions of the singular values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.struct
@@ -17,6 +17,7 @@ from coremerge_jax.linalg.basic import (
     in_range,
     inverse,
     matmul,
+    rounding,
     roundoff,
 )
 
@@ -121,27 +122,65 @@ def _reassemble(u: jax.Array, f: jax.Array, v: jax.Array) -> jax.Array:
 @spectral_map.defjvp
 def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
     x, *params = primals
+    dx, *dparams = tangents
     if isinstance(x, Factored):
-        dense, ddense = jax.jvp(Factored.dense, (x,), (tangents[0],))
-        return _spectral_map_jvp_dense(fn, (dense, *params), (ddense, *tangents[1:]))
-    return _spectral_map_jvp_dense(fn, primals, tangents)
+        x, dx = jax.jvp(Factored.dense, (x,), (dx,))
+    parts = _parts(fn, x, *params)
+    return parts[0], _tangent(fn, parts[1:], params, dx, dparams)
 
 
-def _spectral_map_jvp_dense(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _parts(fn: Callable, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
+    """`spectral_map` of a matrix, and its ``u``, ``s`` and ``v``.
+
+    All that a derivative needs, with derivatives of its own, so that there are second ones: here
+    vectors of coinciding singular values, which have none, do not turn.
+    """
+    u, s, v = lapack.svd(x)
+    return _reassemble(u, fn(s, *params), v), u, s, v
+
+
+@_parts.defjvp
+def _parts_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
     x, *params = primals
     dx, *dparams = tangents
-    u, s, v = lapack.svd(x)
+    value, *frames = _parts(fn, x, *params)
+    u, s, v = frames
+    dxv, dxu = matmul(dx, v), matmul(dx.T, u)
+    dp = matmul(u.T, dxv)
+    largest = jnp.maximum(s[:, None], s[None, :])
+    fixed = _close(s) | (largest <= rounding(x))
+    gap = s[None, :] ** 2 - s[:, None] ** 2
+    inverted = jnp.where(fixed, 0, 1 / jnp.where(fixed, 1, gap))
+    columns, rows = dp * s[None, :], dp * s[:, None]
+    turn_u, turn_v = inverted * (columns + columns.T), inverted * (rows + rows.T)
+    reciprocal = inverse(s)[None, :]
+    du = matmul(u, turn_u) + complement(u, dxv * reciprocal)
+    dv = matmul(v, turn_v) + complement(v, dxu * reciprocal)
+    tangent = _tangent(fn, frames, params, dx, dparams)
+    return (value, *frames), (tangent, du, jnp.diagonal(dp), dv)
+
+
+def _close(s: jax.Array) -> jax.Array:
+    """Where rounding errors of a difference quotient exceed what its limit is off."""
+    eps = float(jnp.finfo(s.dtype).eps)
+    return (s[:, None] - s[None, :]) ** 2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
+
+
+def _tangent(
+    fn: Callable, frames: Sequence[jax.Array], params: Sequence, dx: jax.Array, dparams: Sequence
+) -> jax.Array:
+    """The derivative of `spectral_map`."""
+    u, s, v = frames
     dxv, dxu = matmul(dx, v), matmul(dx.T, u)
     dp = matmul(u.T, dxv)
     f, df = jax.jvp(fn, (s, *params), (jnp.diagonal(dp), *dparams))
     slope = jax.jacfwd(fn)(s, *params)
-    gap = s[:, None] - s[None, :]
-    # Where the rounding errors of a difference quotient exceed what its limit is off.
-    eps = float(jnp.finfo(x.dtype).eps)
-    close = gap**2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
+    gap, close = s[:, None] - s[None, :], _close(s)
 
     def tangent(f: jax.Array, df: jax.Array, slope: jax.Array) -> jax.Array:
         limit = jnp.diagonal(slope)[:, None] - slope
+        limit = (limit + limit.T) / 2
         even = jnp.where(close, limit, (f[:, None] - f[None, :]) / jnp.where(close, 1, gap))
         odd = (f[:, None] + f[None, :]) * inverse(s[:, None] + s[None, :])
         inner = (even * (dp + dp.T) + odd * (dp - dp.T)) / 2
@@ -151,7 +190,7 @@ def _spectral_map_jvp_dense(fn: Callable, primals: tuple, tangents: tuple) -> tu
         outer += matmul(u * ratio, complement(v, dxu).T)
         return matmul(matmul(u, inner), v.T) + outer
 
-    return _reassemble(u, f, v), jax.vmap(tangent)(f, df, slope)
+    return jax.vmap(tangent)(f, df, slope)
 
 
 def truncate(
@@ -199,10 +238,52 @@ def polar(x: jax.Array) -> jax.Array:
 
 @polar.defjvp
 def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
+    (value, *_), (tangent, *_) = _isometry_jvp(primals, tangents)
+    return value, tangent
+
+
+@jax.custom_jvp
+def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The polar factor of a matrix that is not wide, its singular values, and right vectors."""
+    u, s, v = lapack.svd(x)
+    s = jnp.where(in_range(s, roundoff(x)), s, 0)
+    return _reassemble(u, jnp.sign(s)[None], v)[0], s, v
+
+
+@_isometry.defjvp
+def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """The derivative of W, with x = W H; H = W^T x solves what would divide by singular values.
+
+    W and H are smooth where singular values coincide, their vectors are not. So the solutions are
+    differentiated by what they solve, and vectors only find them.
+    """
     (x,), (dx,) = primals, tangents
-    rtol = jnp.asarray(roundoff(x), x.dtype)
-    value, tangent = _spectral_map_jvp_dense(_ones, (x, rtol), (dx, jnp.zeros_like(rtol)))
-    return value[0], tangent[0]
+    if x.shape[0] < x.shape[1]:
+        flipped = _isometry_jvp((x.T,), (dx.T,))
+        return tuple((w.T, *rest) for w, *rest in flipped)
+    w, s, v = parts = _isometry(x)
+    null = jnp.eye(len(v), dtype=x.dtype) - matmul(w.T, w)
+    live = jnp.eye(len(v), dtype=x.dtype) - null
+    filler = jnp.where(s[0] > 0, s[0], 1)  # of null directions; whatever is positive does
+    h = matmul(w.T, x) + filler * null
+    along, filled = matmul(w.T, dx), jnp.where(s > 0, s, filler)
+    sums = filled[:, None] + filled[None, :]
+    solve = partial(jax.lax.custom_linear_solve, symmetric=True)
+    skew = matmul(along, live)
+    turn = solve(
+        lambda z: matmul(h, z) + matmul(z, h),
+        skew - skew.T,
+        lambda _, c: matmul(v, matmul(matmul(matmul(v.T, c), v) / sums, v.T)),
+    )
+    rest = jnp.concatenate([matmul(complement(w, dx), live).T, matmul(along, null)], axis=1)
+    rest = solve(
+        lambda z: matmul(h, z),
+        rest,
+        lambda _, c: matmul(v / filled[None, :], matmul(v.T, c)),
+    )
+    rows, columns = rest[:, : len(x)], rest[:, len(x) :]
+    tangent = matmul(w, turn + columns) + rows.T
+    return parts, (tangent, jnp.zeros_like(s), jnp.zeros_like(v))
 
 
 def _polar_by_svd(x: jax.Array) -> jax.Array:
@@ -246,9 +327,21 @@ def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
     return spectral_map(_flat, x, jnp.asarray(rtol, dtype), jnp.asarray(power, dtype))[0]
 
 
+@jax.custom_jvp
 def isotropic(x: jax.Array | Factored) -> jax.Array:
     """``x`` with each of its (numerically) nonzero singular values replaced by their mean."""
     return flattened(x, 0)
+
+
+@isotropic.defjvp
+def _isotropic_jvp(primals: tuple, tangents: tuple) -> tuple:
+    def by_polar(x: jax.Array | Factored) -> jax.Array:
+        x = x.dense() if isinstance(x, Factored) else x
+        isometry = polar(x)
+        rank = jax.lax.stop_gradient(jnp.round(jnp.sum(isometry**2)))
+        return jnp.sum(isometry * x) / jnp.maximum(rank, 1) * isometry
+
+    return jax.jvp(by_polar, primals, tangents)
 
 
 def _flat(s: jax.Array, rtol: jax.Array, power: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -9,8 +10,10 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from coremerge_jax.linalg import Factored
+from coremerge_jax.errors import RecipeError
+from coremerge_jax.linalg import Factored, in_loop
 from coremerge_jax.lora import LoRA
 
 
@@ -96,7 +99,7 @@ def fold_rows(fn: Callable, rows: Any, combine: Callable = jnp.add) -> Any:
         return jax.tree.map(combine, total, fn(row)), None
 
     shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], rows))
-    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, shapes), rows)[0]
+    return jax.lax.scan(in_loop(step), jax.tree.map(jnp.zeros_like, shapes), rows)[0]
 
 
 class Rule:
@@ -247,7 +250,7 @@ class Chain(Rule):
 
 def _fold(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
     if key is None:
-        raise ValueError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
+        raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
     return jax.random.fold_in(key, i)
 
 
@@ -261,7 +264,7 @@ def chain(*rules: "Rule | Callable") -> Chain:
         *rules: rules, or plain functions ``(T, p, q) -> (p, q)``.
 
     Raises:
-        ValueError: more than one part merges, or a part must be the first and is not.
+        RecipeError: more than one part merges, or a part must be the first and is not.
     """
     from coremerge_jax.rules.linear import task_arithmetic
 
@@ -271,10 +274,10 @@ def chain(*rules: "Rule | Callable") -> Chain:
     reducers = [i for i, rule in enumerate(parts) if not isinstance(rule, Step)]
     if len(reducers) > 1:
         names = " and ".join(repr(parts[i]) for i in reducers)
-        raise ValueError(f"a chain merges once, but {names} all merge; keep one of them")
+        raise RecipeError(f"a chain merges once, but {names} all merge; keep one of them")
     for late in parts[1:]:
         if isinstance(late, Step) and late.first:
-            raise ValueError(f"{late!r} looks at the adapters' factors: it must be the first part")
+            raise RecipeError(f"{late!r} looks at the adapters' factors: it must be the first part")
     if not reducers:
         after = [isinstance(rule, Step) and rule.place == "after" for rule in parts]
         reducers = [after.index(True) if any(after) else len(parts)]
@@ -295,7 +298,14 @@ class Function(Rule):
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Calls the function."""
         del key, context
-        return self.fn(dense(cores))
+        cores = dense(cores)
+        merged = self.fn(cores)
+        if jnp.shape(merged) != cores.shape[1:]:
+            raise RecipeError(
+                f"the function {getattr(self.fn, '__name__', self.fn)!r} gave shape "
+                f"{jnp.shape(merged)} for cores of shape {cores.shape}; expected {cores.shape[1:]}"
+            )
+        return merged
 
 
 def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "elementwise") -> Rule:
@@ -306,24 +316,87 @@ def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "ele
         equivariance: ``"linear"``, ``"orthogonal"`` or ``"elementwise"``, see `Equivariance`. The
             default is right for every function; a stronger claim lets `merge` choose a cheaper
             basis and must be true.
+
+    Raises:
+        RecipeError: there is no such equivariance.
     """
+    if not isinstance(equivariance, str) or equivariance.upper() not in Equivariance.__members__:
+        names = ", ".join(repr(x.name.lower()) for x in Equivariance)
+        raise RecipeError(f"equivariance={equivariance!r}: expected one of {names}")
     return Function(fn, Equivariance[equivariance.upper()])
 
 
 def as_rule(rule: Any) -> Rule:
-    """A rule as it is; a plain function as a rule."""
+    """A rule as it is; a plain function as a rule.
+
+    Raises:
+        RecipeError: it is neither.
+    """
     if isinstance(rule, Rule):
         return rule
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise RecipeError(f"expected a merge rule, got the class {rule.__name__}; call it, with ()")
     if callable(rule):
         return from_function(rule)
-    raise TypeError(f"expected a merge rule or a function (T, p, q) -> (p, q), got {rule!r}")
+    expected = "expected a merge rule such as tsv(), or a function (T, p, q) -> (p, q)"
+    if isinstance(rule, str):
+        expected += "; rules are objects, several in one chain(...)"
+    if isinstance(rule, tuple | list):
+        expected += "; make one of several by chain(...)"
+    raise RecipeError(f"{expected}, got {rule!r:.80}")
 
 
 def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> None:
-    """Validates a parameter where it is a concrete number (it may be traced).
+    """Validates a parameter where it is a plain number.
+
+    Arrays may be traced, or be derivatives by the parameter in its place: those that are used in
+    a merge are checked there, see `validated`.
 
     Raises:
-        ValueError: naming the parameter, its value and what is expected.
+        RecipeError: naming the parameter, its value and what is expected.
     """
-    if isinstance(value, tuple | list | str) or (isinstance(value, int | float) and not ok(value)):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+    number = isinstance(value, int | float | np.integer | np.floating)
+    wrong = isinstance(value, tuple | list | str | complex | dict)
+    if wrong or (number and not (_is_finite(value) and ok(value))):
+        raise RecipeError(f"{name}={value!r}: expected {expected}")
+
+
+def check_weights(weights: Any) -> None:
+    """Validates one weight per adapter, as far as these are plain numbers.
+
+    Raises:
+        RecipeError: one is not a finite number.
+    """
+    if isinstance(weights, str | dict):
+        raise RecipeError(f"weights={weights!r}: expected a list of numbers, one per adapter")
+    for i, weight in enumerate(weights) if isinstance(weights, tuple | list) else ():
+        check(f"weights[{i}]", weight, lambda _: True, "a finite number")
+
+
+def validated(rule: Chain) -> Chain:
+    """A chain that is used: also parameters that are arrays have been checked.
+
+    Raises:
+        RecipeError: a parameter is out of range, or there is none.
+    """
+    for part in rule.rules:
+        plain = {}
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            value = getattr(part, field.name)
+            if value is None and field.default is not None:
+                raise RecipeError(f"{part.name()}: {field.name} is None; expected a value")
+            if isinstance(value, bool) and not isinstance(field.default, bool):
+                raise RecipeError(f"{part.name()}: {field.name}={value}: expected a number")
+            is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+            if is_array and not isinstance(value, jax.core.Tracer):
+                plain[field.name] = jax.device_get(value).item()
+        if plain:
+            dataclasses.replace(part, **plain)  # type: ignore[type-var]
+    return rule
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False

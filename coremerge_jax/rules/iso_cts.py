@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from coremerge_jax.linalg import matmul, polar, rounding, truncate
 from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check, dense, side_by_side
@@ -35,7 +36,7 @@ class IsoCts(Rule):
     equivariance = Equivariance.ORTHOGONAL
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.common, int)
+        whole = isinstance(self.common, int | np.integer)
         expected = "a number of singular directions ≥ 0 or a share in (0, 1]"
         check("common", self.common, lambda x: x >= 0 if whole else 0 < x <= 1, expected)
         check("specific", self.specific, lambda x: x == int(x) >= 0, "a whole number ≥ 0")

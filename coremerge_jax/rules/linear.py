@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule
+from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check_weights
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -31,6 +31,9 @@ class TaskArithmetic(Rule):
 
     weights: tuple[float, ...] | jax.Array | None = None
     equivariance = Equivariance.LINEAR
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Merges: all cores to one."""

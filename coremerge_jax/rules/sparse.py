@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax import linalg
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.rules.base import (
     Context,
     Cores,
@@ -14,6 +15,7 @@ from coremerge_jax.rules.base import (
     Rule,
     Step,
     check,
+    check_weights,
     dense,
     fold,
 )
@@ -51,6 +53,7 @@ class Ties(Rule):
 
     def __post_init__(self) -> None:
         check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        check_weights(self.weights)
         for name, options in (
             ("elect", ("sum", "count")),
             ("reduce", ("mean", "sum", "max")),
@@ -58,7 +61,7 @@ class Ties(Rule):
         ):
             if getattr(self, name) not in options:
                 value, expected = getattr(self, name), " or ".join(map(repr, options))
-                raise ValueError(f"{name}={value!r}: expected {expected}")
+                raise RecipeError(f"{name}={value!r}: expected {expected}")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Merges: all cores to one."""
@@ -147,7 +150,7 @@ class Dare(Step):
         """Maps ``(p, q)`` to ``(p, q)``."""
         del context
         if key is None:
-            raise ValueError("dare draws random numbers: pass key=jax.random.key(seed)")
+            raise RecipeError("dare draws random numbers: pass key=jax.random.key(seed)")
         # Always float32, so that the mask does not depend on the precision of the merge.
         drawn = jax.random.uniform(key, matrix.shape, jnp.float32)
         drop = jnp.asarray(self.drop, jnp.float32)

@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from coremerge_jax.linalg import (
     Factored,
@@ -58,7 +59,7 @@ class Tsv(Rule):
     equivariance = Equivariance.ORTHOGONAL
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.rank, int | None)
+        whole = isinstance(self.rank, int | np.integer)
         check("rank", self.rank, lambda x: whole and x >= 1, "a whole number of at least 1")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
@@ -108,8 +109,9 @@ class Cart(Rule):
 
     def __post_init__(self) -> None:
         expected = "a number of singular directions ≥ 1 or a fraction in (0, 1]"
-        whole = isinstance(self.rank, int)
+        whole = isinstance(self.rank, int | np.integer)
         check("rank", self.rank, lambda x: x >= 1 if whole else 0 < x <= 1, expected)
+        check("scale", self.scale, lambda _: True, "a finite number")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Merges: all cores to one."""

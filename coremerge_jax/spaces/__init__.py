@@ -20,4 +20,4 @@ SPACES: dict[str, Callable[..., Space]] = {
     "tucker": tucker,
 }
 
-__all__ = ["SPACES", "Projection", "Space", "core", "full", "knots", "tucker"]
+__all__ = ["SPACES", "Core", "Projection", "Space", "core", "full", "knots", "tucker"]

@@ -1,6 +1,7 @@
 """What a merge space is: where the updates of one module are merged, and the way back."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import flax.struct
@@ -8,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.linalg import Basis, Factored, matmul
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules import Chain, Context, Rule, chain
-from coremerge_jax.rules.base import Cores, dense
+from coremerge_jax.rules.base import Cores, check, dense
 from coremerge_jax.rules.linear import scale
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
@@ -195,6 +196,20 @@ class Space(Protocol):
         ...
 
 
+def check_static(
+    name: str, value: Any, ok: Callable[[Any], bool], expected: str, *, whole: bool = False
+) -> None:
+    """Validates a parameter of a space, which is never traced.
+
+    Raises:
+        RecipeError: naming the parameter, its value and what is expected.
+    """
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise RecipeError(f"{name}={value!r}: expected {expected}")
+    check(name, value, ok, expected)
+
+
 def refuse_axis(space: "Space", axis: str | None) -> None:
     """Refuses modules that are spread over devices.
 
@@ -213,7 +228,15 @@ def split(a: jax.Array, b: jax.Array, ranks: tuple[int, ...]) -> LoRA:
 
     Returns:
         Factors ``(T, max(ranks), q)`` and ``(T, p, max(ranks))``, padded with zeros.
+
+    Raises:
+        MismatchError: the ranks are not those of the factors, or one is 0.
     """
+    if not ranks or min(ranks) < 1 or sum(ranks) != a.shape[0]:
+        raise MismatchError(
+            f"ranks {ranks} of stacked factors of rank {a.shape[0]}: expected ranks of at least 1 "
+            "that add up to it"
+        )
     width, starts = max(ranks), np.cumsum((0, *ranks))
     if len(set(ranks)) == 1:
         a_parts, b_parts = a.reshape(-1, width, a.shape[1]), b.reshape(len(b), -1, width)

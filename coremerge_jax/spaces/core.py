@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import (
     basis,
     in_range,
@@ -19,7 +20,7 @@ from coremerge_jax.linalg import (
 )
 from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.rules.base import side_by_side
-from coremerge_jax.spaces.base import Projection, split
+from coremerge_jax.spaces.base import Projection, check_static, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Core:
 
     def __post_init__(self) -> None:
         if self.gauge not in ("given", "balanced"):
-            raise ValueError(f"gauge={self.gauge!r}: expected 'given' or 'balanced'")
+            raise RecipeError(f"gauge={self.gauge!r}: expected 'given' or 'balanced'")
+        if self.rtol is not None:
+            check_static("rtol", self.rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
     def project(
         self,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import basis, inverse, matmul, polar, roundoff
 from coremerge_jax.spaces.base import Projection, refuse_axis
 from coremerge_jax.spaces.core import Core
@@ -30,6 +31,10 @@ class Knots:
     scaled: bool = False
 
     lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scaled, bool):
+            raise RecipeError(f"scaled={self.scaled!r}: expected True or False")
 
     def project(
         self,

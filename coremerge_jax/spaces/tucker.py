@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from coremerge_jax.linalg import lapack, matmul
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.base import dense
-from coremerge_jax.spaces.base import Projection
+from coremerge_jax.spaces.base import Projection, check_static
 from coremerge_jax.spaces.core import Core
 
 
@@ -43,10 +43,11 @@ class Tucker:
     lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank!r}: expected a whole number of at least 1")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta={self.beta!r}: expected a number in [0, 1]")
+        for name in ("rank", "iterations"):
+            whole = "a whole number of at least 1"
+            check_static(name, getattr(self, name), lambda x: x == int(x) >= 1, whole, whole=True)
+        check_static("beta", self.beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        check_static("tolerance", self.tolerance, lambda x: x >= 0, "a number of at least 0")
 
     def project(
         self,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY, distance, orthogonal
+from helpers import KEY, distance, orthogonal, random_adapters
 
 import coremerge_jax as cm
 from coremerge_jax.linalg import polar
@@ -340,6 +340,26 @@ def test_subspaces_of_tucker_count_as_constants(rule):
         expected = (frozen(STEP) - frozen(-STEP)) / (2 * STEP)
         assert distance(frozen(0), np.asarray(value)) < 1e-12
         assert distance(np.asarray(found), expected) < 1e-6
+
+
+@pytest.mark.parametrize("rule", [cm.tsv(), cm.ties(density=0.5)], ids=["tsv", "ties"])
+def test_second_derivatives_of_a_merge(rule):
+    """Also where singular vectors have none: ranks differ, so some of `tsv` coincide."""
+    adapters = random_adapters({"q": SHAPE}, (3, 2, 4))
+    probe = np.random.default_rng(1).standard_normal(SHAPE)
+    weights, step = np.array([1.0, 0.8, 1.1]), 1e-6
+
+    def loss(weights):
+        merged = cm.merge(adapters, rule, weights=weights)["q"].dense()
+        return jnp.sum((merged - jnp.asarray(probe)) ** 2)
+
+    with jax.enable_x64(True):
+        found = np.asarray(jax.jit(jax.hessian(loss))(weights))
+        slope = jax.jit(jax.grad(loss))
+        ends = [[slope(weights + h * unit) for unit in np.eye(3)] for h in (step, -step)]
+    np.testing.assert_allclose(
+        found, (np.array(ends[0]) - ends[1]) / (2 * step), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["ties", "cart", "svc"])
