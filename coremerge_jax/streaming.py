@@ -309,7 +309,7 @@ class Job:
 
     def _check(self, batch: Group, facts: Facts | None, dtype: np.dtype) -> None:
         """Refuses what is not finite: one of the factors, or what is merged of them."""
-        if facts is None or np.isfinite(facts.peak).all() and facts.finite.all():
+        if facts is None or (np.isfinite(facts.peak).all() and facts.finite.all()):
             return
         refuse_values(self.adapters, batch.paths, label)
         path = batch.padded(batch.paths)[int(np.argmin(np.isfinite(facts.peak) & facts.finite))]
