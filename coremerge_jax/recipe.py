@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
-from coremerge_jax.errors import RecipeError
+from coremerge_jax import untrusted
+from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.untrusted import is_number, is_whole
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -33,36 +34,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "float64")
 EXTRAS = ("error", "first", "mean", "keep=NAME")
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key!r} is given twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_LARGEST = 1e15  # of a range: all whole numbers below are exact
+# The most values that a list may have, and that a sweep may try.
+MOST = 10_000
+_MOST_RULES = 100
 
 
 def _load_yaml(text: str, label: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        hint = "; put names with a * in quotes" if "alias" in f"{error.context}" else ""
-        raise RecipeError(f"{label}{where}: {error.problem}{hint}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{label}: {' '.join(str(error).split())}") from error
+        return untrusted.parse_yaml(text, label)
+    except FormatError as error:
+        raise RecipeError(str(error)) from error
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
@@ -154,7 +136,7 @@ def _check_kind(label: str, key: str, value: Any, default: Any) -> None:
     """Refuses text for a number, and the like, where the default tells what is expected."""
     check, expected = _KINDS.get(type(default), (lambda _: True, ""))
     if value is not default and not check(value):
-        raise RecipeError(f"{label}: {key} must be {expected}, got {value!r}")
+        raise RecipeError(f"{label}: {key} must be {expected}, got {value!r:.200}")
 
 
 def _describe(what: str, value: Any, table: Mapping[str, Callable[..., Any]]) -> str:
@@ -223,9 +205,12 @@ class Recipe:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
+            most = _MOST_RULES if field.name == "rules" else MOST
+            if isinstance(value, tuple | Mapping) and len(value) > most:
+                raise RecipeError(f"{field.name}: got {len(value)}; at most {most}")
             check, expected = _CHECKS[field.name]
             if not check(value):
-                raise RecipeError(f"{field.name} must be {expected}, got {value!r}")
+                raise RecipeError(f"{field.name} must be {expected}, got {value!r:.200}")
         for name, choices in (("dtype", DTYPES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -275,9 +260,9 @@ class Recipe:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not a text file") from error
+            text = untrusted.read_text(path, untrusted.YAML_SIZE)
+        except FormatError as error:
+            raise RecipeError(str(error)) from error
         recipe = cls.from_yaml(text, str(path))
         adapters = tuple(_relative_to(path.parent, name) for name in recipe.adapters)
         return dataclasses.replace(recipe, adapters=adapters)
@@ -352,8 +337,8 @@ def parse_size(text: str) -> int:
         return int(
             float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
         )
-    except ValueError as error:
-        raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r}") from error
+    except (OverflowError, ValueError) as error:
+        raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r:.60}") from error
 
 
 def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
@@ -365,7 +350,7 @@ def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
             scale = float(number)
         except ValueError as error:
             raise RecipeError(
-                f"scale must be a number or PATTERN=NUMBER such as '*.query=0.5', got {text!r}"
+                f"scale must be a number or PATTERN=NUMBER such as '*.query=0.5', got {text!r:.60}"
             ) from error
         if (pattern or "*") in scales:
             raise RecipeError(f"scale of {pattern or '*'!r} is given twice")
@@ -393,18 +378,29 @@ def _parse_range(text: str, listed: str) -> list[Any]:
     """Decimal, so that 0.1:0.3:0.1 ends with 0.3 and not with what rounding makes of it."""
     try:
         start, stop, step = map(Decimal, listed.split(":"))
-        count = int((stop - start) / step) + 1
+        steps = (stop - start) / step
+        small = all(abs(x) < _LARGEST for x in (start, stop, step))
     except (ArithmeticError, ValueError) as error:
-        raise RecipeError(f"a range must be like 0.1:2:0.1, got {text!r}") from error
-    numbers = [start + i * step for i in range(count)]
-    if not numbers:
-        raise RecipeError(f"a range must go from its first to its second number, got {text!r}")
+        raise RecipeError(f"a range must be like 0.1:2:0.1, got {text!r:.200}") from error
+    if not small:
+        raise RecipeError(f"a range must have numbers below {_LARGEST:.0e}, got {text!r:.200}")
+    if steps >= MOST:
+        raise RecipeError(
+            f"a range of {steps + 1:.6g} values is too long: at most {MOST}, got {text!r:.200}"
+        )
+    if steps < 0:
+        raise RecipeError(f"a range must go from its first to its second number, got {text!r:.200}")
+    numbers = [start + i * step for i in range(int(steps) + 1)]
     whole = all(x == int(x) for x in (start, step))
     return [int(x) if whole else float(x) for x in numbers]
 
 
 def _parse_list(text: str, listed: str) -> list[Any]:
-    return [_frozen(value) for value in _load_yaml(f"[{listed}]", f"values {text!r}")]
+    if listed.count(",") >= MOST:
+        raise RecipeError(
+            f"values {text[:60]!r}…: {listed.count(',') + 1} values; at most {MOST} can be tried"
+        )
+    return [_frozen(value) for value in _load_yaml(f"[{listed}]", f"values {text!r:.200}")]
 
 
 def parse_weights(text: str) -> tuple[float, ...]:
@@ -412,7 +408,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError as error:
-        raise RecipeError(f"weights must be numbers such as 1,0.5,0.5, got {text!r}") from error
+        raise RecipeError(f"weights must be numbers such as 1,0.5,0.5, got {text!r:.60}") from error
 
 
 def _relative_to(folder: Path, name: str) -> str:
@@ -426,46 +422,45 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_scale(value: object) -> bool:
     if isinstance(value, Mapping):
-        return bool(value) and all(isinstance(k, str) and _is_number(v) for k, v in value.items())
-    return _is_number(value)
+        named = all(isinstance(k, str) and is_number(v) for k, v in value.items())
+        return bool(value) and named
+    return is_number(value)
 
 
-def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+def _is_list_of(check: Callable[[Any], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, tuple) and all(map(check, value))
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+    return isinstance(value, str) and bool(value) and "\0" not in value
 
 
 _KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda v: isinstance(v, bool), "true or false"),
-    int: (_is_whole, "a whole number"),
-    float: (_is_number, "a number"),
+    int: (is_whole, "a whole number"),
+    float: (is_number, "a number"),
     str: (_is_text, "a word"),
-    type(None): (lambda v: _is_number(v) or _is_list_of(_is_number)(v), "numbers"),
+    type(None): (
+        lambda v: is_number(v) or _is_list_of(is_number)(v),
+        "numbers",
+    ),
 }
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adapters": (_is_list_of(_is_text), "a list of folders or Hugging Face ids"),
-    "weights": (_is_list_of(_is_number), "a list of numbers, one per adapter"),
+    "weights": (_is_list_of(is_number), "a list of numbers, one per adapter"),
     "rules": (lambda v: _is_list_of(_is_text)(v) and v, "a list of one or more rules"),
     "space": (_is_text, "the name of a merge space"),
     "scale": (_is_scale, "a number, or numbers by pattern of the module path"),
-    "rank": (lambda v: _is_whole(v) and v > 0, "a whole number above 0"),
-    "energy": (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+    "rank": (lambda v: is_whole(v) and 0 < v < 2**31, "a whole number above 0"),
+    "energy": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
     "dtype": (_is_text, "the name of a dtype"),
-    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "seed": (
+        lambda v: is_whole(v) and 0 <= v < 2**32,
+        "a whole number from 0 to 2^32 - 1",
+    ),
     "precision": (_is_text, "the name of a dtype"),
     "extras": (_is_text, "the name of a policy"),
     "allow_mismatch": (lambda v: isinstance(v, bool), "true or false"),

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from coremerge_jax.checkpoint.json_file import read_json
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError
 from coremerge_jax.grid import is_spread
 from coremerge_jax.trees import flatten, key_of
+from coremerge_jax.untrusted import read_json
 
 MARKER = "_CHECKPOINT_METADATA"
 SCAN = ("scan_layers", "param_scan_axis", "scan_axis")  # of custom metadata, as MaxText has it

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from coremerge_jax.checkpoint.json_file import read_json
+from coremerge_jax import untrusted
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import FormatError
 
@@ -181,7 +181,7 @@ def find_foreign(folder: Path, kind: str | None = None) -> str:
     if RECORD not in found:
         return f"has no {RECORD}, so coremerge did not write it (it holds {_listed(found)})"
     try:
-        record = read_json(folder / RECORD, "a folder that coremerge wrote")
+        record = untrusted.read_json(folder / RECORD, "a folder that coremerge wrote")
     except FormatError:
         return f"has a broken {RECORD}, so nothing shows that coremerge wrote it"
     written = record.get("files")

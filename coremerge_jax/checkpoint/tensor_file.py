@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.untrusted import is_regular, parse_json
 
 # Names of dtypes in the format, those of NumPy's own first.
 _CODES = {
@@ -40,6 +41,11 @@ _CODES = {
     "BOOL": "bool",
 }
 _NAMES = {name: code for code, name in _CODES.items()}
+
+# Above what files of models have, and what NumPy can hold.
+_LONGEST_NAME = 1000
+_MOST_DIMS = 32
+_LARGEST = 2**48
 
 _COPIED = 16 * 2**20
 
@@ -94,7 +100,8 @@ class TensorReader:
         self.foreign = {key: code for key, code in codes.items() if code not in _CODES}
         for key, code in self.foreign.items() if strict else ():
             raise FormatError(
-                f"{file}: tensor {key!r} has dtype {code}; expected one of {', '.join(_CODES)}"
+                f"{file}: tensor {key!r} has dtype {code}; expected one of {', '.join(_CODES)}; "
+                "others are quantized or packed: save it again in float32 or bfloat16"
             )
         self.tensors = {
             key: jax.ShapeDtypeStruct(self.shape(key), jnp.dtype(_CODES[code]))
@@ -197,6 +204,8 @@ class TensorReader:
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
     """Where the tensors' bytes start, and the header."""
+    if not is_regular(file):
+        raise FormatError(f"{file}: no such file")
     try:
         with safe_open(file, framework="numpy"):  # checks the header, and the size of the file
             pass
@@ -204,8 +213,19 @@ def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
         raise FormatError(f"{file}: not a readable safetensors file ({error})") from error
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        header = parse_json(stream.read(size).decode(), f"{file}: header")
+    for key, entry in header.items():
+        _check_entry(file, key, entry)
     return 8 + size, header
+
+
+def _check_entry(file: Path, key: str, entry: Mapping[str, Any]) -> None:
+    """Refuses what the format allows, but no tensor of a model has."""
+    if len(key) > _LONGEST_NAME:
+        raise FormatError(f"{file}: tensor {key[:60]!r}… has a name of {len(key)} characters")
+    shape = entry.get("shape", ())  # __metadata__ has none
+    if key != "__metadata__" and (len(shape) > _MOST_DIMS or any(x > _LARGEST for x in shape)):
+        raise FormatError(f"{file}: tensor {key!r} has shape {str(shape)[:60]}; that is too large")
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

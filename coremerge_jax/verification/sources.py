@@ -5,13 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coremerge_jax.checkpoint.json_file import read_json
+from coremerge_jax import untrusted
 from coremerge_jax.checkpoint.outputs import RECORD
 from coremerge_jax.checkpoint.source import hash_source, open_adapter
 from coremerge_jax.errors import FormatError, MismatchError, RecipeError
 from coremerge_jax.lora import Adapter
-from coremerge_jax.recipe import Recipe
+from coremerge_jax.recipe import PRECISIONS, Recipe
 from coremerge_jax.verification.findings import Finding, some
+
+_FIELDS = {
+    "recipe": untrusted.OBJECT,
+    "precision": (lambda value: value in PRECISIONS, " or ".join(PRECISIONS)),
+    "sources": (lambda value: isinstance(value, list), "a list"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +57,29 @@ def read_record(merged: Adapter | str | Path) -> Record | None:
         FormatError: it is broken.
         RecipeError: its recipe is none that this version knows.
     """
-    if isinstance(merged, Adapter) or not (file := Path(merged) / RECORD).is_file():
+    if isinstance(merged, Adapter) or not untrusted.is_regular(file := Path(merged) / RECORD):
         return None
-    content = read_json(file, "a merged adapter")
-    if not isinstance(content.get("recipe"), dict):  # written by `save_peft`, not by a recipe
+    content = untrusted.read_json(file, "a merged adapter")
+    if content.get("recipe") is None:  # written by `save_peft`, not by a recipe
         return None
+    untrusted.check_kinds(file, content, _FIELDS)
     try:
         recipe = Recipe.from_dict(content["recipe"])
-        sources = tuple(
-            Source(found["name"], found["path"], found["sha256"]) for found in content["sources"]
-        )
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{file}: expected sources with name, path and sha256") from error
-    return Record(recipe, sources, content.get("precision"))
+    found = content.get("sources") or []
+    if not all(map(_is_source, found)):
+        raise FormatError(f"{file}: expected sources with name, path and sha256 by file")
+    sources = (Source(source["name"], source["path"], source["sha256"]) for source in found)
+    return Record(recipe, tuple(sources), content.get("precision"))
+
+
+def _is_source(found: Any) -> bool:
+    if not isinstance(found, dict) or not {"name", "path", "sha256"} <= found.keys():
+        return False
+    texts = all(found[key] is None or untrusted.is_text(found[key]) for key in ("name", "path"))
+    digests = found["sha256"]
+    return texts and isinstance(digests, dict) and all(map(untrusted.is_text, digests.values()))
 
 
 def match_sources(

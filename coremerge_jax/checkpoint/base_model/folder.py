@@ -1,6 +1,5 @@
 """Folders of Hugging Face models: which tensor is in which file, and what else there is."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import huggingface_hub
 import jax
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from coremerge_jax import untrusted
 from coremerge_jax.addition import FLOATS
-from coremerge_jax.checkpoint.json_file import read_json
 from coremerge_jax.checkpoint.peft.source import find_folder
 from coremerge_jax.checkpoint.tensor_file import TensorReader
 from coremerge_jax.errors import FormatError, UnsupportedError
@@ -19,6 +18,20 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOLDER = "a model's folder"
+
+# Fields of the configuration that are asked for, of the model or of its text model.
+_FIELDS = {
+    "architectures": untrusted.TEXTS,
+    "compression_config": untrusted.OBJECT,
+    "is_encoder_decoder": untrusted.SWITCH,
+    "quantization_config": untrusted.OBJECT,
+    "text_config": untrusted.OBJECT,
+    "tie_word_embeddings": untrusted.SWITCH,
+    "vocab_size": untrusted.WHOLE,
+}
+_INDEX_FIELDS = {"metadata": untrusted.OBJECT, "weight_map": untrusted.OBJECT}
+_TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
+_INDEX_SIZE = 64 * 2**20
 
 # Files of weights, by their ending, and what belongs to them.
 _WEIGHTS = (
@@ -55,7 +68,10 @@ class BaseModel:
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self.folder = find_folder(source, _download, CONFIG)
-        self.config = read_json(self.folder / CONFIG, _FOLDER)
+        self.config = untrusted.read_json(self.folder / CONFIG, _FOLDER)
+        untrusted.check_kinds(self.folder / CONFIG, self.config, _FIELDS)
+        text = self.config.get("text_config") or {}
+        untrusted.check_kinds(f"{self.folder / CONFIG}: text_config", text, _FIELDS)
         self._refuse_quantized()
         self.index = self._read_index()
         self.shards = {name: self._open(name) for name in self._names()}
@@ -149,10 +165,12 @@ class BaseModel:
 
     def _read_index(self) -> dict[str, Any] | None:
         file = self.folder / INDEX
-        if (self.folder / WEIGHTS).is_file():  # transformers then takes no notice of an index
+        if untrusted.is_regular(
+            self.folder / WEIGHTS
+        ):  # transformers then takes no notice of an index
             return None
-        if file.is_file():
-            return read_json(file, _FOLDER)
+        if untrusted.is_regular(file):
+            return _read_index(file)
         pickles = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
         if pickles:
             raise UnsupportedError(
@@ -173,25 +191,39 @@ class BaseModel:
     def _names(self) -> list[str]:
         names = sorted(set(self._weight_map().values())) or [WEIGHTS]
         for name in names:
-            if Path(name).name != name:
+            if Path(name).name != name or "\0" in name:
                 raise FormatError(f"{self.folder / INDEX}: {name!r} is not the name of a file")
         return names
 
     def _open(self, name: str) -> TensorReader:
         file = self.folder / name
-        if not file.is_file():
+        if not untrusted.is_regular(file):
             raise FormatError(f"{file}: missing, though {INDEX} names it; get the whole model")
         return TensorReader(file, strict=False)
 
 
+def _read_index(file: Path) -> dict[str, Any]:
+    index = untrusted.read_json(file, _FOLDER, limit=_INDEX_SIZE)
+    untrusted.check_kinds(file, index, _INDEX_FIELDS)
+    untrusted.check_kinds(f"{file}: metadata", index.get("metadata") or {}, _TOTALS)
+    return index
+
+
 def _sentence_parts(file: Path) -> set[str]:
     """Folders of the parts of a sentence-transformers model, its transformer aside."""
-    if not file.is_file():
+    if not untrusted.is_regular(file):
         return set()
     try:
-        return {part["path"] for part in json.loads(file.read_bytes())} - {""}
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{file}: expected a list of modules with their paths") from error
+        parts = untrusted.parse_json(untrusted.read_text(file, untrusted.JSON_SIZE), str(file))
+    except FormatError as error:
+        raise FormatError(f"{error}; expected a list of modules with their paths") from error
+    if not untrusted.is_list_of(_has_path)(parts):
+        raise FormatError(f"{file}: expected a list of modules with their paths")
+    return {part["path"] for part in parts} - {""}
+
+
+def _has_path(part: Any) -> bool:
+    return isinstance(part, dict) and untrusted.is_text(part.get("path"))
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -220,5 +252,5 @@ def _is_whole(folder: Path) -> bool:
         return True
     if not (folder / INDEX).is_file():
         return False
-    names = set(read_json(folder / INDEX, _FOLDER).get("weight_map", {}).values())
-    return all((folder / name).is_file() for name in names)
+    names = (_read_index(folder / INDEX).get("weight_map") or {}).values()
+    return all(untrusted.is_text(name) and (folder / name).is_file() for name in names)

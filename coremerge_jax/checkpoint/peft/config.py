@@ -1,59 +1,77 @@
 """adapter_config.json: which configurations are plain low-rank updates, and how they scale."""
 
 import dataclasses
-import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coremerge_jax.checkpoint.json_file import read_json
+from coremerge_jax import untrusted
+from coremerge_jax.checkpoint.peft.patterns import Patterns
 from coremerge_jax.errors import FormatError, UnsupportedError
 
+_MAX_RANK = 2**20
+
+
+def _is_rank(value: Any) -> bool:
+    return untrusted.is_number(value) and value == int(value) and 0 < value <= _MAX_RANK
+
+
+_are_numbers = untrusted.is_list_of(untrusted.is_whole)
+_are_indices = untrusted.is_list_of(lambda value: untrusted.is_whole(value) and value >= 0)
+
+_RANK = (_is_rank, f"a positive integer up to {_MAX_RANK}")
+_NAMES = untrusted.either(untrusted.TEXT, untrusted.TEXTS)
+
 # Fields that the reader handles, or that do not change what the update is.
-_ACCEPTED = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "d_initial",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "init_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "merge_weights",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "projection_prng_key",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "save_projection",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "trainable_token_indices",
-        "use_rslora",
-        "velora_config",
-        "vera_dropout",
-    }
-)
+_ACCEPTED = {
+    "alpha_pattern": untrusted.OBJECT,
+    "auto_mapping": untrusted.OBJECT,
+    "base_model_name_or_path": untrusted.TEXT,
+    "bias": untrusted.TEXT,
+    "corda_config": untrusted.OBJECT,
+    "d_initial": untrusted.NUMBER,
+    "eva_config": untrusted.OBJECT,
+    "exclude_modules": _NAMES,
+    "fan_in_fan_out": untrusted.SWITCH,
+    "inference_mode": untrusted.SWITCH,
+    "init_lora_weights": untrusted.either(untrusted.SWITCH, untrusted.TEXT),
+    "init_weights": untrusted.SWITCH,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": (
+        lambda x: untrusted.is_whole(x) or _are_numbers(x),
+        "a whole number or a list of them",
+    ),
+    "loftq_config": untrusted.OBJECT,
+    "lora_alpha": untrusted.NUMBER,
+    "lora_bias": untrusted.SWITCH,
+    "lora_dropout": untrusted.NUMBER,
+    "lora_ga_config": untrusted.OBJECT,
+    "megatron_core": untrusted.TEXT,
+    "merge_weights": untrusted.SWITCH,
+    "modules_to_save": untrusted.TEXTS,
+    "peft_type": untrusted.TEXT,
+    "peft_version": untrusted.TEXT,
+    "projection_prng_key": untrusted.WHOLE,
+    "qalora_group_size": untrusted.WHOLE,
+    "r": _RANK,
+    "rank_pattern": untrusted.OBJECT,
+    "revision": untrusted.TEXT,
+    "runtime_config": untrusted.OBJECT,
+    "save_projection": untrusted.SWITCH,
+    "target_modules": _NAMES,
+    "target_parameters": untrusted.TEXTS,
+    "task_type": untrusted.TEXT,
+    "trainable_token_indices": (
+        lambda x: _are_indices(x) or (isinstance(x, dict) and all(map(_are_indices, x.values()))),
+        "a list of whole numbers from 0 on, or such lists by module",
+    ),
+    "use_rslora": untrusted.SWITCH,
+    "velora_config": untrusted.OBJECT,
+    "vera_dropout": untrusted.NUMBER,
+}
+# Those of refused fields that may be there, and false.
+_SWITCHES = dict.fromkeys(("ensure_weight_tying", "use_dora", "use_qalora"), untrusted.SWITCH)
 
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
@@ -88,6 +106,7 @@ class PeftConfig:
 
     file: Path
     fields: Mapping[str, Any]
+    _patterns: dict[str, Patterns] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, file: Path) -> "PeftConfig":
@@ -97,8 +116,9 @@ class PeftConfig:
             FormatError: it is missing, broken or incomplete.
             UnsupportedError: it describes more than a plain low-rank update.
         """
-        config = cls(file, read_json(file, "a PEFT adapter folder"))
+        config = cls(file, untrusted.read_json(file, "a PEFT adapter folder"))
         config._check_type()
+        untrusted.check_kinds(file, config.fields, _ACCEPTED | _SWITCHES)
         config._check_fields()
         config._check_scaling()
         return config
@@ -123,8 +143,8 @@ class PeftConfig:
             if value and name not in _ACCEPTED:
                 reason = _REFUSED.get(name, "this field is not known, so it may change the update")
                 raise UnsupportedError(
-                    f"{self.file}: {name} is {_short(value)}, which is not supported: {reason}; "
-                    f"{RETRAIN}"
+                    f"{self.file}: {name} is {untrusted.short(value)}, which is not supported: "
+                    f"{reason}; {RETRAIN}"
                 )
         init = self.fields.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
@@ -142,25 +162,23 @@ class PeftConfig:
         for name in names:
             if self.fields.get(name) is None:
                 raise FormatError(f"{self.file}: no {name}; the update's scaling needs it")
-        self._check_number("r", self.fields["r"], integer=True)
-        for name, integer in (("rank_pattern", True), ("alpha_pattern", False)):
-            patterns = self.fields.get(name) or {}
-            if not isinstance(patterns, dict):
-                raise FormatError(f"{self.file}: {name} is {_short(patterns)}; expected an object")
-            for pattern, value in patterns.items():
-                self._check_number(f"{name}[{pattern!r}]", value, integer=integer)
-        if not self.is_vera:
-            self._check_number("lora_alpha", self.fields["lora_alpha"], integer=False)
-
-    def _check_number(self, name: str, value: Any, *, integer: bool) -> None:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not number
-            or not math.isfinite(value)
-            or (integer and (value != int(value) or value < 1))
-        ):
-            expected = "a positive integer" if integer else "a finite number"
-            raise FormatError(f"{self.file}: {name} is {_short(value)}; expected {expected}")
+        if not (self.is_vera or self.fields["lora_alpha"] or self.fields.get("alpha_pattern")):
+            raise UnsupportedError(
+                f"{self.file}: lora_alpha is 0, so the adapter has no effect; some trainers write "
+                "0 by mistake: set the alpha that it was trained with"
+            )
+        kinds = {"rank_pattern": _RANK, "alpha_pattern": untrusted.NUMBER}
+        for name, (test, expected) in kinds.items():
+            for pattern, value in (self.fields.get(name) or {}).items():
+                if not test(value):
+                    raise FormatError(
+                        f"{self.file}: {name}[{pattern!r}] is {untrusted.short(value)}; "
+                        f"expected {expected}"
+                    )
+            try:
+                self._patterns[name] = Patterns(self.fields.get(name) or ())
+            except ValueError as error:
+                raise FormatError(f"{self.file}: {name} has a {error}") from error
 
     @property
     def is_vera(self) -> bool:
@@ -195,17 +213,8 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def _by_pattern(self, field: str, path: str, default: float) -> float:
-        for pattern, value in (self.fields.get(field) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", path):
-                    return value
-            except re.error as error:
-                raise FormatError(
-                    f"{self.file}: {field} has a broken pattern {pattern!r} ({error})"
-                ) from error
-        return default
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        try:
+            first = self._patterns[field].first(path)
+        except ValueError as error:
+            raise FormatError(f"{self.file}: {field}, module {path!r}: {error}") from error
+        return default if first is None else self.fields[field][first]

@@ -5,6 +5,7 @@ found says how to make a module or an extra of the tensors, once they are asked 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,10 @@ class Contents:
         self._biases: dict[str, tuple[str, float]] = {}
         self.modules = dict(self._find_modules())
         if not self.modules:
+            keys = ", ".join(map(repr, itertools.islice(reader.tensors, 2))) or "no tensors"
             raise FormatError(
-                f"{self.file}: no LoRA factors in it; expected keys like 'x.lora_A.weight'"
+                f"{self.file}: no LoRA factors in it; expected keys like 'x.lora_A.weight', "
+                f"found {keys}"
             )
         self.extras = self._find_extras()
 
@@ -128,6 +131,16 @@ class Contents:
 
     def _tensor(self, key: str) -> jax.ShapeDtypeStruct:
         return self._reader.tensors[key]
+
+    def _factor(self, key: str) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a tensor that is part of an update."""
+        tensor = self._tensor(key)
+        if not _is_float(tensor.dtype):
+            raise UnsupportedError(
+                f"{self.file}: tensor {key!r} has dtype {tensor.dtype}, so the factors are "
+                "quantized, or no weights; save the adapter in float32, bfloat16 or float16"
+            )
+        return tensor
 
     def _find_modules(self) -> Iterator[tuple[str, Source]]:
         targets = self.config.names("target_parameters")
@@ -165,9 +178,10 @@ class Contents:
 
     def _kind(self, path: str, keys: tuple[str, str]) -> Kind:
         """A linear layer or a two-dimensional convolution."""
-        a, b = (self._tensor(key).shape for key in keys)
+        a, b = (self._factor(key).shape for key in keys)
         if len(a) == len(b) == 2:
             return Kind(transposed=self.config.transposed)
+        self._refuse_empty(path, a, b)
         if len(a) != 4 or len(b) != 4:
             raise UnsupportedError(
                 f"{self.file}: module {path!r} has factors of shapes {a} and {b}; "
@@ -183,7 +197,7 @@ class Contents:
         return Kind("conv2d", kernel=a[1:])
 
     def _layer(self, path: str, keys: tuple[str, str], kind: Kind) -> Source:
-        a, b = (self._tensor(key).shape for key in keys)
+        a, b = (self._factor(key).shape for key in keys)
         if kind.name == "conv2d":
             a, b = (a[0], int(np.prod(a[1:]))), b[:2]
         return self._whole(path, a, b, kind, keys, _matrices)
@@ -195,7 +209,7 @@ class Contents:
                 "save the adapter again with save_projection=True"
             )
         keys = key_rows, key_inner, self._shared["vera_A"], self._shared["vera_B"]
-        rows, inner, a, b = (self._tensor(key).shape for key in keys)
+        rows, inner, a, b = (self._factor(key).shape for key in keys)
         if not (inner == a[:1] == b[1:] and len(rows) == 1 and rows <= b[:1]):
             raise FormatError(
                 f"{self.file}: module {path!r}: lambda_b {rows} and lambda_d {inner} "
@@ -218,7 +232,8 @@ class Contents:
         rank = self.config.rank(_pattern_path(path))
         if a[0] != rank:
             raise FormatError(
-                f"{self.file}: module {path!r} has rank {a[0]}, but {CONFIG} says {rank}"
+                f"{self.file}: module {path!r} has rank {a[0]}, but {CONFIG} says {rank}; "
+                "take both files from one checkpoint, or correct r and rank_pattern"
             )
         scale = self.config.scale(_pattern_path(path))
         return Source(self.file, path, _outline(rank, b[0], a[1], kind), keys, factors, scale)
@@ -227,7 +242,7 @@ class Contents:
         self, owner: str, levels: Mapping[str, tuple[str, str]], names: list[str]
     ) -> Iterator[tuple[str, Source]]:
         shapes = {
-            path: (self._tensor(a).shape, self._tensor(b).shape) for path, (a, b) in levels.items()
+            path: (self._factor(a).shape, self._factor(b).shape) for path, (a, b) in levels.items()
         }
         for path, (a, b) in shapes.items():
             self._check_shapes(path, a, b)
@@ -246,8 +261,16 @@ class Contents:
                 source = Source(self.file, path, outline, levels[path], factors, scale)
                 yield f"{parameter}[{e}]", source
 
+    def _refuse_empty(self, path: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+        if 0 in (*a, *b):
+            raise FormatError(
+                f"{self.file}: module {path!r}: A has shape {a} and B has shape {b}: empty; of a "
+                "model that is sharded (DeepSpeed ZeRO-3, FSDP), gather the weights and save again"
+            )
+
     def _check_shapes(self, path: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+        self._refuse_empty(path, a, b)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise FormatError(
                 f"{self.file}: module {path!r}: A has shape {a} and B has shape {b}; "
                 "expected (r, inputs) and (outputs, r) of one rank r"
