@@ -38,6 +38,15 @@ hypothesis.settings.register_profile(
     max_examples=8,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+# `bash .ci/nightly`: many examples, others each time.
+hypothesis.settings.register_profile(
+    "nightly",
+    hypothesis.settings.get_profile("default"),
+    derandomize=False,
+    database=None,
+    max_examples=200,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("default")
 
 
