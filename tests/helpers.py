@@ -1,11 +1,10 @@
 """Random adapters, and dense NumPy counterparts of what the library computes."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
@@ -14,20 +13,10 @@ import coremerge_jax as cm
 KEY = jax.random.key(0)
 SEEDS = st.integers(0, 2**31)
 
-# A law's random updates are the modules of one adapter: merged at once, they cost little more than
-# one. So each seed counts as that many examples.
-MODULES = 8
-
 
 def modules(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {f"x{i}": shape for i in range(MODULES)}
-
-
-def for_any_seed(law: Callable) -> Callable:
-    """Runs a law, of a ``seed`` for `MODULES` updates, on as many updates as there are examples."""
-    return settings(max_examples=math.ceil(settings().max_examples / MODULES))(
-        given(seed=SEEDS)(law)
-    )
+    """As many modules as a law has examples: merged at once, they cost little more than one."""
+    return {f"x{i}": shape for i in range(settings().max_examples)}
 
 
 def random_adapters(

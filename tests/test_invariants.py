@@ -12,7 +12,6 @@ from helpers import (
     assert_same,
     dense,
     distance,
-    for_any_seed,
     map_factors,
     modules,
     orthogonal,
@@ -82,7 +81,6 @@ every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys(
     },
 )
 @choices("rank", [4, 20])
-@for_any_seed
 def test_one_adapter_comes_back(rule, space, seed, rank):
     (adapter,) = random_adapters(SHAPES, [rank], seed)
     assert_same(cm.merge([adapter], rule, space=space, key=KEY), adapter, 1e-12)
@@ -91,7 +89,6 @@ def test_one_adapter_comes_back(rule, space, seed, rank):
 @every_space
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
 @every_ranks
-@for_any_seed
 def test_order_of_adapters_is_irrelevant(rule, space, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     merged = cm.merge(adapters, rule, space=space)
@@ -101,7 +98,6 @@ def test_order_of_adapters_is_irrelevant(rule, space, seed, ranks):
 @every_space
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
 @every_ranks
-@for_any_seed
 def test_scaling_an_adapter_equals_its_weight(rule, space, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     weights = np.random.default_rng(seed).uniform(0.5, 2, len(ranks))
@@ -115,7 +111,6 @@ def test_scaling_an_adapter_equals_its_weight(rule, space, seed, ranks):
 
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
 @every_ranks
-@for_any_seed
 def test_weight_zero_equals_absence(rule, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     weights = [1.0] * (len(ranks) - 1) + [0.0]
@@ -132,7 +127,6 @@ def test_weight_zero_equals_absence(rule, seed, ranks):
         "prune": cm.prune(density=0.4),
     },
 )  # not those with a mean or a variance, which count every adapter that is there
-@for_any_seed
 def test_an_adapter_of_zero_update_equals_absence(rule, seed):
     adapters = random_adapters(SHAPES, (2, 4, 2), seed)
     (zero,) = map_factors(adapters[:1], lambda a, b: (0 * a, 0 * b))
@@ -140,7 +134,6 @@ def test_an_adapter_of_zero_update_equals_absence(rule, seed):
 
 
 @every_ranks
-@for_any_seed
 def test_the_halves_of_an_adapter_sum_to_it(seed, ranks):
     (adapter,) = random_adapters(SHAPES, [sum(ranks)], seed)
     cuts = np.cumsum((0, *ranks))
@@ -153,7 +146,6 @@ def test_the_halves_of_an_adapter_sum_to_it(seed, ranks):
 
 @rules(LINEAR, SPECTRAL, CUTTING)
 @every_ranks
-@for_any_seed
 def test_only_the_update_matters(rule, seed, ranks):
     """A → G A, B → B G⁻¹ changes nothing."""
     adapters = random_adapters(SHAPES, ranks, seed)
@@ -170,7 +162,6 @@ def test_only_the_update_matters(rule, seed, ranks):
 @every_space
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
 @every_ranks
-@for_any_seed
 def test_commutes_with_permutations_and_rotations(rule, space, seed, ranks):
     rng = np.random.default_rng(seed)
     adapters = random_adapters(SHAPES, ranks, seed)
@@ -186,7 +177,6 @@ def test_commutes_with_permutations_and_rotations(rule, space, seed, ranks):
 
 @every_space
 @every_ranks
-@for_any_seed
 def test_task_arithmetic_is_the_dense_sum(space, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     expected = {path: sum(dense(adapter[path]) for adapter in adapters) for path in SHAPES}
@@ -195,7 +185,6 @@ def test_task_arithmetic_is_the_dense_sum(space, seed, ranks):
 
 @rules(SPECTRAL, CUTTING)
 @every_ranks
-@for_any_seed
 def test_spectral_rules_are_the_same_in_core_and_full_space(rule, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)
     full = cm.merge(adapters, rule, space=cm.full())
@@ -204,7 +193,6 @@ def test_spectral_rules_are_the_same_in_core_and_full_space(rule, seed, ranks):
 
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
 @every_ranks
-@for_any_seed
 def test_rank_is_bounded(rule, seed, ranks):
     for (m, n), lora in zip(
         SHAPES.values(), cm.merge(random_adapters(SHAPES, ranks, seed), rule).values(), strict=True
@@ -214,7 +202,6 @@ def test_rank_is_bounded(rule, seed, ranks):
 
 
 @rules(RANDOM)
-@for_any_seed
 def test_the_seed_alone_decides(rule, seed):
     """Not the order of modules, how many are merged at once, nor the precision."""
     adapters = random_adapters(modules((12, 16)), (2, 3), seed)
@@ -242,7 +229,6 @@ def test_the_seed_alone_decides(rule, seed):
 @every_space
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
 @choices("rank", [2, 14])
-@for_any_seed
 def test_degenerate_adapters_give_finite_results(rule, space, seed, rank):
     adapter, other = random_adapters(SHAPES, (rank, rank), seed)
     (zero,) = map_factors([adapter], lambda a, b: (0 * a, 0 * b))
@@ -287,7 +273,6 @@ def defined(*tables):
 
 
 @defined(SPECTRAL)
-@for_any_seed
 def test_rounding_noise_is_not_inflated(rule, definition, seed):
     """A copy that differs by float32 rounding adds no directions of its own."""
     adapter, other = random_adapters(SHAPES, (3, 3), seed, dtype="float32")
@@ -304,7 +289,6 @@ def test_rounding_noise_is_not_inflated(rule, definition, seed):
 
 
 @defined(LINEAR, SPECTRAL, CUTTING, SINGULAR)
-@for_any_seed
 def test_float32_agrees_with_float64(rule, definition, seed):
     adapters = random_adapters(modules((48, 64)), (2, 4, 2), seed, dtype="float32")
     exact = cm.merge(adapters, rule, precision="float64")
@@ -334,7 +318,6 @@ def test_gradients_are_finite_where_singular_values_coincide(rule):
 
 @rules(SINGULAR)
 @every_ranks
-@for_any_seed
 def test_rules_of_core_and_full_space(rule, seed, ranks):
     """Order, weights, rotations, absence and the space do not matter."""
     adapters = random_adapters(SHAPES, ranks, seed)
@@ -353,7 +336,6 @@ def test_rules_of_core_and_full_space(rule, seed, ranks):
 
 @rules(SINGULAR)
 @choices("rank", [2, 14])
-@for_any_seed
 def test_rules_of_core_space_are_finite(rule, seed, rank):
     adapter, other = random_adapters(SHAPES, (rank, rank), seed)
     (zero,) = map_factors([adapter], lambda a, b: (0 * a, 0 * b))
@@ -373,7 +355,6 @@ def test_dc_merge_refuses_derivatives():
         jax.grad(loss)(1.0)
 
 
-@for_any_seed
 def test_laws_of_tucker_space(seed):
     """Order, rotations and absence do not matter, and subspaces that hold all lose nothing."""
     adapters = random_adapters(SHAPES, (2, 4, 2), seed)
