@@ -1,5 +1,6 @@
 import gc
 import os
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +39,29 @@ hypothesis.settings.register_profile(
     max_examples=8,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+# Of `bash .ci/nightly`.
+hypothesis.settings.register_profile(
+    "nightly",
+    hypothesis.settings.get_profile("default"),
+    derandomize=False,
+    database=None,
+    max_examples=200,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "seed" in item.fixturenames or hypothesis.is_hypothesis_test(item.obj):
+            item.add_marker("draws")
+
+
+@pytest.fixture
+def seed(request):
+    """Another one for each test; and for each COREMERGE_TEST_SEED, which nightly runs set."""
+    name = f"{os.environ.get('COREMERGE_TEST_SEED', 0)} {request.node.nodeid}"
+    return zlib.crc32(name.encode())
 
 
 @pytest.fixture(autouse=True)

@@ -209,17 +209,23 @@ def test_svd_where_divide_and_conquer_fails(seed):
         np.testing.assert_allclose(lapack.singular_values(jnp.asarray(x)), s, atol=1e-12)
 
 
-@given(
-    x=st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=30),
-    k=st.integers(0, 30),
-    dtype=st.sampled_from(["float32", "float64", "float16"]),
-)
-def test_kth_smallest_is_that_of_a_sort(x, k, dtype):
-    x = np.minimum(np.asarray(x), 6e4).astype(dtype)
+every_kth_smallest = jax.jit(jax.vmap(linalg.kth_smallest, (None, 0)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("size", [1, 12])
+@given(data=st.data())
+def test_kth_smallest_is_that_of_a_sort(size, dtype, data):
+    """Of any nonnegative floats, subnormal ones, equal ones and infinity among them."""
+    unsigned = f"uint{8 * jnp.dtype(dtype).itemsize}"
+    infinity = int(np.asarray(np.inf, jnp.dtype(dtype)).view(unsigned))
+    bits = st.integers(0, infinity) | st.sampled_from([0, 1, infinity])
+    drawn = data.draw(st.lists(bits, min_size=size, max_size=size))
+    x = np.asarray(drawn, unsigned).view(jnp.dtype(dtype))
     with jax.enable_x64(True):
-        found = linalg.kth_smallest(jnp.asarray(x), jnp.asarray(k, jnp.int32))
-    if k <= len(x):
-        assert found == (np.sort(x)[k - 1] if k else 0)
+        found = every_kth_smallest(jnp.asarray(x), jnp.arange(size + 1, dtype=jnp.int32))
+        found = np.asarray(found).view(unsigned)
+    np.testing.assert_array_equal(found, np.sort(np.asarray([0, *drawn], unsigned)))
 
 
 def _coinciding():

@@ -2,110 +2,12 @@
 
 import numpy as np
 import pytest
-from helpers import KEY, dense, distance, random_adapters
-from hypothesis import given
-from hypothesis import strategies as st
+from definitions import cart, dc_merge, flatten, iso_cts, pico, prune, sce, svc, svd, tsv
+from helpers import KEY, assert_same, dense, modules, random_adapters
 
 import coremerge_jax as cm
 
-SHAPE, RANKS = (16, 12), (2, 3, 2)
-
-
-def svd(x, rank=None):
-    u, s, vt = np.linalg.svd(x, full_matrices=False)
-    keep = int(np.sum(s > 1e-10 * s[0])) if rank is None else rank
-    return u[:, :keep], s[:keep], vt[:keep].T
-
-
-def polar(x):
-    u, _, v = svd(x)
-    return u @ v.T
-
-
-def cut(x, rank):
-    u, s, v = svd(x, rank)
-    return u * s @ v.T
-
-
-def tsv(updates, rank=None):
-    us, ss, vs = zip(*(svd(x, rank) for x in updates), strict=True)
-    return polar(np.hstack(us)) * np.concatenate(ss) @ polar(np.hstack(vs)).T
-
-
-def cart(updates, rank, scale):
-    mean = np.mean(updates, axis=0)
-    return mean + scale * sum(cut(x - mean, rank) for x in updates)
-
-
-def flatten(x, power):
-    u, s, v = svd(x)
-    return u * (s**power * s.sum() / (s**power).sum()) @ v.T
-
-
-def iso_cts(updates, common, specific):
-    u0, s0, v0 = svd(sum(updates), common)
-    parts = [svd(x - u0 @ u0.T @ x, specific) for x in updates] + [(u0, s0, v0)]
-    us, ss, vs = zip(*parts, strict=True)
-    return np.concatenate(ss).mean() * polar(np.hstack(us)) @ polar(np.hstack(vs)).T
-
-
-def svc(merged, updates, alpha=None):
-    alpha = 1 / len(updates) if alpha is None else alpha
-    u, s, v = svd(merged)
-    gains = []
-    for r in range(len(s)):
-        row = u[:, r] @ merged
-        shares = [row @ (u[:, r] @ x) / np.sum((u[:, r] @ x) ** 2) for x in updates]
-        gains.append(len(updates) / sum(max(alpha, share) for share in shares))
-    return u * (gains * s) @ v.T
-
-
-def pico(loras, merge):
-    b = np.hstack([lora.b for lora in loras])
-    u, s, _ = svd(b)
-    share = s**2 / np.sum(s**2)
-    alpha = 1 / (1 + (len(loras) - 1) * share)
-    calibrated = [lora.b @ lora.a - u * (1 - alpha) @ u.T @ lora.b @ lora.a for lora in loras]
-    merged = merge(calibrated)
-    mean = np.mean([np.linalg.norm(lora.b @ lora.a) for lora in loras])
-    return merged * mean / np.linalg.norm(merged)
-
-
-def dc_merge(updates, density, rho):
-    us, ss, vs = zip(*(svd(x) for x in updates), strict=True)
-    left, right = polar(np.hstack(us)), polar(np.hstack(vs))
-    kept = []
-    for u, s, v in zip(us, ss, vs, strict=True):
-        shape = np.ones(len(s))
-        if rho is not None:
-            shape = np.linspace(min(rho, s[0] / s[-1]), 1, len(s))
-        x = left.T @ (u * (s.sum() * shape / shape.sum()) @ v.T) @ right
-        number = max(1, int(density * x.size))
-        kept.append(np.where(np.abs(x) >= np.sort(np.abs(x).ravel())[-number], x, 0))
-    kept = np.stack(kept)
-    sign = np.sign(kept.sum(0))
-    agrees = (np.sign(kept) == sign) & (sign != 0)
-    mean = (kept * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
-    owner = np.repeat(range(len(updates)), [len(s) for s in ss])
-    return left @ (mean * (owner[:, None] == owner)) @ right.T
-
-
-def prune(x, density):
-    kept = int(density * x.size)
-    threshold = np.sort(np.abs(x).ravel())[-kept - 1]
-    return np.where(np.abs(x) >= threshold, x, 0)
-
-
-def sce(updates, density):
-    updates = np.stack(updates)
-    variance = updates.var(0)
-    number = int(density * np.sum(variance > 0))
-    chosen = updates * (variance >= np.sort(variance.ravel())[-number])
-    weights = np.mean(chosen**2, axis=(1, 2))
-    weights = (weights / weights.sum())[:, None, None]
-    agrees = weights * (np.sign(chosen) == np.sign(chosen.sum(0))) * (chosen != 0)
-    total = agrees.sum(0)
-    return (agrees * chosen).sum(0) / np.where(total > 0, total, 1)
+SHAPES, RANKS = modules((16, 12)), (2, 3, 2)
 
 
 def updates_of(loras):
@@ -153,10 +55,11 @@ ELEMENTWISE = {
 
 
 def check(rule, expected, seed, space, ranks=RANKS):
-    adapters = random_adapters({"x": SHAPE}, ranks, seed)
-    merged = cm.merge(adapters, rule, space=space, key=KEY)["x"]
-    found = expected([adapter["x"] for adapter in adapters])
-    assert distance(dense(merged), found) < 1e-9
+    adapters = random_adapters(SHAPES, ranks, seed)
+    merged = cm.merge(adapters, rule, space=space, key=KEY)
+    assert_same(
+        merged, {path: expected([adapter[path] for adapter in adapters]) for path in SHAPES}, 1e-9
+    )
 
 
 SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots(scaled=True)}
@@ -164,21 +67,19 @@ SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots(scaled=True)}
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("name", SPECTRAL)
-@given(seed=st.integers(0, 2**31))
 def test_rules_that_do_not_depend_on_the_basis(name, space, seed):
     if ("pico" in name and space == "knots") or (name == "iso_cts" and space == "full"):
         return  # no factors there; the share is of another number of directions
     check(*SPECTRAL[name], seed, SPACES[space])
 
 
-@given(seed=st.integers(0, 2**31))
 def test_iso_cts_is_iso_c_where_everything_is_common(seed):
     """In full space, 0.8 of 12 directions are more than the 7 that there are."""
     check(cm.iso_cts(), SPECTRAL["isotropize"][1], seed, cm.full())
 
 
 def test_steps_at_the_wrong_place_are_refused():
-    adapters = random_adapters({"x": SHAPE}, RANKS)
+    adapters = random_adapters(SHAPES, RANKS)
     with pytest.raises(ValueError, match="put it behind the rule that merges"):
         cm.merge(adapters, cm.chain(cm.svc(), cm.tsv()))
     for others in ([cm.tsv()], [cm.prune()], [cm.flatten()]):
@@ -190,14 +91,13 @@ def test_steps_at_the_wrong_place_are_refused():
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("name", DC)
-@given(seed=st.integers(0, 2**31), ranks=st.sampled_from([(2, 3, 2), (3, 3, 3)]))
+@pytest.mark.parametrize("ranks", [(2, 3, 2), (3, 3, 3)], ids=str)
 def test_dc_merge(name, space, seed, ranks):
     """Padding of ranks is not counted, nor what a space has beyond the adapters' directions."""
     check(*DC[name], seed, SPACES[space], ranks)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@given(seed=st.integers(0, 2**31))
 def test_elementwise_rules(name, seed):
     check(*ELEMENTWISE[name], seed, cm.full())
 
@@ -224,19 +124,21 @@ def hooi(updates, rank, beta, iterations=200):
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
-@given(seed=st.integers(0, 2**31))
 def test_tucker(beta, seed):
     """Also an elementwise rule: its coordinates are singular vectors, up to signs."""
-    adapters = random_adapters({"x": SHAPE}, RANKS, seed)
-    updates = [dense(adapter["x"]) for adapter in adapters]
-    left, right = hooi(updates, 3, beta)
+    adapters = random_adapters(SHAPES, RANKS, seed)
+    updates = {path: [dense(adapter[path]) for adapter in adapters] for path in SHAPES}
+    subspaces = {path: hooi(x, 3, beta) for path, x in updates.items()}
     space = cm.tucker(rank=3, beta=beta, tolerance=0.0, iterations=200)
     for rule, direct in (
         (cm.task_arithmetic(), sum),
         (cm.tsv(rank=1), lambda x: tsv(x, 1)),
         (cm.prune(density=0.4), lambda x: sum(prune(y, 0.4) for y in x)),
     ):
-        merged = cm.merge(adapters, rule, space=space)["x"]
-        expected = left @ direct([left.T @ x @ right for x in updates]) @ right.T
-        assert merged.rank == 3
-        assert distance(dense(merged), expected) < 1e-6
+        merged = cm.merge(adapters, rule, space=space)
+        assert all(lora.rank == 3 for lora in merged.values())
+        expected = {
+            path: left @ direct([left.T @ x @ right for x in updates[path]]) @ right.T
+            for path, (left, right) in subspaces.items()
+        }
+        assert_same(merged, expected, 1e-6)
