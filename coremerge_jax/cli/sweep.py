@@ -167,7 +167,9 @@ class _Run:
 
     def find_best(self, search: "Search", judge: Callable[["Adapter"], Any]) -> "Sweep":
         """Judges the candidates, and writes the best."""
-        records = search.run(lambda _, merged: judge(merged), self.output / LOG)
+        from coremerge_jax.search.sweeping import measured
+
+        records = search.run(measured(judge), self.output / LOG)
         result = search.collect(records, progress=True)
         self._write(result.best, self._recipe(result.best).stream(self.adapters), BEST)
         return result

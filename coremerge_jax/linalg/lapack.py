@@ -53,6 +53,7 @@ def inverse_lower(x: jax.Array) -> jax.Array:
 @_one_by_one_on_cpu
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
+
     def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
         return values[::-1], vectors[:, ::-1]
