@@ -178,8 +178,8 @@ class _Descent:
 
     def start(self, table: np.ndarray) -> jax.Array:
         """The table as JAX knows it."""
-        first = jnp.asarray(table, self._projected.dtype)
         with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
+            first = jnp.asarray(table, self._projected.dtype)
             self._state = self._optimizer.init(first)
         return first
 
