@@ -27,7 +27,7 @@ def refuse_nothing(stream: "MergeStream") -> None:
         MismatchError: all merged updates are zero.
     """
     if stream.effects.nothing and not stream.shared:
-        causes = "; ".join(idle_adapters(stream))
+        causes = "; ".join(dict.fromkeys(idle_adapters(stream)))
         raise MismatchError(
             "all merged updates are zero, so nothing is written: "
             f"{causes or 'weights or scale are too small, or the adapters cancel'}"
