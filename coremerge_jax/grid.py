@@ -193,6 +193,13 @@ def implicit(adapter: Adapter) -> Adapter:
     return jax.tree.map(_untyped, adapter) if typed else adapter
 
 
+def placed_like(lora: LoRA, like: LoRA) -> LoRA:
+    """Factors where those of the same module are, of whichever rank."""
+    where = _without(like.a, 0), _without(like.b, 1)
+    a, b = jax.device_put((lora.a, lora.b), where)
+    return dataclasses.replace(lora, a=a, b=b)
+
+
 def _is_typed(x: Any) -> bool:
     if is_host(x):
         return False

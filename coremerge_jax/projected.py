@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import MismatchError
+from coremerge_jax.arguments import as_adapters, as_space, as_weights, refuse_values
+from coremerge_jax.errors import MismatchError, RecipeError
 from coremerge_jax.extras import merge_extras
+from coremerge_jax.grid import implicit
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 from coremerge_jax.merging import (
     check_rule,
@@ -23,8 +25,8 @@ from coremerge_jax.merging import (
 from coremerge_jax.precision import computing
 from coremerge_jax.program import Settings, project_module
 from coremerge_jax.rules import Chain, Ties, as_rule, chain
-from coremerge_jax.spaces import Projection, Space, core
-from coremerge_jax.stack import Group, group_modules, over_modules
+from coremerge_jax.spaces import Projection, Space
+from coremerge_jax.stack import Group, group_modules, label, over_modules
 
 # The merged A and B of each stack, not yet scaled and rounded: see `Projected.updates`.
 Updates = list[tuple[jax.Array, jax.Array]]
@@ -106,8 +108,9 @@ class Projected:
             key: as in `coremerge_jax.merge`.
 
         Raises:
-            MismatchError: there is not one weight per adapter, or no module of a name.
-            ValueError: the rule cannot be used here.
+            MismatchError: there is not one weight per adapter, or no module of a name; or the
+                merged update overflows.
+            RecipeError: the rule cannot be used here, or a parameter is out of range.
         """
         return self.adapter(self.updates(rule, weights=weights, key=key), scale)
 
@@ -116,7 +119,8 @@ class Projected:
         parts = chain(as_rule(rule))
         check_rule(parts, key, self.adapters)
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
-            raise ValueError(f"{parts!r} trims over all modules at once; use merge instead")
+            raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
+        self._check_weights(weights)
         with self._computing():
             return [
                 _merge_stack(parts, stack, self._weights(stack, weights), key)
@@ -130,13 +134,22 @@ class Projected:
         for stack, update in zip(self.stacks, updates, strict=True):
             with self._computing():
                 factors = jnp.stack([jnp.asarray(scales[x], self.dtype) for x in stack.paths])
-                a, b = _finish_stack(*update, factors, stack.dtypes)
-            if not isinstance(b, jax.core.Tracer):
-                a, b = np.asarray(a), np.asarray(b)
+                a, b, peaks = _finish_stack(*update, factors, stack.dtypes)
+                if not isinstance(b, jax.core.Tracer):
+                    a, b, peaks = jax.device_get((a, b, peaks))
+                    self._check_finite(stack, peaks)
             for path, kind, x, y in zip(stack.paths, stack.kinds, a, b, strict=True):
                 modules[path] = LoRA(a=x, b=y, kind=kind)
         ordered = {path: modules[path] for path in self.order}
         return Adapter(ordered, metadata=self.metadata, extras=self.extras)
+
+    def _check_finite(self, stack: Stack, peaks: np.ndarray) -> None:
+        for path, peak in zip(stack.paths, peaks, strict=True):
+            if not np.isfinite(peak):
+                raise MismatchError(
+                    f"module {path!r}: the merged update overflows {stack.dtypes[1]}; choose "
+                    "smaller weights or scale"
+                )
 
     def norms(self) -> np.ndarray:
         """``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
@@ -146,6 +159,15 @@ class Projected:
                 found = np.asarray(_squares(stack.projection))
             np.add.at(squares, np.asarray(stack.tasks), found)
         return np.sqrt(squares)
+
+    def _check_weights(self, weights: Any) -> None:
+        if not isinstance(weights, Mapping):
+            as_weights(weights, self.adapters)
+            return
+        for path, row in weights.items():
+            if path not in self.order:
+                raise MismatchError(f"weights of {path!r}: there is no such module")
+            as_weights(row, self.adapters, f"weights of {path!r}")
 
     def _computing(self) -> Any:
         leaves = jax.tree.leaves(self.stacks)
@@ -159,17 +181,9 @@ class Projected:
             return None
         ones = jnp.ones(self.adapters, self.dtype)
         if isinstance(weights, Mapping):
-            unknown = [path for path in weights if path not in self.order]
-            if unknown:
-                raise MismatchError(f"weights of {unknown[0]!r}: there is no such module")
             rows = [jnp.asarray(weights.get(path, ones), self.dtype) for path in stack.paths]
         else:
             rows = [jnp.asarray(weights, self.dtype)] * len(stack.paths)
-        for row in rows:
-            if row.shape != (self.adapters,):
-                raise MismatchError(
-                    f"weights of shape {row.shape} for {self.adapters} adapters; expected one each"
-                )
         return jnp.take_along_axis(jnp.stack(rows), stack.tasks, axis=1)
 
 
@@ -196,10 +210,14 @@ def project(
         allow_mismatch: as in `merge`.
 
     Raises:
+        FormatError: a factor has NaN or infinite values.
         MismatchError: the adapters do not belong together.
-        UnsupportedError: adapters have extras and no policy for them was given.
+        RecipeError: an argument is of another kind, or not finite.
+        UnsupportedError: adapters have extras and no policy for them was given; or factors are
+            traced, and sharded as their types say.
     """
-    space = space or core()
+    adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
+    space, weights = as_space(space), as_weights(weights, len(adapters))
     tasks = present_adapters(adapters, weights, allow_mismatch)
     present = [adapters[t] for t in tasks]
     merged_extras, config = merge_extras(present, extras)
@@ -212,7 +230,13 @@ def project(
             given = None if weights is None else jnp.asarray(weights, dtype)[places]
             a, b = group.stack(present)
             settings = Settings(group.ranks, space, dtype, group.shape)
-            projection, kept = _project_stack((a, b), given, settings, elementwise)
+            projection, kept, finite = _project_stack((a, b), given, settings, elementwise)
+            if not isinstance(finite, jax.core.Tracer) and not jax.device_get(finite).all():
+                refuse_values(present, group.paths, label)
+                raise MismatchError(
+                    f"modules such as {group.paths[0]!r}: finite factors overflow in products; "
+                    "scale the adapters down"
+                )
             kinds = [outlines[i[0]][x].kind for x, i in zip(group.paths, group.tasks, strict=True)]
             stacks.append(_stack(group, places, kinds, projection, kept, (a.dtype, b.dtype)))
     return Projected(
@@ -248,13 +272,15 @@ def _stack(
 @partial(jax.jit, static_argnames=("settings", "elementwise"))
 def _project_stack(
     factors: tuple[Array, Array], weights: jax.Array | None, settings: Settings, elementwise: bool
-) -> tuple[Projection, jax.Array]:
-    """The modules in the space, and whether their merges can have the A of the adapters."""
+) -> tuple[Projection, jax.Array, jax.Array]:
+    """The modules in the space, whether merges can have the adapters' A, and whether finite."""
 
-    def one(row: tuple) -> tuple[Projection, jax.Array]:
+    def one(row: tuple) -> tuple[Projection, jax.Array, jax.Array]:
         (a, b), weights = row
         found = project_module(a, b, weights, settings, elementwise=elementwise)
-        return found, jnp.asarray(found.keeps_a)
+        peaks = [jnp.max(jnp.abs(x)) for x in (a, b, *jax.tree.leaves(found.factors))]
+        finite = jnp.all(jnp.stack([jnp.isfinite(peak) for peak in peaks]))
+        return found, jnp.asarray(found.keeps_a), finite
 
     return over_modules(one, (factors, weights))
 
@@ -283,10 +309,12 @@ def _merge_stack(
 @partial(jax.jit, static_argnames="dtypes")
 def _finish_stack(
     a: jax.Array, b: jax.Array, factors: jax.Array, dtypes: tuple[np.dtype, np.dtype]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The factors as they are given out, and the largest magnitude in each B."""
     scaled = b.astype(factors.dtype) * factors[:, None, None]
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
-    return a.astype(of_a), scaled.astype(of_b)
+    scaled = scaled.astype(of_b)
+    return a.astype(of_a), scaled, jnp.max(jnp.abs(scaled), axis=(1, 2)).astype(jnp.float32)
 
 
 @jax.jit

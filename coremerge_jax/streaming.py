@@ -86,6 +86,11 @@ class MergeStream:
         return tuple(folder for adapter in self._job.adapters for folder in adapter.folders)
 
     @property
+    def shared(self) -> bool:
+        """Whether this is the share of one process, and others have the rest."""
+        return self._shared
+
+    @property
     def spread(self) -> bool:
         """Whether the merged factors are on devices of several processes."""
         return self._job.grid is not None and len(self._job.grid.processes) > 1
@@ -309,7 +314,7 @@ class Job:
 
     def _check(self, batch: Group, facts: Facts | None, dtype: np.dtype) -> None:
         """Refuses what is not finite: one of the factors, or what is merged of them."""
-        if facts is None or (np.isfinite(facts.peak).all() and facts.finite.all()):
+        if facts is None or (np.isfinite(facts.peak) & facts.finite).all():
             return
         refuse_values(self.adapters, batch.paths, label)
         path = batch.padded(batch.paths)[int(np.argmin(np.isfinite(facts.peak) & facts.finite))]

@@ -116,6 +116,30 @@ def test_explicitly_sharded_factors_need_a_mesh(adapters):
     assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-6)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_products_of_factors_whose_types_say_where_they_are(traced):
+    sharded = put(random_adapters({"q": (16, 24)}, RANKS), mesh(2, 4, mode=AxisType.Explicit))
+    lora, like = sharded[0]["q"], random_adapters({"q": (16, 24)}, RANKS)[0]["q"]
+    product = (jax.jit(cm.LoRA.dense) if traced else cm.LoRA.dense)(lora)
+    assert product.sharding.spec == P("features", None)
+    assert distance(np.asarray(product), like.dense()) < 1e-6
+
+
+def test_all_else_takes_factors_whose_types_say_where_they_are():
+    adapters = random_adapters({"q": (16, 24)}, RANKS)
+    sharded = put(adapters, mesh(2, 4, mode=AxisType.Explicit))
+    assert_same(cm.project(sharded).merge(cm.mean()), cm.merge(adapters, cm.mean()), 1e-6)
+    cut, _ = cm.truncate(sharded[0], rank=1)
+    assert_same(cut, cm.truncate(adapters[0], rank=1)[0], 1e-5)
+    for x, like in ((cut["q"].a, sharded[0]["q"].a), (cut["q"].b, sharded[0]["q"].b)):
+        assert x.sharding == like.sharding
+    found, expected = cm.diagnose(sharded, sharded[0]), cm.diagnose(adapters, adapters[0])
+    np.testing.assert_allclose(found.by_adapter("norms"), expected.by_adapter("norms"), rtol=1e-5)
+    for traced in (lambda x: cm.project(x), lambda x: cm.truncate(x[0], rank=1)):
+        with pytest.raises(cm.UnsupportedError, match="explicit axes"):
+            jax.jit(traced)(sharded)
+
+
 # --- The pure functions, in a user's own shard_map ---------------------------------------------
 
 

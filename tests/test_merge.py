@@ -144,7 +144,7 @@ EXTRAS = [ADAPTERS[0], ADAPTERS[1].replace(extras={"head.weight": np.ones(3)})]
         (ValueError, "extras='all'", ADAPTERS, cm.mean(), {"extras": "all"}),
         (ValueError, "precision='half'", ADAPTERS, cm.mean(), {"precision": "half"}),
         (ValueError, r"pass key=jax.random.key", ADAPTERS, cm.dare(), {}),
-        (TypeError, "expected a merge rule", ADAPTERS, "ties", {}),
+        (cm.RecipeError, "expected a merge rule", ADAPTERS, "ties", {}),
     ],
 )  # fmt: skip
 def test_refuses_by_name(error, message, adapters, rule, options):

@@ -104,6 +104,8 @@ def _show(adapters: list[dict[str, Any]]) -> None:
     ]
     print_table(columns, rows, right=("ranks", "alpha", "‖ΔW‖"))
     for adapter in adapters:
+        if not adapter["norm"]:
+            say(f"{adapter['name']} has no effect: all its updates are zero")
         if adapter["extras"]:
             say(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
     if len(bases) == 1:

@@ -20,6 +20,7 @@ from coremerge_jax.cli.console import (
     say,
 )
 from coremerge_jax.cli.devices import devices_option, join_job, make_mesh
+from coremerge_jax.cli.effects import idle_adapters, refuse_nothing
 from coremerge_jax.cli.options import run_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import (
@@ -214,6 +215,8 @@ def _write(
             force=force,
             card=provenance(recipe, describe_sources(recipe, adapters)),
         )
+    for note in idle_adapters(stream):
+        say(f"note: {note}", err=True)
     stage.seconds["compile"] = round(compiled["compile"], 3)
     return kept or {}
 
@@ -260,6 +263,7 @@ class _Watched:
         for part in self.stream:
             yield part
             self.advance()
+        refuse_nothing(self.stream)
 
 
 def _signatures(

@@ -169,12 +169,13 @@ class _Run:
 
     def find_best(self, search: "Search", judge: Callable[["Adapter"], Any]) -> "Sweep":
         """Judges the candidates, and writes the best."""
+        from coremerge_jax.search.sweeping import measured
 
-        def judged(_: "Record", merged: "Adapter") -> Any:
+        def judged(merged: "Adapter") -> Any:
             with _failing_as(judge.__name__):
                 return judge(merged)
 
-        records = search.run(judged, self.output / LOG)
+        records = search.run(measured(judged), self.output / LOG)
         result = search.collect(records, progress=True)
         self._write(result.best, self._recipe(result.best).stream(self.adapters), BEST)
         return result

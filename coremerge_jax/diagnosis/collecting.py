@@ -6,17 +6,19 @@ from functools import partial
 import jax
 import numpy as np
 
+from coremerge_jax.arguments import as_adapter, as_adapters, refuse_values
 from coremerge_jax.cost import Machine, batch_size, cost, expected_seconds
 from coremerge_jax.diagnosis.measures import measure
 from coremerge_jax.diagnosis.results import Diagnosis, Module, RuleCost
 from coremerge_jax.errors import MismatchError
+from coremerge_jax.grid import implicit
 from coremerge_jax.lora import Adapter
 from coremerge_jax.merging import common_metadata, present_adapters
 from coremerge_jax.precision import computing
 from coremerge_jax.processors import processors
 from coremerge_jax.rules import RULES, chain, mean
 from coremerge_jax.spaces import core
-from coremerge_jax.stack import Group, group_modules
+from coremerge_jax.stack import Group, group_modules, label
 
 _measure = jax.jit(measure, static_argnames=("ranks", "dtype"))
 
@@ -39,8 +41,11 @@ def diagnose(
         allow_mismatch: as in `merge`.
 
     Raises:
+        FormatError: a factor has NaN or infinite values.
         MismatchError: the adapters, or these and the merged one, do not belong together.
     """
+    adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
+    merged = None if merged is None else implicit(as_adapter(merged, "merged"))
     everything = [*adapters, *([] if merged is None else [merged])]
     present_adapters(everything if adapters else [], None, allow_mismatch)
     group_modules(everything)  # refuses modules of different shapes
@@ -92,7 +97,11 @@ def _modules(group: Group, adapters: Sequence[Adapter], merged: Adapter | None) 
         with computing(None) as dtype:
             run = partial(_measure, ranks=batch.ranks, dtype=dtype)
             for path, tasks, x, y in zip(batch.paths, batch.tasks, a, b, strict=False):
-                found = jax.tree.map(np.asarray, run(x, y, results.get(path)))
+                found = jax.device_get(run(x, y, results.get(path)))
+                energy = 0.0 if found.contribution is None else found.contribution.norm
+                if not np.isfinite([*found.norms, energy]).all():
+                    everything = [*adapters, *([] if merged is None else [merged])]
+                    refuse_values(everything, [path], label)
                 yield Module(path, batch.shape, tuple(tasks.tolist()), batch.ranks, found)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coremerge_jax.errors import MismatchError
+from coremerge_jax.arguments import check_function, check_number, check_whole, short
+from coremerge_jax.errors import FormatError, MismatchError, RecipeError
 from coremerge_jax.lora import Adapter
 from coremerge_jax.projected import Projected, project
 from coremerge_jax.rules import Chain, as_rule, chain
@@ -93,10 +94,18 @@ def fit(
     Raises:
         MismatchError: a pattern matches no module, or there is not one initial coefficient per
             adapter.
-        ValueError: there are no batches, or the loss is not finite.
+        FormatError: the loss is not finite.
+        RecipeError: there are no batches, or an argument is of another kind.
     """
+    check_function("loss", loss)
+    check_whole("every", every, 1)
+    check_whole("patience", patience, 1)
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise RecipeError(f"batches: expected a list of batches, got {short(batches)}")
     projected = adapters if isinstance(adapters, Projected) else project(adapters)
     groups = _groups(projected.order, per)
+    for coefficient in [initial] if np.ndim(initial) == 0 else initial:  # type: ignore[union-attr]
+        check_number("initial", coefficient)
     first = np.asarray(initial)
     if first.shape not in ((), (projected.adapters,)):
         raise MismatchError(
@@ -147,12 +156,17 @@ class _Descent:
         self._projected = projected if wide else projected.astype("float32")
         self._optimizer = optimizer or optax.adam(0.01)
         self._state: Any = None
+        self._steps = 0
         names = list(dict.fromkeys(groups.values()))
         rows = {path: names.index(group) for path, group in groups.items()}
 
         def of_table(table: jax.Array, projected: Projected, batch: Any) -> jax.Array:
             weights = {path: table[row] for path, row in rows.items()}
-            return loss(projected.merge(rule, weights=weights, key=key), batch)
+            found = loss(projected.merge(rule, weights=weights, key=key), batch)
+            if not isinstance(found, jax.Array) or found.shape != ():
+                shape = f"shape {found.shape}" if isinstance(found, jax.Array) else short(found)
+                raise RecipeError(f"the loss gave {shape}; expected a scalar array of JAX")
+            return found
 
         def update(table: jax.Array, state: Any, projected: Projected, batch: Any) -> tuple:
             value, gradient = jax.value_and_grad(of_table)(table, projected, batch)
@@ -164,21 +178,31 @@ class _Descent:
 
     def start(self, table: np.ndarray) -> jax.Array:
         """The table as JAX knows it."""
-        first = jnp.asarray(table, self._projected.dtype)
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
+            first = jnp.asarray(table, self._projected.dtype)
             self._state = self._optimizer.init(first)
         return first
 
     def step(self, table: jax.Array, batch: Any) -> tuple[jax.Array, float]:
         """The next table, and the loss before."""
-        table, self._state, value = self._update(table, self._state, self._projected, batch)
+        with jax.transfer_guard("allow"):
+            table, self._state, value = self._update(table, self._state, self._projected, batch)
+            self._steps += 1
+            return table, self._finite(float(value))
+
+    def _finite(self, value: float) -> float:
         if not math.isfinite(value):
-            raise ValueError(f"the loss is {value}; try a lower learning rate")
-        return table, float(value)
+            told = "at the initial coefficients; check the loss and its batches"
+            if self._steps > 1:
+                told = f"after {self._steps - 1} steps; try a lower learning rate"
+            raise FormatError(f"the loss is {value} {told}")
+        return value
 
     def mean_loss(self, table: jax.Array, batches: Sequence[Any]) -> float:
         """That of batches."""
-        return float(np.mean([self._loss(table, self._projected, batch) for batch in batches]))
+        with jax.transfer_guard("allow"):
+            found = [float(self._loss(table, self._projected, batch)) for batch in batches]
+        return self._finite(float(np.mean(found)))
 
 
 class _Kept(NamedTuple):
@@ -217,7 +241,7 @@ def _descend(
             if worse == patience:
                 break
     if step == 0:
-        raise ValueError("no batches to learn from; expected at least one")
+        raise RecipeError("no batches to learn from; expected at least one")
     return _Kept(*kept, history)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError
 
 _NORMS = 1e-3  # relative; far more than rounding errors of other machines, far less than training
 
@@ -84,7 +84,11 @@ class Log:
                 header, *records = rows or [self._header]
                 self._check(header)
                 self._known = {identity(x["rule"], x["parameters"]): x for x in records}
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                for number, record in enumerate(records, 2):
+                    _check_record(path, number, record)
+            except CoreMergeError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise FormatError(f"{path}: not the log of a sweep; choose another file") from error
             if complete != text:
                 os.truncate(path, len(complete))
@@ -104,6 +108,17 @@ class Log:
             raise MismatchError(
                 f"{self._path}: the log of a sweep of other adapters (their norms were "
                 f"{norms.tolist()}, now {expected.tolist()}); choose another file"
+            )
+
+
+def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:
+    """Refuses metrics that are no numbers. NaN is one: a candidate may have failed."""
+    values = {**record["metrics"], "seconds": record["seconds"]}
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise FormatError(
+                f"{path}: line {number} has {value!r:.60} as {name!r}; expected a number; delete "
+                "this line, or choose another file"
             )
 
 

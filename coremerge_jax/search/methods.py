@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from coremerge_jax.arguments import check_whole, short
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.search.parameters import SCALE
 
 Proposals = Generator[dict[str, Any], float, None]
@@ -53,8 +55,7 @@ class Line:
     patience: int = 2
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience!r}: expected a whole number of at least 1")
+        check_whole("patience", self.patience, 1)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
         """See `Method`."""
@@ -87,8 +88,8 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ValueError(f"trials={self.trials!r}: expected a whole number of at least 1")
+        check_whole("trials", self.trials, 1)
+        check_whole("seed", self.seed, 0)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
         """See `Method`."""
@@ -108,15 +109,17 @@ def listed(name: str, choices: Any) -> list[Any]:
     """The values as Python numbers and words.
 
     Raises:
-        ValueError: there is none, or they are a distribution.
+        RecipeError: there is none, or they are a distribution.
     """
     if hasattr(choices, "rvs"):
-        raise ValueError(f"values of {name!r} are a distribution; only random() can draw from it")
+        raise RecipeError(f"values of {name!r} are a distribution; only random() can draw from it")
     if isinstance(choices, str | int | float):
         choices = [choices]
+    if not isinstance(choices, Iterable):
+        raise RecipeError(f"values of {name!r}: expected a list of them, got {short(choices)}")
     found = [value.item() if hasattr(value, "item") else value for value in choices]
     if not found:
-        raise ValueError(f"values of {name!r}: expected at least one")
+        raise RecipeError(f"values of {name!r}: expected at least one")
     return found
 
 

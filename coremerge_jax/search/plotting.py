@@ -1,5 +1,6 @@
 """Figures of sweeps and fits. Needs matplotlib."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,10 @@ def _draw_rule(
     panel: Any, points: list[tuple[Any, Any]], sweep: "Sweep", numbers: bool, **style: str
 ) -> None:
     """All points, and a line through the best at each place."""
-    shown = [(x, record.metrics[sweep.objective]) for x, record in points]
+    every = [(x, record.metrics[sweep.objective]) for x, record in points]
+    shown = [point for point in every if math.isfinite(point[1])]
+    if not shown:
+        return
     panel.plot(*zip(*shown, strict=True), ".", color=style["color"], alpha=0.25)
     best: dict[Any, float] = {}
     for x, y in shown:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coremerge_jax.checkpoint.atomic import atomic_file
+from coremerge_jax.errors import FormatError
 from coremerge_jax.foreign_text import printable
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain
@@ -64,8 +65,18 @@ class Sweep:
 
     @property
     def best(self) -> Record:
-        """The first of those with the best score."""
-        return max(self.records, key=self._score)
+        """The first of those with the best score.
+
+        Raises:
+            FormatError: no candidate has a finite score.
+        """
+        best = max(self.records, key=self._score)
+        if self.objective and not math.isfinite(self._score(best)):
+            raise FormatError(
+                f"none of {len(self)} candidates has a finite {self.objective!r} (the first has "
+                f"{self.records[0].metrics[self.objective]}); check the function that evaluates"
+            )
+        return best
 
     def top(self, count: int | None = None) -> list[Record]:
         """The best records, best first."""
@@ -78,8 +89,12 @@ class Sweep:
         """How many candidates there are, and the best score, in a few words."""
         if not self.objective:
             return f"{len(self)} candidates"
+        lost = sum(not math.isfinite(self._score(record)) for record in self)
+        more = f", {lost} not finite" if lost else ""
+        if lost == len(self):
+            return f"{len(self)} candidates{more}"
         best = self.best.metrics[self.objective]
-        return f"{len(self)} candidates, best {self.objective} {best:.4g}"
+        return f"{len(self)} candidates, best {self.objective} {best:.4g}{more}"
 
     @property
     def columns(self) -> list[str]:
@@ -147,7 +162,7 @@ class Sweep:
 
 
 def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -> float:
-    """What is compared: more is better, and NaN is worst.
+    """What is compared: more is better, and what is not finite is worst.
 
     Raises:
         RecipeError: there is no such metric.
@@ -158,7 +173,7 @@ def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -
     if objective not in metrics:
         raise unknown("metric", objective, metrics)
     value = metrics[objective] if maximize else -metrics[objective]
-    return -math.inf if math.isnan(value) else value
+    return value if math.isfinite(value) else -math.inf
 
 
 def _show(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from coremerge_jax.arguments import check_function, check_scale, short
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
 from coremerge_jax.projected import Projected, Updates, project
@@ -19,6 +20,7 @@ from coremerge_jax.search.progress import progress_line
 from coremerge_jax.search.results import Record, Sweep, score
 
 Metrics = float | Mapping[str, float]
+Judge = Callable[[Record, Adapter], Metrics]
 
 
 def sweep(
@@ -57,14 +59,38 @@ def sweep(
         All records, and which is best.
 
     Raises:
-        RecipeError: no rule has a parameter of a name, a value is out of range, or there is no such
-            metric.
+        FormatError: no candidate has a finite score, or the log is none.
+        RecipeError: no rule has a parameter of a name, a value is out of range, there is no such
+            metric, or what ``evaluate`` returns is no number; or a rule draws random numbers and
+            has no key.
         MismatchError: the log is that of other rules or adapters.
-        ValueError: a rule draws random numbers and has no key.
     """
     search = Search(adapters, rules, values, method, objective, maximize, key)
-    records = search.run(lambda _, merged: evaluate(merged), log)
+    check_function("evaluate", evaluate)
+    records = search.run(measured(evaluate), log)
     return search.collect(records, progress=progress)
+
+
+def measured(evaluate: Callable[[Adapter], Any]) -> Judge:
+    """A user's function as a judge of records, whose results are checked."""
+
+    def judge(record: Record, merged: Adapter) -> Metrics:
+        found = evaluate(merged)
+        named = found if isinstance(found, Mapping) else {"a score": found}
+        where = f"evaluate, with {dict(record.parameters)}"
+        if not named:
+            raise RecipeError(f"{where}: gave no metrics; expected a number, or numbers by name")
+        for name, value in named.items():
+            if hasattr(value, "item") and getattr(value, "size", 0) == 1:
+                value = value.item()
+            if not isinstance(value, int | float) or not isinstance(name, str):
+                raise RecipeError(
+                    f"{where}: gave {short(value)} as {name!r:.40}; expected a number, or numbers "
+                    "by name"
+                )
+        return found
+
+    return judge
 
 
 class Search:
@@ -80,11 +106,18 @@ class Search:
         maximize: bool = True,
         key: jax.Array | None = None,
     ) -> None:
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise RecipeError(f"values: expected lists by name of a parameter, got {short(values)}")
+        if method is not None and not callable(getattr(method, "propose", None)):
+            raise RecipeError(f"method: expected grid(), line() or random(), got {short(method)}")
         named = rules if isinstance(rules, Mapping) else {None: rules}
+        if not named:
+            raise RecipeError("rules: got none; expected a rule, or several by name")
         chains = {name: chain(as_rule(rule)) for name, rule in named.items()}
         self.rules = {name or label(rule): rule for name, rule in chains.items()}
         self.values, self.method = values, method or Grid()
         self.objective, self.maximize, self.key = objective, maximize, key
+        self._metrics: tuple[str, ...] = ()
         known = {name for rule in self.rules.values() for name in parameters(rule)} | {SCALE}
         for name, choices in values.items():
             if name not in known:
@@ -95,8 +128,8 @@ class Search:
     def _check(self, name: str, choices: Any) -> None:
         """Refuses what is out of range before anything is evaluated."""
         for value in [] if hasattr(choices, "rvs") else listed(name, choices):
-            if name == SCALE and not isinstance(value, int | float | Mapping):
-                raise RecipeError(f"scale={value!r}: expected a number")
+            if name == SCALE:
+                check_scale(value)
             for rule in self.rules.values():
                 if name in parameters(rule):
                     configure(rule, {name: value})
@@ -122,7 +155,10 @@ class Search:
                 found.append(record)
                 if progress:
                     say(self._result(found).summary())
-        return self._result(found)
+        result = self._result(found)
+        if result.objective:
+            _ = result.best  # refuses scores that cannot be compared
+        return result
 
     def _result(self, records: list[Record]) -> Sweep:
         objective = self.objective or next(iter(records[0].metrics), "")
@@ -160,16 +196,26 @@ class Search:
     ) -> Record:
         rule = configure(self.rules[name], candidate)
         if found := known.find(name, candidate):
+            self._check_names(candidate, found["metrics"])
             return Record(name, rule, candidate, found["metrics"], found["seconds"])
         started = time.perf_counter()
         metrics = judge(Record(name, rule, candidate, {}, 0.0), merges(rule, candidate))
         if not isinstance(metrics, Mapping):
             metrics = {self.objective or "score": metrics}
         metrics = {metric: float(value) for metric, value in metrics.items()}
+        self._check_names(candidate, metrics)
         score(metrics, self.objective, self.maximize)  # refuses before it is noted
         seconds = time.perf_counter() - started
         known.add(name, candidate, metrics, seconds)
         return Record(name, rule, candidate, metrics, seconds)
+
+    def _check_names(self, candidate: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        first = self._metrics = self._metrics or tuple(metrics)
+        if set(first) != set(metrics):
+            raise RecipeError(
+                f"evaluate, with {dict(candidate)}: gave metrics {list(metrics)}, and "
+                f"{list(first)} before; expected the same for every candidate"
+            )
 
 
 class _Merges:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from coremerge_jax.arguments import short
 from coremerge_jax.checkpoint.base_model import find_folding
 from coremerge_jax.checkpoint.source import open_adapter
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint
@@ -58,6 +59,7 @@ def verify(
         MismatchError: there are fewer sources than the record names, or they do not fit each other.
         RecipeError: there is neither a record nor a recipe.
     """
+    _check_arguments(merged, sources, recipe)
     found = merged if isinstance(merged, Adapter) else open_adapter(merged)
     record = None if isinstance(recipe, Recipe) else read_record(merged)
     findings: list[Finding] = []
@@ -92,6 +94,22 @@ def verify(
         recipe=made.to_dict(),
         dtype=stored,
     )
+
+
+def _check_arguments(merged: Any, sources: Any, recipe: Any) -> None:
+    """Refuses what is of another kind."""
+    kinds = Adapter | str | Path
+    for name, value in (("merged", merged), *((f"sources[{i}]", x) for i, x in _listed(sources))):
+        if not isinstance(value, kinds):
+            raise RecipeError(f"{name}: expected an adapter or its path, got {short(value)}")
+    if recipe is not None and not isinstance(recipe, Recipe | Mapping):
+        raise RecipeError(f"recipe: expected a mapping or a Recipe, got {short(recipe)}")
+
+
+def _listed(sources: Any) -> list[tuple[int, Any]]:
+    if isinstance(sources, str | Path | Mapping) or not isinstance(sources, Sequence | None):
+        raise RecipeError(f"sources: expected a list of adapters, got {short(sources)}")
+    return list(enumerate(sources or ()))
 
 
 def _recipe(merged: Adapter | str | Path, given: Recipe | Mapping[str, Any] | None) -> Recipe:

@@ -247,3 +247,31 @@ def test_memory_is_limited(coremerge, adapters, tmp_path):
     assert (refused.code, "must be like 2GiB" in refused.err) == (2, True)
     assert coremerge("merge", *adapters, "-o", out, "--max-memory", "64GiB").code == 0
     assert_same(load_peft(out), Recipe().run(loaded(adapters)), 1e-6)
+
+
+def test_adapters_without_effect_are_told_of(coremerge, adapters, tmp_path):
+    dead = []
+    for name, alpha in (("no_alpha", 0), ("untrained", 4)):
+        lora = load_peft(adapters[0])
+        if alpha:
+            lora = lora.replace(
+                modules={x: cm.LoRA(a=y.a, b=np.zeros_like(y.b)) for x, y in lora.items()}
+            )
+        cm.save_peft(lora, tmp_path / name)
+        written = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        text = json.dumps({**written, "lora_alpha": alpha, "alpha_pattern": {}})
+        (tmp_path / name / "adapter_config.json").write_text(text)
+        dead.append(tmp_path / name)
+    result = coremerge("merge", *dead, adapters[0], "-o", tmp_path / "out", "--rule", "mean")
+    assert result.code == 0
+    assert result.err.splitlines() == [
+        "note: adapter 'no_alpha' has no effect: its alpha is 0; set the one that it was trained "
+        "with (lora_alpha)",
+        "note: adapter 'untrained' has no effect: all its updates are zero, as of one that was "
+        "never trained",
+    ]
+    result = coremerge("merge", *dead, "-o", tmp_path / "dead", "--rule", "mean")
+    assert result.code == 1
+    assert result.err.startswith("error: all merged updates are zero, so nothing is written: ")
+    assert result.err.count("\n") == 1
+    assert not list(tmp_path.glob("*dead*"))

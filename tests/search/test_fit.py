@@ -149,3 +149,28 @@ def test_plot(adapters, tmp_path):
     loss, validation, _ = figure.axes[0].lines
     assert list(loss.get_xdata()) == [10, 20, 25]
     assert list(validation.get_xdata()) == [0, 10, 20, 25]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"loss": lambda merged, _: jnp.nan * jnp.sum(merged["a.q"].a)}, "nan at the initial"),
+        ({"loss": lambda merged, _: merged["a.q"].a}, "the loss gave shape .* expected a scalar"),
+        ({"loss": lambda *_: None}, "the loss gave None; expected a scalar"),
+        ({"loss": 3}, "loss: expected a function, got 3"),
+        ({"batches": 3}, "batches: expected a list of batches, got 3"),
+        ({"every": 0}, "every=0: expected a whole number"),
+        ({"patience": 1.5}, "patience=1.5: expected a whole number"),
+        ({"initial": float("nan")}, "initial=nan: expected a finite number"),
+        ({"initial": ["1", 2, 3]}, "initial='1': expected a number"),
+        ({"rule": "mean"}, "expected a merge rule"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(adapters, given, match):
+    start = {
+        "loss": lambda merged, _: jnp.sum(merged["a.q"].a),
+        "rule": cm.mean(),
+        "batches": [np.zeros(1, np.float32)],
+    }
+    with pytest.raises(cm.CoreMergeError, match=match):
+        search.fit(adapters=adapters, **start | given)

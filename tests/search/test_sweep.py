@@ -212,6 +212,93 @@ def test_what_is_refused(adapters):
             method(0)
 
 
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("result", "match"),
+    [
+        (None, "gave None as 'a score'; expected a number"),
+        ("0.5", "gave '0.5' as 'a score'"),
+        (1j, "gave 1j as 'a score'"),
+        ([0.5, 0.6], "gave list as 'a score'"),
+        ({}, "gave no metrics"),
+        ({"a": None}, "gave None as 'a'"),
+        ({1: 0.5}, "expected a number, or numbers by name"),
+    ],
+)
+def test_what_is_no_number_is_refused_with_its_candidate(adapters, result, match):
+    with pytest.raises(cm.RecipeError, match=f"evaluate, with .'scale': 0.5.: {match}"):
+        search.sweep(adapters, cm.mean(), lambda _: result, {"scale": [0.5]})
+
+
+def test_metrics_of_other_names_are_refused(adapters):
+    names = iter("ab")
+    with pytest.raises(cm.RecipeError, match=r"'scale': 1.0.*gave metrics \['b'\], and \['a'\]"):
+        search.sweep(adapters, cm.mean(), lambda _: {next(names): 1.0}, {"scale": [0.5, 1.0]})
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_what_is_not_finite_is_never_the_best(adapters, tmp_path, value):
+    values = {"scale": [0.5, 1.0, 2.0]}
+    for maximize in (True, False):
+        scores = iter([value, 3.0, value])
+        result = search.sweep(
+            adapters, cm.mean(), lambda _, x=scores: next(x), values, maximize=maximize
+        )
+        assert result.best.scale == 1.0
+        assert result.summary() == "3 candidates, best score 3, 2 not finite"
+        assert len(result.to_csv().splitlines()) == 4
+    log = tmp_path / "sweep.jsonl"
+    for _ in range(2):  # also if they are read again
+        with pytest.raises(cm.FormatError, match="none of 3 candidates has a finite 'score'"):
+            search.sweep(adapters, cm.mean(), lambda _: value, values, log=log)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"rule": "mean", "parameters": {"scale": 0.5}, "metrics": {"score": "1"}, "seconds": 0}',
+        '{"rule": "mean", "parameters": {"scale": 0.5}, "metrics": {"score": null}, "seconds": 0}',
+        '{"rule": "mean", "parameters": {"scale": 0.5}, "metrics": [1], "seconds": 0}',
+        '{"rule": "mean", "parameters": 3, "metrics": {"score": 1}, "seconds": 0}',
+        '{"rule": "mean", "parameters": {"scale": 0.5}, "metrics": {"score": 1}, "seconds": "x"}',
+        "[1, 2]",
+        "3",
+        "NaN",
+        "[" * 100_000,
+        "\x00",
+    ],
+)
+def test_a_log_with_values_of_other_kinds_is_refused(adapters, tmp_path, line):
+    log = tmp_path / "sweep.jsonl"
+    projected = cm.project(adapters)
+    search.sweep(projected, cm.mean(), size, {"scale": [1.0]}, log=log)
+    header = log.read_text().splitlines()[0]
+    for text in (f"{header}\n{line}\n", f"{line}\n", f'{{"sweep": {line}, "norms": {line}}}\n'):
+        log.write_text(text)
+        with pytest.raises(cm.CoreMergeError, match=r"sweep\.jsonl: "):
+            search.sweep(projected, cm.mean(), size, {"scale": [0.5]}, log=log)
+        assert log.read_text() == text
+
+
+def test_arguments_of_other_kinds_are_named(adapters):
+    for given, match in (
+        ({"rules": "mean"}, "expected a merge rule"),
+        ({"rules": {}}, "rules: got none"),
+        ({"evaluate": 3}, "evaluate: expected a function, got 3"),
+        ({"values": [1]}, "values: expected lists by name"),
+        ({"values": {"scale": 1j}}, "values of 'scale': expected a list"),
+        ({"values": {"scale": [NAN]}}, "scale=nan: expected a finite number"),
+        ({"values": {"scale": ["1"]}}, "scale='1': expected a number"),
+        ({"method": "grid"}, r"method: expected grid\(\), line\(\) or random\(\), got 'grid'"),
+        ({"adapters": "x"}, "expected a list of adapters"),
+    ):
+        start = {"adapters": adapters, "rules": cm.mean(), "evaluate": size}
+        with pytest.raises(cm.CoreMergeError, match=match):
+            search.sweep(**start | {"values": {"scale": [1.0]}} | given)
+
+
 def test_csv_and_table(adapters, tmp_path):
     result = search.sweep(adapters, RULE, size, VALUES)
     assert result.to_csv(tmp_path / "sweep.csv") == (tmp_path / "sweep.csv").read_text()

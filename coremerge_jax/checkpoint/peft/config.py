@@ -162,11 +162,6 @@ class PeftConfig:
         for name in names:
             if self.fields.get(name) is None:
                 raise FormatError(f"{self.file}: no {name}; the update's scaling needs it")
-        if not (self.is_vera or self.fields["lora_alpha"] or self.fields.get("alpha_pattern")):
-            raise UnsupportedError(
-                f"{self.file}: lora_alpha is 0, so the adapter has no effect; some trainers write "
-                "0 by mistake: set the alpha that it was trained with"
-            )
         kinds = {"rank_pattern": _RANK, "alpha_pattern": untrusted.NUMBER}
         for name, (test, expected) in kinds.items():
             for pattern, value in (self.fields.get(name) or {}).items():
