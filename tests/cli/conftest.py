@@ -1,5 +1,6 @@
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ def coremerge(capsys, monkeypatch):
     """Runs the command line in this process, as `coremerge ARGS` would."""
     monkeypatch.delenv("COREMERGE_DEBUG", raising=False)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as it was, afterwards
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*args):
