@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp0
 import pytest
+from flax import nnx
 from helpers import assert_same, random_adapters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -184,6 +185,75 @@ def test_a_sharded_base_in_a_checkpoint(adapter, tmp_path):
     restored = kernel_of(ocp.load(tmp_path / "out", abstract))
     assert restored.sharding == sharding
     np.testing.assert_array_equal(restored, kernel_of(cm.fold_tree(layers(), adapter)))
+
+
+def sharded_model(mode):
+    """A model with factors whose inputs and outputs are on all devices."""
+    model = nnx.LoRA(32, 4, 16, rngs=nnx.Rngs(0))
+    rng, there = np.random.default_rng(0), mesh(mode)
+    for variable, spec in ((model.lora_a, P("x", "y")), (model.lora_b, P("y", "x"))):
+        value = rng.standard_normal(variable.shape).astype(np.float32)
+        variable.set_value(jax.device_put(value, NamedSharding(there, spec)))
+    return nnx.Dict(up=model)
+
+
+@pytest.mark.parametrize(
+    ("source", "rank"), [("devices", 4), ("host", 4), ("host", 5), ("host", 6)]
+)
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_factors_of_a_model_stay_where_they_are(mode, source, rank):
+    model = sharded_model(mode)
+    adapter = cm.from_nnx(model)
+    up = adapter["up"]
+    assert up.a.sharding.device_set == up.b.sharding.device_set == set(jax.devices())
+    assert up.a.addressable_shards[0].data.shape == (2, 8)
+    host = jax.tree.map(np.asarray, adapter)
+    if source == "host":
+        wider = [(0, rank - 4), (0, 0)]
+        a, b = np.pad(host["up"].a, wider), np.pad(host["up"].b, wider[::-1])
+        adapter = cm.Adapter({"up": cm.LoRA(a, b)})
+    cm.update_nnx(model, adapter)
+    a, b = (x.get_value() for x in (model.up.lora_a, model.up.lora_b))
+    axis = "y" if rank % 2 == 0 else None
+    assert a.sharding.spec == P("x", axis)
+    assert b.sharding.spec == P(axis, "x")
+    expected = host["up"].b @ host["up"].a
+    np.testing.assert_allclose((np.asarray(a) @ np.asarray(b)).T, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_a_model_inside_jit():
+    model = sharded_model(AxisType.Auto)
+
+    @nnx.jit
+    def double(model):
+        adapter = cm.from_nnx(model)
+        cm.update_nnx(model, jax.tree.map(lambda x: 2 * x, adapter))
+
+    before = np.asarray(model.up.lora_a.get_value())
+    double(model)
+    after = model.up.lora_a.get_value()
+    np.testing.assert_array_equal(after, 2 * before)
+    assert after.sharding.is_equivalent_to(NamedSharding(mesh(), P("x", "y")), 2)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x", "y")])
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_stacks_that_are_sharded_anywhere_are_taken_apart(mode, spec):
+    rng = np.random.default_rng(0)
+    shapes = {"w_lora_a": (4, 16, 2), "w_lora_b": (4, 2, 8, 8)}
+    host = {
+        "layers": {"q": {key: rng.standard_normal(x).astype("f4") for key, x in shapes.items()}}
+    }
+    there = mesh(mode)
+    tree = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(there, P(*spec[: x.ndim - 1]))), host
+    )
+    found, expected = (cm.from_tree(x, alpha=2, scan_axis=0) for x in (tree, host))
+    assert_same(found, expected, 1e-7)
+    for back in (cm.to_tree(x, tree, alpha=2, scan_axis=0) for x in (found, expected)):
+        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert x.sharding == y.sharding
+            np.testing.assert_array_equal(x, y)
 
 
 def test_checkpoints_of_one_device_and_for_one(adapter):

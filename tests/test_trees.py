@@ -1,7 +1,10 @@
 """Trees of parameters to adapters and back."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same, dense
 
 import coremerge_jax as cm
 
@@ -35,3 +38,150 @@ def test_factors_have_the_rank_that_the_scale_is_of():
     ):
         for path, lora in expected.items():
             np.testing.assert_allclose(again[path].dense(), lora.dense(), rtol=1e-5, atol=1e-6)
+
+
+INPUTS, BLOCKS, RANK, OUTPUTS = 16, 3, 4, 32
+
+
+def numbered_in_a_scan(axis, outer="layers", seed=0):
+    """Two layers in each of three blocks, as MaxText has Gemma 3; and the updates by module."""
+    rng = np.random.default_rng(seed)
+    tree, updates = {}, {}
+    for layer in range(2):
+        a = rng.standard_normal((BLOCKS, INPUTS, RANK)).astype(np.float32)
+        b = rng.standard_normal((BLOCKS, RANK, OUTPUTS)).astype(np.float32)
+        tree[f"layers_{layer}"] = {
+            "query": {
+                "kernel_lora_a": np.moveaxis(a, 0, axis),
+                "kernel_lora_b": np.moveaxis(b, 0, axis),
+            }
+        }
+        for block in range(BLOCKS):
+            update = (a[block] @ b[block]).T
+            updates[f"decoder.{outer}.{block}.layers.{layer}.query"] = update
+    return {"decoder": {outer: tree}}, updates
+
+
+@pytest.mark.parametrize("outer", ["layers", "scanned_blocks", "moe_layers"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_numbered_layers_in_a_scan_are_a_module_each(axis, outer):
+    tree, updates = numbered_in_a_scan(axis, outer)
+    adapter = cm.from_tree(tree, alpha=RANK)
+    assert_same(adapter, updates, 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, cm.to_tree(adapter, tree, alpha=RANK), tree)
+    shape = (BLOCKS, INPUTS, OUTPUTS) if axis == 0 else (INPUTS, BLOCKS, OUTPUTS)
+    kernels = {name: {"query": {"kernel": np.zeros(shape, np.float32)}} for name in layers_of(tree)}
+    folded = cm.fold_tree({"decoder": {outer: kernels}}, adapter)["decoder"][outer]
+    for path, update in updates.items():
+        block, layer = int(path.split(".")[2]), path.split(".")[4]
+        kernel = np.moveaxis(folded[f"layers_{layer}"]["query"]["kernel"], axis, 0)
+        np.testing.assert_allclose(kernel[block], update.T, rtol=1e-5, atol=1e-5)
+
+
+def layers_of(tree):
+    (outer,) = tree["decoder"].values()
+    return list(outer)
+
+
+def test_numbered_layers_in_no_scan_that_is_known_are_asked_for():
+    tree = {"decoder": {"stack": numbered_in_a_scan(1)[0]["decoder"]["layers"]}}
+    with pytest.raises(cm.FormatError, match=r"layers_0/query: .* several ways .*--scan-axis"):
+        cm.from_tree(tree, alpha=RANK)
+    assert {x.shape for x in cm.from_tree(tree, alpha=RANK, scan_axis=1).values()} == {(32, 16)}
+    assert {x.shape for x in cm.from_tree(tree, alpha=RANK, scan_axis=None).values()} == {(96, 48)}
+
+
+@pytest.mark.parametrize("option", ["axes", "ignore"])
+def test_patterns_that_match_nothing_are_refused(option):
+    pattern = {"axes": {"layer/*": "ir,ro"}, "ignore": ["layer/*"]}[option]
+    with pytest.raises(
+        cm.FormatError, match=rf"{option} \(--{option}\): pattern 'layer/\*' .*near"
+    ):
+        cm.from_tree(qwix_tree(2), alpha=8, **{option: pattern})
+
+
+def test_patterns_for_folding_that_match_nothing_are_refused():
+    adapter = cm.from_tree(qwix_tree(2), alpha=8)
+    params = {"layers": {str(i): {"w": np.zeros((8, 6), np.float32)} for i in range(2)}}
+    with pytest.raises(
+        cm.FormatError, match=r"axes .*'layer/0' matches no module; nearest is 'lay"
+    ):
+        cm.fold_tree(params, adapter, axes={"layer/0": "io"})
+    with pytest.raises(cm.FormatError, match="scan_axis is 2"):
+        cm.fold_tree(params, adapter, scan_axis=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("alpha", value) for value in (float("nan"), -8.0, "8", 0, True, 10**400)),
+        *(("rank", value) for value in (0, -2, 2.0, True)),
+    ],
+)
+def test_an_alpha_or_rank_that_is_none_is_refused(option, value):
+    with pytest.raises(cm.FormatError, match=f"{option} is .*; expected a positive"):
+        cm.from_tree(qwix_tree(2), **{"alpha": 8, option: value})
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "uint8", "bool", "float8_e4m3fn", "int32"])
+def test_factors_that_are_no_floats_are_refused(dtype):
+    tree = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), qwix_tree(2))
+    with pytest.raises(cm.FormatError, match=f"is of dtype {dtype}; expected floating point"):
+        cm.from_tree(tree, alpha=8)
+
+
+def test_factors_of_openpi_are_refused():
+    """Its einsums sum over heads between the factors: no choice of axes reads them."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4, 6, 3)), rng.standard_normal((2, 4, 3, 12))
+    tree = {"layers": {"attn": {"attn_vec_einsum": {"lora_a": a, "lora_b": b}}}}
+    for options in ({}, {"layout": "nnx", "axes": {"*": "leir,lero"}}):
+        with pytest.raises(cm.UnsupportedError, match="as openpi stores them"):
+            cm.from_tree(tree, **options)
+
+
+def test_stacks_of_adapters_of_skyrl_are_refused():
+    q = {"lora_A": np.ones((2, 3, 8, 4)), "lora_B": np.ones((2, 3, 4, 10))}
+    with pytest.raises(cm.FormatError, match="SkyRL-tx has factors of several adapters"):
+        cm.from_tree({"model": {"layers": {"q_proj": q}}})
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_merge_is_folded_with_the_axes_that_were_read(on_device):
+    """gemma's query: 2 heads of 4 are as wide as the 8 inputs."""
+    rng = np.random.default_rng(0)
+    trees = [
+        {
+            "q_einsum": {
+                "lora": {"a": rng.standard_normal((8, 2)), "b": rng.standard_normal((2, 2, 4))}
+            }
+        }
+        for _ in range(2)
+    ]
+    merged = cm.merge([cm.from_tree(tree) for tree in trees], cm.mean())
+    kernel = np.zeros((2, 8, 4), np.float32)
+    params = {"q_einsum": {"w": jnp.asarray(kernel) if on_device else kernel}}
+    folded = cm.fold_tree(params, merged)["q_einsum"]["w"]
+    update = dense(merged["q_einsum"]).reshape(2, 4, 8).swapaxes(1, 2)
+    np.testing.assert_allclose(folded, update, rtol=1e-5, atol=1e-5)
+    forgotten = merged.replace(metadata=cm.Metadata())
+    with pytest.raises(cm.FormatError, match="say which with axes"):
+        cm.fold_tree(params, forgotten)
+    # As many heads as inputs: what was read does not tell it either.
+    a, b = rng.standard_normal((8, 2)), rng.standard_normal((2, 8, 4))
+    same = cm.from_tree({"q_einsum": {"lora": {"a": a, "b": b}}})
+    with pytest.raises(cm.FormatError, match="say which with axes"):
+        cm.fold_tree({"q_einsum": {"w": np.zeros((8, 8, 4), np.float32)}}, same)
+
+
+def test_axes_that_two_adapters_tell_differently_are_forgotten():
+    rng = np.random.default_rng(0)
+    one, two = (
+        cm.from_tree(
+            {"q": {"lora": {"a": rng.standard_normal((8, 2)), "b": rng.standard_normal(b)}}}
+        )
+        for b in ((2, 2, 4), (2, 4, 2))
+    )
+    assert one.metadata.lengths == (("q", (8,), (2, 4)),)
+    assert cm.merge([one, one], cm.mean()).metadata.lengths == one.metadata.lengths
+    assert cm.merge([one, two], cm.mean()).metadata.lengths == ()

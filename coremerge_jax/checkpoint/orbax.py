@@ -5,7 +5,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +201,18 @@ def save_orbax(
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
         try:
-            like = _only_factors(named, like, TreeFormat(**options))
+            _, factors, others = TreeFormat(**options).sort(flatten(like))
             options.pop("ignore", None)
-            tree = _arrays(to_tree(adapter, like, **options))
+            tree = _arrays(to_tree(adapter, _only(factors, like), **options))
         except (FormatError, UnsupportedError, MismatchError) as error:
             raise type(error)(f"{named}: {error}") from error
+        if others:
+            warnings.warn(
+                f"{named}: {len(others)} keys are no LoRA factors, and are left out of the copy "
+                f"(first: {others[0]!r})",
+                CoreMergeWarning,
+                stacklevel=2,
+            )
     origin = {"version": __version__, "base_model": adapter.metadata.base_model}
     custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, "coremerge": origin, **scan}
     item = item or "state"
@@ -222,18 +229,10 @@ def _scan(axis: Any) -> dict[str, Any]:
     return dict(zip(SCAN, (True, axis), strict=False)) if axis in (0, 1) else {}
 
 
-def _only_factors(named: str, like: Any, form: TreeFormat) -> Any:
-    """A tree with None in place of what is no LoRA factor, with a warning if it is not ignored."""
-    _, factors, others = form.sort(flatten(like))
-    if others:
-        warnings.warn(
-            f"{named}: {len(others)} keys are no LoRA factors, and are left out of the copy "
-            f"(first: {others[0]!r})",
-            CoreMergeWarning,
-            stacklevel=3,
-        )
+def _only(keys: Collection[str], tree: Any) -> Any:
+    """A tree with None in place of what has other keys."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if key_of(path) in factors else None, like
+        lambda path, leaf: leaf if key_of(path) in keys else None, tree
     )
 
 

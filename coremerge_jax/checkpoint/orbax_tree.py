@@ -368,7 +368,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
     Gives:
         Each path, and its mode as `stat` has it, None where a link leads nowhere.
     """
-    waiting, seen = [folder], set()
+    waiting, seen = [folder], {_identity(folder.stat())}
     while waiting:
         for path in sorted(waiting.pop().iterdir()):
             try:
@@ -378,9 +378,13 @@ def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 yield path, status.st_mode
-            elif (status.st_dev, status.st_ino) not in seen:
-                seen.add((status.st_dev, status.st_ino))
+            elif _identity(status) not in seen:
+                seen.add(_identity(status))
                 waiting.append(path)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _refuse_special_files(folder: Path) -> None:

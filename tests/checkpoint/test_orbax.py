@@ -1,6 +1,9 @@
 """Orbax checkpoints: those of others are read, ours are restored by orbax itself."""
 
 import json
+import os
+import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from helpers import assert_same, dense, random_adapters
 from orbax.checkpoint import v1 as ocp
 
 import coremerge_jax as cm
+from coremerge_jax.checkpoint.orbax_tree import is_orbax
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(3) for name in ("q", "v")} | {"head": (4, 8)}
 LORA = {"lora_rank": 2, "lora_alpha": 8}
@@ -207,6 +211,9 @@ def test_broken_checkpoints(adapter, tmp_path):
     (item / "_METADATA").write_text("{")
     with pytest.raises(cm.FormatError, match="not a readable orbax checkpoint"):
         cm.open_orbax(tmp_path / "c")
+    (item / "_METADATA").unlink()
+    with pytest.raises(cm.FormatError, match=r"c: not finished, or cut off: no tree of arrays"):
+        cm.open_adapter(tmp_path / "c")
 
 
 def test_values_that_are_not_finite(adapter, tmp_path):
@@ -238,3 +245,174 @@ def test_keys_of_the_base_model_are_named(adapter, tmp_path):
     write_v1(tree, tmp_path / "d", lora=LORA)
     with pytest.raises(cm.FormatError, match="'head/w_lora_a' has no partner"):
         cm.open_orbax(tmp_path / "d", ignore=["*/w"])
+
+
+@pytest.fixture
+def steps(adapter, tmp_path):
+    """Two steps with the parameters as one of several items; the first one's are zeros."""
+    write_manager(qwix_tree(adapter), tmp_path / "steps", lora=LORA)
+    return tmp_path / "steps"
+
+
+def test_the_folder_of_an_item(adapter, steps):
+    for source in (steps / "2" / "model_params", steps / "2", steps):
+        assert_same(cm.open_adapter(source), adapter, 1e-7)
+    assert set(cm.open_orbax(steps / "2" / "model_params", step=2)) == set(adapter)
+    with pytest.raises(cm.FormatError, match="no item 'other'; there are 'model_params'"):
+        cm.open_orbax(steps / "2" / "model_params", item="other")
+    with pytest.raises(cm.FormatError, match=r"without steps; leave step \(1\) out"):
+        cm.open_orbax(steps / "2", step=1)
+
+
+def cut_off(folder):
+    folder.mkdir()
+
+
+def without_metadata(folder):
+    shutil.copytree(folder.parent / "2", folder)
+    (folder / "model_params" / "_METADATA").unlink()
+
+
+def one_item_of_two(folder):
+    shutil.copytree(folder.parent / "2", folder)
+    (folder / "model_params").rename(folder / "model_params.orbax-checkpoint-tmp")
+
+
+@pytest.mark.parametrize("begin", [cut_off, without_metadata, one_item_of_two])
+def test_a_last_step_that_is_not_finished_is_passed_over(adapter, steps, begin):
+    begin(steps / "3")
+    with pytest.warns(UserWarning, match=r"steps/3: not finished.*read the last whole step, 2"):
+        assert_same(cm.open_adapter(steps), adapter, 1e-7)
+    with pytest.raises(cm.FormatError, match=r"3: not finished.*the last whole step is 2"):
+        cm.open_orbax(steps, step=3)
+    assert set(cm.open_orbax(steps, step=2)) == set(adapter)
+
+
+def test_a_first_step_that_is_not_finished_is_refused(tmp_path):
+    (tmp_path / "steps" / "1.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / "steps" / "0" / "state").mkdir(parents=True)
+    (tmp_path / "steps" / "0" / "_CHECKPOINT_METADATA").touch()
+    with pytest.raises(cm.FormatError, match=r"steps: not finished, .* no whole step in it"):
+        cm.open_adapter(tmp_path / "steps")
+
+
+def test_a_step_that_is_empty_names_the_last_whole_one(steps):
+    (steps / "3").mkdir()
+    with pytest.raises(cm.FormatError, match=r"steps/3: not finished.*whole step is \S+steps/2"):
+        cm.open_adapter(steps / "3")
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(fifo, "a FIFO"), (device, "a device"), (loop, "leads nowhere")]
+)
+@pytest.mark.parametrize("name", ["state/extra", "state/_METADATA", "_CHECKPOINT_METADATA"])
+def test_what_would_block_is_refused(adapter, tmp_path, make, message, name):
+    write_v1(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    (item,) = (path.parent for path in (tmp_path / "c").glob("*/_METADATA"))
+    path = tmp_path / "c" / name.replace("state", item.name)
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(cm.FormatError, match=f"{path.name}: .*{message}"):
+        cm.open_adapter(tmp_path / "c")
+
+
+def test_hashes_are_of_regular_files(adapter, tmp_path):
+    write_v1(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    before = cm.checkpoint.hash_source(tmp_path / "c")
+    fifo(tmp_path / "c" / "fifo")
+    device(tmp_path / "c" / "device")
+    loop(tmp_path / "c" / "loop")
+    (tmp_path / "c" / "self").symlink_to(".")
+    assert is_orbax(tmp_path / "c")
+    assert cm.checkpoint.hash_source(tmp_path / "c") == before
+
+
+def test_an_opened_adapter_can_be_pickled(adapter, tmp_path):
+    write_v1(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    cm.save_peft(adapter, tmp_path / "p")
+    for name in "cp":
+        opened = cm.open_adapter(tmp_path / name)
+        again = pickle.loads(pickle.dumps(opened))
+        assert again.metadata == opened.metadata
+        assert_same(again, adapter, 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (3, r"has lora of type int; expected an object with lora_rank"),
+        ([], r"has lora of type list"),
+        ({"lora_rank": 2, "lora_alpha": "8"}, r"lora_alpha is '8'; expected a positive number"),
+        ({"lora_rank": 2, "lora_alpha": float("nan")}, r"lora_alpha is nan"),
+        ({"lora_rank": 2, "lora_alpha": 10**400}, r"a number of 401 digits"),
+        ({"lora_rank": -1, "lora_alpha": 8}, r"lora_rank is -1; expected a positive integer"),
+        ({"lora_rank": True, "lora_alpha": 8}, r"lora_rank is True"),
+    ],
+)
+def test_metadata_of_wrong_types(adapter, tmp_path, lora, message):
+    write_v1(qwix_tree(adapter), tmp_path / "c")
+    file = tmp_path / "c" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text()) | {"custom_metadata": {"lora": lora}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(cm.FormatError, match=message):
+        cm.open_orbax(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "_METADATA"])
+@pytest.mark.parametrize("text", ["{", "", "3", "[]", "[" * 100_000, '{"tree_metadata": 3}'])
+def test_broken_metadata_is_one_line(adapter, tmp_path, name, text):
+    write_v0(qwix_tree(adapter), tmp_path / "c", lora=LORA)
+    (tmp_path / "c" / name).write_text(text)
+    with pytest.raises(cm.FormatError) as caught:
+        cm.open_orbax(tmp_path / "c")
+    assert str(tmp_path / "c") in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 400
+
+
+def test_what_a_checkpoint_says_of_its_layers_counts(tmp_path):
+    """Three numbered layers, or one in three blocks: shapes fit both."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 3, 2), (2, 3, 8)))
+    tree = {"decoder": {"stack": {"layers_0": {"q": {"kernel_lora_a": a, "kernel_lora_b": b}}}}}
+    for name, told, count in (
+        ("scanned", {"scan_layers": True}, 3),
+        ("axis", {"param_scan_axis": 1}, 3),
+        ("config", {"config": {"scan_layers": True}}, 3),
+        ("not", {"scan_layers": False}, 1),
+    ):
+        write_v0(tree, tmp_path / name, lora=LORA, **told)
+        assert len(cm.open_orbax(tmp_path / name)) == count
+    write_v0(tree, tmp_path / "nothing", lora=LORA, scan_layers="yes")
+    with pytest.raises(cm.FormatError, match="several ways"):
+        cm.open_orbax(tmp_path / "nothing")
+    opened = cm.open_orbax(tmp_path / "nothing", scan_axis=1)
+    cm.save_orbax(opened, tmp_path / "copy", like=tmp_path / "scanned")
+    assert_same(cm.open_orbax(tmp_path / "copy"), opened, 1e-6)
+
+
+def test_a_copy_is_without_the_base_model(adapter, tmp_path):
+    tree = qwix_tree(adapter)
+    tree["head"]["w"] = jnp.zeros((8, 4))
+    moments = {"mu": qwix_tree(adapter), "count": jnp.int32(3)}
+    whole = {"params": tree, "opt_state": [moments], "step": jnp.int32(3)}
+    write_v0(whole, tmp_path / "whole", lora=LORA)
+    with pytest.warns(UserWarning, match="whole: 1 keys are no LoRA factors.*'params/head/w'"):
+        cm.save_orbax(adapter, tmp_path / "copy", like=tmp_path / "whole")
+    assert_same(cm.open_orbax(tmp_path / "copy"), adapter, 1e-6)
+    with pytest.raises(
+        cm.FormatError, match=r"ignore \(--ignore\): pattern '\*/kernel' matches no"
+    ):
+        cm.save_orbax(adapter, tmp_path / "more", like=tmp_path / "whole", ignore=["*/kernel"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from helpers import assert_same, random_adapters
 from orbax.checkpoint import v1 as ocp
@@ -159,3 +160,55 @@ def test_help_lists_all_names_and_layouts():
     """It is text of its own, as help does not wait for JAX."""
     assert NAMES.split("|") == list(NAME_MAPS)
     assert LAYOUTS.split("|") == list(cm.layouts.LAYOUTS)
+
+
+def maxtext(axis, names=("stack",)):
+    """Layers in a stack whose name does not tell that it is one."""
+    rng = np.random.default_rng(0)
+
+    def factors(n, m):
+        a, b = rng.standard_normal((3, n, 2)), rng.standard_normal((3, 2, m))
+        return {
+            "kernel_lora_a": np.moveaxis(a, 0, axis).astype(np.float32),
+            "kernel_lora_b": np.moveaxis(b, 0, axis).astype(np.float32),
+            "kernel": np.zeros((n, m), np.float32),
+        }
+
+    return {"decoder": {name: {"query": factors(6, 8)} for name in names}}
+
+
+def test_options_reach_what_the_result_is_to_be_like(coremerge, tmp_path):
+    custom = {"lora": {"lora_rank": 2, "lora_alpha": 8}}
+    ocp.save(tmp_path / "like", maxtext(1), custom_metadata=custom)
+    options = ["--scan-axis", 1, "--ignore", "*/kernel"]
+    result = coremerge("convert", tmp_path / "like", "-o", tmp_path / "peft", *options)
+    assert result.code == 0, result.err
+    back = ["--to", "orbax", "--like", tmp_path / "like"]
+    refused = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "no", *back)
+    assert refused.code == 1
+    assert refused.err.startswith(f"error: {tmp_path}/like: ")
+    assert "say which with scan_axis" in refused.err
+    for source, out in (("peft", "one"), ("one", "two")):  # which has no kernels to ignore
+        result = coremerge("convert", tmp_path / source, "-o", tmp_path / out, *back, *options)
+        assert result.code == 0, result.err
+        assert_same(cm.open_adapter(tmp_path / out), cm.load_peft(tmp_path / "peft"), 1e-6)
+    result = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "three", *back, *options[:2])
+    assert result.code == 0
+    assert re.fullmatch(r"note: .*like: 1 keys are no LoRA factors.*query/kernel'\)\n", result.err)
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge", "convert", "apply", "report"])
+def test_a_bucket_is_refused_in_one_line(coremerge, tmp_path, save, command):
+    url, a, out = "gs://bucket/a", save("a"), tmp_path / "out"
+    options = {
+        "inspect": [url],
+        "merge": [url, a, "-o", out],
+        "convert": [a, "--to", "orbax", "--like", url, "-o", out],
+        "apply": [a, "--base", url, "-o", out],
+        "report": [url, a, "-o", tmp_path / "out.html"],
+    }[command]
+    result = coremerge(command, *options)
+    assert result.code == 1
+    assert result.err.startswith("error: gs://bucket/a: no local folder")
+    assert len(result.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
