@@ -9,6 +9,7 @@ from coremerge_jax.checkpoint.orbax import open_orbax
 from coremerge_jax.checkpoint.orbax_tree import is_orbax
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
+from coremerge_jax.untrusted import check_path
 
 
 def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> Adapter:
@@ -24,6 +25,7 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
         RecipeError: options for a PEFT folder.
         UnsupportedError: it is more than a low-rank update of the base model.
     """
+    check_path(source)
     if is_orbax(source):
         return open_orbax(source, name=name, **options)
     if options:

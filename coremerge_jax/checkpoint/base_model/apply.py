@@ -11,6 +11,7 @@ from coremerge_jax.checkpoint.base_model.tree import TreeFolding
 from coremerge_jax.checkpoint.orbax_tree import is_orbax
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
+from coremerge_jax.untrusted import check_path
 
 
 def apply_adapter(
@@ -71,6 +72,7 @@ def find_folding(
     """Checks that an adapter fits a base model, of whichever kind; see `apply_adapter`."""
     if not math.isfinite(scale):
         raise RecipeError(f"scale is {scale}; expected a finite number")
+    check_path(base)
     if is_orbax(base):
         return TreeFolding(adapter, base, scale=scale, **options)
     if options:

@@ -1,5 +1,6 @@
 """The names of tensors in adapter_model.safetensors."""
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -68,7 +69,7 @@ def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) 
         return True
     if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in _EMBEDDINGS):
         return True
-    saved = (*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ()))
+    saved = {*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ())}
     parts = name.split(".")
-    prefixes = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(prefix == m or prefix.endswith(f".{m}") for m in saved for prefix in prefixes)
+    spans = itertools.combinations(range(len(parts)), 2)
+    return bool(saved) and any(".".join(parts[start:end]) in saved for start, end in spans)
