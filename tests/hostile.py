@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -141,8 +142,7 @@ odd_texts = st.sampled_from(
 ) | st.text(max_size=6)
 odd_numbers = st.sampled_from(
     [0, 1, 2, -1, 2**31, 2**63, 2**64, 10**50, 10**400, 1e308, 0.5, -0.0]
-    + [float("nan"), float("inf"), -float("inf")]
-)
+) | st.sampled_from([float("nan"), float("inf"), -float("inf")])
 odd_values = st.one_of(
     st.none(),
     st.booleans(),
@@ -210,7 +210,5 @@ def broken(draw, file: Path):
         text = json.dumps(draw(changed(json.loads(data[8:end])))).encode()
         return len(text).to_bytes(8, "little") + text + data[end:]
     if whole and file.suffix == ".yaml":
-        import yaml
-
         return json.dumps(draw(changed(yaml.safe_load(data)))).encode()
     return draw(damaged(data))

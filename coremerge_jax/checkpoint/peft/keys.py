@@ -1,6 +1,5 @@
 """The names of tensors in adapter_model.safetensors."""
 
-import itertools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -70,6 +69,9 @@ def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) 
     if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in _EMBEDDINGS):
         return True
     saved = {*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ())}
-    parts = name.split(".")
-    spans = itertools.combinations(range(len(parts)), 2)
-    return bool(saved) and any(".".join(parts[start:end]) in saved for start, end in spans)
+    parts = name.split(".")[:-1]
+    for size in {module.count(".") + 1 for module in saved}:
+        for start in range(len(parts) - size + 1):
+            if ".".join(parts[start : start + size]) in saved:
+                return True
+    return False
