@@ -1,8 +1,11 @@
 """The errors that a user can meet. Each message names the culprit and says what to do."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
+
+_COMPARED = 10_000  # names, for a message
 
 
 class CoreMergeError(ValueError):
@@ -36,7 +39,7 @@ class ProcessError(CoreMergeError):
 def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """The names that are most like this one, of those that differ in numbers alone the first."""
     unlike: dict[str, str] = {}
-    for other in names:
+    for other in itertools.islice(names, _COMPARED):
         unlike.setdefault(_general(other), other)
     close = difflib.get_close_matches(_general(name), unlike, n=count, cutoff=0)
     return [unlike[key] for key in close]

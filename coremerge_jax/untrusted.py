@@ -5,6 +5,7 @@ memory.
 """
 
 import json
+import os
 import re
 import stat
 import sys
@@ -42,13 +43,34 @@ def is_regular(file: Path) -> bool:
             raise FormatError(f"{file}: a link to a file that is not there") from None
         return False
     except (OSError, ValueError) as error:
-        raise unreadable(file, error) from error
+        raise _unreadable(file, error) from error
     if not stat.S_ISREG(mode):
         raise FormatError(f"{file}: not a regular file; expected a file, not {_kind(mode)}")
     return True
 
 
-def unreadable(path: str | Path, error: OSError | ValueError) -> FormatError:
+def check_path(path: str | Path) -> None:
+    """Checks that the system, and a record in UTF-8, can take a path, which need not exist.
+
+    Raises:
+        FormatError: it is not UTF-8, too long, a loop of links, in a folder that may not be
+            entered, or has a NUL in it.
+    """
+    try:
+        for text in (os.fspath(path), os.path.basename(os.path.realpath(path))):  # noqa: PTH119
+            text.encode()
+        Path(path).stat()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{str(path)!r:.300}: its name is not UTF-8, so no record can have it; rename it"
+        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError | ValueError) -> FormatError:
     """The error for a path that the system does not take: too long, a loop, with a NUL in it."""
     return FormatError(f"{str(path)!r:.300}: {getattr(error, 'strerror', None) or error}")
 

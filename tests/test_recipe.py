@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,9 @@ from coremerge_jax.recipe import (
     format_space,
     parse_rule,
     parse_scale,
+    parse_size,
     parse_space,
+    parse_values,
     parse_weights,
 )
 from coremerge_jax.rules import RULES, cart, dare, isotropize, task_arithmetic, ties, tsv
@@ -252,3 +255,67 @@ def test_weights():
 def test_chain_of_two_merges_is_refused():
     with pytest.raises(RecipeError, match="merges once"):
         Recipe(rules=("tsv", "mean")).build_rule()
+
+
+def test_a_range_ends_with_its_last_number():
+    assert parse_values(["scale=0.1:0.3:0.1"]) == {"scale": [0.1, 0.2, 0.3]}
+    assert parse_values(["rank=8:2:-3"]) == {"rank": [8, 5, 2]}
+    assert len(parse_values(["scale=1:10000:1"])["scale"]) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scale=0:1e9:1e-3", "a range of 1.00000e+12 values is too long: at most 10000"),
+        ("scale=0:1:1e-400", "a range of 1.00000e+400 values is too long"),
+        ("scale=0:1:1e-999999", "a range of"),
+        ("scale=0:10000:1", "a range of 10001 values is too long"),
+        ("scale=0:1:0", "a range must be like 0.1:2:0.1"),
+        ("scale=0:1:-1", "from its first to its second number"),
+        ("scale=0:nan:1", "a range must be like 0.1:2:0.1"),
+        ("scale=snan:1:1", "a range must be like 0.1:2:0.1"),
+        ("scale=0:inf:1", "a range must have numbers below 1e+15"),
+        ("scale=0:inf:inf", "a range must be like 0.1:2:0.1"),
+        ("scale=0:1:inf", "a range must have numbers below 1e+15"),
+        ("scale=1e999999:1e999999:1", "a range must have numbers below 1e+15"),
+        ("scale=0:1:2:3", "a range must be like 0.1:2:0.1"),
+        ("scale=" + "1," * 1_000_000, "1000001 values; at most 10000"),
+        ("scale=[[[", "values 'scale=[[['"),
+        ("scale=*x", "an alias"),
+    ],
+)
+def test_refuses_values(text, message):
+    with pytest.raises(RecipeError) as error:
+        parse_values([text])
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rules": ["tsv"] * 100_000}, "rules: got 100000; at most 100"),
+        ({"adapters": ["a"] * 10_001}, "adapters: got 10001; at most 10000"),
+        ({"scale": {f"{i}": 1 for i in range(10_001)}}, "scale: got 10001; at most 10000"),
+        ({"rank": 10**4000}, "rank must be a whole number above 0"),
+        ({"rank": 2**31}, "rank must be a whole number above 0"),
+        ({"seed": 10**4000}, "seed must be a whole number"),
+        ({"weights": [10**400]}, "weights must be a list of numbers"),
+        ({"weights": [math.nan]}, "weights must be a list of numbers"),
+        ({"scale": math.inf}, "scale must be a number"),
+        ({"scale": {"q": math.nan}}, "scale must be a number"),
+        ({"adapters": ["a\0b"]}, "adapters must be a list of folders"),
+    ],
+)
+def test_refuses_extreme_values(values, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict(values)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e400GB", "-1GB", "..", "1..2", ""])
+def test_refuses_size(text):
+    with pytest.raises(RecipeError, match="size must be like"):
+        parse_size(text)

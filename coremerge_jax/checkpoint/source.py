@@ -11,6 +11,7 @@ from coremerge_jax.checkpoint.orbax_tree import is_orbax, walk
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
+from coremerge_jax.untrusted import check_path
 
 
 def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> Adapter:
@@ -27,6 +28,7 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
         UnsupportedError: it is more than a low-rank update of the base model.
     """
     refuse_url(source)
+    check_path(source)
     if is_orbax(source):
         return open_orbax(source, name=name, **options)
     if options:

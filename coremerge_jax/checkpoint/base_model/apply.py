@@ -12,6 +12,7 @@ from coremerge_jax.checkpoint.orbax_tree import is_orbax
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter
+from coremerge_jax.untrusted import check_path
 
 
 def apply_adapter(
@@ -73,6 +74,7 @@ def find_folding(
     if not math.isfinite(scale):
         raise RecipeError(f"scale is {scale}; expected a finite number")
     refuse_url(base)
+    check_path(base)
     if is_orbax(base):
         return TreeFolding(adapter, base, scale=scale, **options)
     if options:

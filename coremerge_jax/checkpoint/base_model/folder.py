@@ -191,7 +191,7 @@ class BaseModel:
     def _names(self) -> list[str]:
         names = sorted(set(self._weight_map().values())) or [WEIGHTS]
         for name in names:
-            if Path(name).name != name or "\0" in name:
+            if Path(name).name != name or name in ("", "..") or "\0" in name:
                 raise FormatError(f"{self.folder / INDEX}: {name!r} is not the name of a file")
         return names
 

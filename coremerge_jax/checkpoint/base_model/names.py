@@ -9,6 +9,7 @@ from coremerge_jax.errors import MismatchError, nearest
 from coremerge_jax.lora import Kind
 
 _SHOWN = 3
+_TRIED = 100  # prefixes; of real models, a few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _prefixes(modules: Iterable[str], tensors: Iterable[str]) -> list[Prefix]:
     firsts = dict.fromkeys(path.partition(".")[0] for path in modules if "." in path)
     tops = dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name)
     lacking = [Prefix(lacking=f"{first}.") for first in firsts]
-    return [Prefix(), *lacking, *(Prefix(added=f"{top}.") for top in tops)]
+    return [Prefix(), *lacking, *(Prefix(added=f"{top}.") for top in tops)][:_TRIED]
 
 
 def _find(modules: Mapping[str, Kind], tensors: Collection[str], prefix: Prefix) -> dict[str, str]:

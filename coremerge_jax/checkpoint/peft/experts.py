@@ -76,7 +76,11 @@ def name_levels(
 def _release(version: str) -> tuple[int, ...]:
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+    return (int(major), int(minor)) if _is_index(major) and _is_index(minor) else (0, 0)
+
+
+def _is_index(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def count(rows: int, rank: int) -> int:
@@ -111,7 +115,7 @@ def split_path(path: str) -> tuple[str, int]:
         FormatError: the path has no index.
     """
     parameter, bracket, index = path.removesuffix("]").rpartition("[")
-    if not bracket or not index.isdigit():
+    if not bracket or not _is_index(index):
         raise FormatError(f"module {path!r}: an expert's path ends in [index]")
     return parameter, int(index)
 

@@ -68,7 +68,10 @@ def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) 
         return True
     if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in _EMBEDDINGS):
         return True
-    saved = (*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ()))
-    parts = name.split(".")
-    prefixes = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(prefix == m or prefix.endswith(f".{m}") for m in saved for prefix in prefixes)
+    saved = {*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ())}
+    parts = name.split(".")[:-1]
+    for size in {module.count(".") + 1 for module in saved}:
+        for start in range(len(parts) - size + 1):
+            if ".".join(parts[start : start + size]) in saved:
+                return True
+    return False

@@ -14,12 +14,16 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import CoreMergeError, FormatError, UnsupportedError
+from coremerge_jax.untrusted import check_path, is_regular
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^@]+))?")
+# Revisions are names that git takes.
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?"
+)
 
 
 def locate(source: str | Path) -> Path:
@@ -48,6 +52,7 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
         FormatError: there is no such folder, or the id can neither be found nor downloaded.
     """
     refuse_url(source)
+    check_path(source)
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -55,7 +60,8 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
         raise FormatError(f"{source}: is a file; give the folder that contains {config}")
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id or folder.parent.exists():
-        raise FormatError(f"{source}: no such folder")
+        told = "; give the path itself in place of ~" if str(source).startswith("~") else ""
+        raise FormatError(f"{source}: no such folder{told}")
     for local in (True, False):
         if not local and not _hub_answers():
             break
@@ -111,7 +117,7 @@ def weights_file(folder: Path) -> Path:
         UnsupportedError: there is only a pickle file.
     """
     file = folder / WEIGHTS
-    if file.is_file():
+    if is_regular(file):
         return file
     if (folder / PICKLE).is_file():
         raise UnsupportedError(
