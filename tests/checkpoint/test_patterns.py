@@ -4,7 +4,7 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from coremerge_jax.checkpoint.peft.patterns import Patterns
@@ -63,7 +63,11 @@ def test_results_are_those_of_re(chosen, names):
             except re.error:
                 with pytest.raises(ValueError, match="broken pattern"):
                     Patterns([pattern])
-    found = Patterns(compiled)
+    try:
+        found = Patterns(compiled)
+    except ValueError as error:  # those that are too large to be run
+        assume("nested more" not in str(error) and "counts above" not in str(error))
+        raise
     for name in names:
         expected = next((pattern for pattern, x in compiled.items() if x.match(name)), None)
         assert found.first(name) == expected
@@ -77,22 +81,22 @@ def test_results_are_those_of_re(chosen, names):
         "(a|aa)+x",
         "(.*)*(.*)*(.*)*x",
         "(a*)*b|(a*)*c",
-        "((a{1000}){1000}){1000}",
-        "(?:(?:(?:a?){30}){30}){30}x",
         "(?=(a+)+x)a",
         "a?" * 30 + "a" * 40 + "x",
-        "(" * 300 + "a" + ")+" * 300 + "x",
     ],
 )
-def test_patterns_that_take_exponential_time_in_re(pattern):
-    assert Patterns([pattern]).first("m." + "a" * 60 + "!") is None
+def test_no_pattern_takes_more_than_its_time(pattern, monkeypatch):
+    monkeypatch.setattr("coremerge_jax.checkpoint.peft.patterns._SECONDS", 0.1)
+    try:
+        assert Patterns([pattern]).first("m." + "a" * 60 + "!") is None
+    except ValueError as error:
+        assert "takes too long" in str(error)
 
 
-@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){1000}", "(?=.*(?=.*(?=.*(?=.*x))))a"])
-def test_work_has_a_limit(pattern, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.checkpoint.peft.patterns._WORK", 10_000)
-    with pytest.raises(ValueError, match="take too long"):
-        Patterns([pattern]).first("a" * 5_000)
+def test_a_pattern_of_exponential_time_is_refused(monkeypatch):
+    monkeypatch.setattr("coremerge_jax.checkpoint.peft.patterns._SECONDS", 0.1)
+    with pytest.raises(ValueError, match="takes too long; name the modules"):
+        Patterns(["(a|a)+x"]).first("a" * 60)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +106,15 @@ def test_work_has_a_limit(pattern, monkeypatch):
         ("[[:alpha:]]", "broken pattern"),
         ("a{99999999999}", "broken pattern"),
         ("(?i)a", "broken pattern"),
-        ("(?i:a)", "flags"),
-        (r"(a)\1", "groupref"),
-        ("(?<=a)b", "looking behind"),
-        ("(?>a)", "atomic_group"),
-        ("a" * 2000, "too long"),
+        (r"\p{L}", "broken pattern"),
+        ("(a){e<=1}", "a brace that is no count"),
+        ("((a{1000}){1000}){1000}", "counts above"),
+        ("(?:(?:(?:a?){30}){30}){30}x", "counts above"),
+        ("(" * 300 + "a" + ")+" * 300 + "x", "nested more than 6 deep"),
+        ("a" * 2000, "pattern of 2000 characters"),
     ],
 )
-def test_patterns_that_are_refused_by_name(pattern, message):
+def test_patterns_that_are_refused(pattern, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         Patterns([pattern])
     assert len(str(caught.value)) < 400
@@ -123,5 +128,5 @@ def test_many_names_and_as_many_patterns():
 
 def test_too_many_patterns_are_refused(monkeypatch):
     monkeypatch.setattr("coremerge_jax.checkpoint.peft.patterns._COUNT", 10)
-    with pytest.raises(ValueError, match="at most 10 of"):
+    with pytest.raises(ValueError, match="11; at most 10"):
         Patterns(f"layer{i}" for i in range(11))

@@ -56,11 +56,7 @@ FIELDS = [
     ("alpha_pattern", "q", "expected an object"),
     ("alpha_pattern", {"q": None}, "alpha_pattern['q'] is null; expected a finite number"),
     ("alpha_pattern", {"q": float("nan")}, "expected a finite number"),
-    (
-        "alpha_pattern",
-        {r"(a)\1": 1},
-        "pattern '(a)\\\\1' that is not supported",
-    ),
+    ("alpha_pattern", {"(a){e<=1}": 1}, "a brace that is no count"),
     ("r", 2.5, "expected a positive integer"),
     ("r", True, "expected a positive integer"),
     ("r", 10**9, "expected a positive integer up to 1048576"),
@@ -101,15 +97,10 @@ def test_fields_that_pass(write, factors, field, value):
     assert set(cm.open_peft(folder)) == {"q"}
 
 
-def test_an_alpha_of_zero_is_refused(write, factors):
-    folder = write(factors(PATHS), lora_alpha=0)
-    refused(lambda: cm.open_peft(folder), "alpha is 0, so the", error=cm.UnsupportedError)
-
-
-def test_patterns_that_take_exponential_time_are_read(write, factors):
-    path = "a" * 60
-    folder = write(factors({path: (5, 4, 2)}), rank_pattern={"(a+)+(a+)+x": 3, "(a|a)+": 2})
-    assert cm.open_peft(folder)[path].rank == 2
+def test_patterns_that_take_exponential_time_do_not_hang(write, factors, monkeypatch):
+    monkeypatch.setattr("coremerge_jax.checkpoint.peft.patterns._SECONDS", 0.1)
+    folder = write(factors({"a" * 60: (5, 4, 2)}), rank_pattern={"(a|a)+x": 3})
+    refused(lambda: cm.open_peft(folder), "rank_pattern", "takes too long")
 
 
 # --- adapter_model.safetensors --------------------------------------------------------------
