@@ -156,7 +156,7 @@ def test_plot(adapters, tmp_path):
     [
         ({"loss": lambda merged, _: jnp.nan * jnp.sum(merged["a.q"].a)}, "nan at the initial"),
         ({"loss": lambda merged, _: merged["a.q"].a}, "the loss gave shape .* expected a scalar"),
-        ({"loss": lambda merged, _: None}, "the loss gave None; expected a scalar"),
+        ({"loss": lambda *_: None}, "the loss gave None; expected a scalar"),
         ({"loss": 3}, "loss: expected a function, got 3"),
         ({"batches": 3}, "batches: expected a list of batches, got 3"),
         ({"every": 0}, "every=0: expected a whole number"),
