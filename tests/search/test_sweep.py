@@ -224,7 +224,7 @@ NAN = math.nan
         ([0.5, 0.6], "gave list as 'a score'"),
         ({}, "gave no metrics"),
         ({"a": None}, "gave None as 'a'"),
-        ({1: 0.5}, "expected a number, or numbers by name"),
+        ({1: 0.5}, "gave 0.5 as 1; expected"),
     ],
 )
 def test_what_is_no_number_is_refused_with_its_candidate(adapters, result, match):
