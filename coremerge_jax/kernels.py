@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from coremerge_jax.addition import FLOATS
@@ -57,6 +57,7 @@ def find_kernels(
     *,
     scan_axis: int | str | None = "auto",
     axes: Mapping[str, str] | None = None,
+    scan_axes: Collection[int | None] = (),
 ) -> dict[str, Kernel]:
     """The kernels of an adapter's modules, by key; see `fold_tree`, also for what is raised.
 
@@ -65,6 +66,7 @@ def find_kernels(
         adapter: see `fold_tree`.
         scan_axis: see `fold_tree`.
         axes: see `fold_tree`.
+        scan_axes: what ``scan_axis`` may be where shapes fit several; as a checkpoint tells.
     """
     if adapter.extras:
         raise UnsupportedError(
@@ -84,7 +86,7 @@ def find_kernels(
     for pattern in axes or {}:
         check_pattern(pattern, {key.rpartition("/")[0] for key in leaves}, "axes")
     lengths = {path: pair for path, *pair in adapter.metadata.lengths}
-    search = _Search(outline, scan_axis, axes or {}, lengths)
+    search = _Search(outline, scan_axis, axes or {}, lengths, scan_axes)
     kernels: dict[str, Kernel] = {}
     owners: dict[str, str] = {}
     for key, leaf in leaves.items():
@@ -123,6 +125,7 @@ class _Search:
     scan_axis: int | str | None
     axes: Mapping[str, str]
     lengths: Mapping[str, Sequence[Shape]]
+    scan_axes: Collection[int | None]
 
     @functools.cached_property
     def families(self) -> dict[str, str]:
@@ -143,6 +146,8 @@ class _Search:
             modules = {path: i for i, path in enumerate(paths) if path in self.outline}
             if modules:
                 kernels.append(dataclasses.replace(kernel, modules=modules))
+        told = [kernel for kernel in kernels if kernel.axes.find("l") in self.scan_axes]
+        kernels = told or kernels
         if len(kernels) > 1:
             raise FormatError(
                 f"{key}: layers of kernel {shape} can be stacked along axis 0 or 1; say which with "

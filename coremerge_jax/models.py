@@ -11,6 +11,8 @@ from coremerge_jax.trees import from_tree, to_tree
 def from_nnx(model: nnx.Module, *, name: str | None = None, **options: Any) -> Adapter:
     """The LoRA factors of a model: its variables of type `nnx.LoRAParam`, as flax and qwix make.
 
+    Those of a sharded model stay where they are.
+
     Args:
         model: any NNX module.
         name: a name for messages and tables.
@@ -26,7 +28,8 @@ def update_nnx(model: nnx.Module, adapter: Adapter, **options: Any) -> None:
     """Puts an adapter in place of the LoRA factors of a model.
 
     Their rank becomes that of the adapter; `truncate` it first where shapes must not change. That
-    of a model of qwix stays, as its LoraRule holds it: smaller ones are filled up with zeros.
+    of a model of qwix stays, as its LoraRule holds it: smaller ones are filled up with zeros. New
+    factors are put where those that they replace are on devices.
 
     Args:
         model: has LoRA factors for the modules of the adapter, and for no others.

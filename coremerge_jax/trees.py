@@ -365,7 +365,7 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
 
     The rank of a stored pair is the largest of its modules' ranks, which may differ from that of
     ``like``: `truncate` first where shapes must not change. Where the layout scales by alpha /
-    rank, it is that rank.
+    rank, it is that rank. What replaces JAX arrays of ``like`` is put where these are on devices.
 
     Args:
         adapter: has the modules of ``like``, and no others.

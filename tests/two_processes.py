@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import KEY, assert_same, random_adapters
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from many_devices import CASES, RANKS, SHAPES, mesh, put
 
 import coremerge_jax as cm
@@ -63,6 +64,30 @@ def test_arrays_of_all_processes(adapters, shape, mode):
     x, like = (adapter["layers.0.q"].a for adapter in (merged, sharded[0]))
     assert x.sharding.is_equivalent_to(like.sharding, 2)
     assert_same(near(merged), cm.merge(adapters, cm.tsv()), 1e-6)
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_factors_of_a_model_stay_where_they_are(mode):
+    """Also if what takes their place is on the host of each process."""
+    there, rng = mesh(1, 4, mode=mode), np.random.default_rng(0)
+    host = {"lora_a": rng.standard_normal((2, 8, 4)), "lora_b": rng.standard_normal((2, 4, 12))}
+    host = {"layers": {"q": {key: x.astype("f4") for key, x in host.items()}}}
+
+    def place(x):
+        axis = 1 if x.shape[1] == 8 else 2
+        spec = P(*(there.axis_names[-1] if i == axis else None for i in range(3)))
+        return jax.make_array_from_callback(x.shape, NamedSharding(there, spec), lambda i: x[i])
+
+    tree = jax.tree.map(place, host)
+    adapter, expected = cm.from_tree(tree), cm.from_tree(host)
+    assert adapter["layers.1.q"].a.addressable_shards[0].data.shape == (4, 2)
+    assert_same(near(adapter), expected, 1e-7)
+    for source in (adapter, expected):
+        back = cm.to_tree(source, tree)
+        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, 3)
+            for one, two in zip(x.addressable_shards, y.addressable_shards, strict=True):
+                np.testing.assert_array_equal(one.data, two.data)
 
 
 @pytest.mark.parametrize("name", ["dare|ties|isotropize", "ties of the model"])

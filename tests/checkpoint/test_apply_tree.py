@@ -57,6 +57,19 @@ def save(path, tree, **custom):
     return path
 
 
+def test_what_a_base_says_of_its_layers_counts(tmp_path):
+    """As many layers as inputs."""
+    (adapter,) = random_adapters({f"layers.{i}.x": (8, 3) for i in range(3)}, [2], dtype="float32")
+    base = {"layers": {"x": {"kernel": np.zeros((3, 3, 8), np.float32)}}}
+    save(tmp_path / "base", base)
+    with pytest.raises(cm.FormatError, match="stacked along axis 0 or 1"):
+        cm.apply_adapter(adapter, tmp_path / "base", tmp_path / "out")
+    save(tmp_path / "told", base, custom_metadata={"scan_layers": True, "param_scan_axis": 1})
+    cm.apply_adapter(adapter, tmp_path / "told", tmp_path / "out")
+    found = load(tmp_path / "out")["layers"]["x"]["kernel"]
+    np.testing.assert_allclose(found[:, 2], dense(adapter["layers.2.x"]).T, rtol=1e-5, atol=1e-6)
+
+
 def load(path):
     """On the host."""
     found = ocp.metadata(path).metadata

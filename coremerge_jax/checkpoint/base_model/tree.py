@@ -49,7 +49,8 @@ class TreeFolding(Folding):
         inputs = [Path(base), *adapter.folders]
         if names is not None:
             adapter = find_names(names).from_hugging_face(adapter, head_dim=head_dim)
-        self._kernels = find_kernels(leaves, adapter, **options)
+        scan_axes = self._base.scan_axes
+        self._kernels = find_kernels(leaves, adapter, scan_axes=scan_axes, **options)
         modules = {
             path: Applied(key, kernel.layer_shape, leaves[key].dtype.name)
             for key, kernel in self._kernels.items()
