@@ -63,8 +63,7 @@ def check_path(path: str | Path) -> None:
         Path(path).stat()
     except UnicodeEncodeError as error:
         raise FormatError(
-            f"{str(path)!r:.300}: its name is not UTF-8, so no record can have it; "
-            "rename it"
+            f"{str(path)!r:.300}: its name is not UTF-8, so no record can have it; rename it"
         ) from error
     except (FileNotFoundError, NotADirectoryError):
         return
