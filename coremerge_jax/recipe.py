@@ -49,10 +49,10 @@ def _load_yaml(text: str, label: str) -> Any:
 
 def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
     """The error for a name that is not among ``known``: suggests the nearest, or lists all."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    known, shown = list(known), f"{name!s:.100}"
+    near = difflib.get_close_matches(shown, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
-    return RecipeError(f"unknown {what} {str(name)!r}; {hint}")
+    return RecipeError(f"unknown {what} {shown!r}; {hint}")
 
 
 # --- Rules and spaces as text ---------------------------------------------------------------
@@ -106,11 +106,11 @@ def _build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any
     for key, value in values.items():
         if key not in parameters:
             raise _unknown_parameter(what, name, key, parameters)
-        _check_kind(f"{what} {text!r}", key, value, parameters[key].default)
+        _check_kind(f"{what} {text!r:.200}", key, value, parameters[key].default)
     try:
         return table[name](**values)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{what} {text!r}: {error}") from error
+        raise RecipeError(f"{what} {text!r:.200}: {error}") from error
 
 
 def _unknown_parameter(what: str, name: str, key: object, known: Iterable[str]) -> RecipeError:
@@ -122,9 +122,9 @@ def _unknown_parameter(what: str, name: str, key: object, known: Iterable[str]) 
 def _parse_arguments(what: str, text: str, arguments: str) -> dict[str, Any]:
     """Reads ``a=1,b=[2,3]`` as the YAML flow mapping ``{a: 1, b: [2,3]}``."""
     flow, count = re.subn(r"(^|,)\s*(\w+)\s*=", r"\1 \2: ", arguments)
-    values = _load_yaml(f"{{{flow}}}", f"{what} {text!r}")
+    values = _load_yaml(f"{{{flow}}}", f"{what} {text!r:.200}")
     if len(values) != count:
-        raise RecipeError(f"{what} {text!r}: expected NAME:key=value,key=value")
+        raise RecipeError(f"{what} {text!r:.200}: expected NAME:key=value,key=value")
     return {key: _frozen(value) for key, value in values.items()}
 
 

@@ -4,6 +4,7 @@ Limits are far above what real files need, and low enough that none of them cost
 memory.
 """
 
+import errno
 import json
 import os
 import re
@@ -94,10 +95,10 @@ def read_text(file: Path, limit: int) -> str:
 
     Raises:
         FormatError: it is no regular file, too large, or not UTF-8.
-        OSError: it cannot be read.
+        OSError: it is missing, or cannot be read.
     """
     if not is_regular(file):
-        raise FormatError(f"{file}: no such file")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     with file.open("rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:

@@ -31,6 +31,7 @@ _FIELDS = {
 }
 _INDEX_FIELDS = {"metadata": untrusted.OBJECT, "weight_map": untrusted.OBJECT}
 _TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
+_LISTED = "expected a list of modules with their paths"
 _INDEX_SIZE = 64 * 2**20
 
 # Files of weights, by their ending, and what belongs to them.
@@ -216,9 +217,10 @@ def _sentence_parts(file: Path) -> set[str]:
     try:
         parts = untrusted.parse_json(untrusted.read_text(file, untrusted.JSON_SIZE), str(file))
     except FormatError as error:
-        raise FormatError(f"{error}; expected a list of modules with their paths") from error
+        told = str(error).removeprefix(f"{file}: ")
+        raise FormatError(f"{file}: {_LISTED} ({told})") from error
     if not untrusted.is_list_of(_has_path)(parts):
-        raise FormatError(f"{file}: expected a list of modules with their paths")
+        raise FormatError(f"{file}: {_LISTED}")
     return {part["path"] for part in parts} - {""}
 
 
