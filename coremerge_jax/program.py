@@ -40,17 +40,30 @@ class Inputs:
 
 @flax.struct.dataclass
 class Facts:
-    """What is found out about modules while they are merged, one entry for each.
+    """What is found out about modules while they are merged, by each of C devices that share one.
 
     Attributes:
-        finite: ``(L,)``, whether all factors that were given are.
-        alive: ``(L, T)``, whether the updates of the adapters are not zero.
-        peak: ``(L,)``, the largest magnitude in the merged B; infinite or NaN if it overflowed.
+        sizes: ``(L, 2, T, C)``, the largest magnitude in the B and in the A of each adapter.
+        peaks: ``(L, C)``, the same of the merged B; infinite or NaN if it overflowed.
     """
 
-    finite: Array
-    alive: Array
-    peak: Array
+    sizes: Any
+    peaks: Any
+
+    @property
+    def finite(self) -> np.ndarray:
+        """``(L,)``, whether all factors that were given are."""
+        return np.isfinite(self.sizes).all(axis=(1, 2, 3))
+
+    @property
+    def alive(self) -> np.ndarray:
+        """``(L, T)``, whether the updates of the adapters are not zero."""
+        return (self.sizes.max(axis=-1) > 0).all(axis=1)
+
+    @property
+    def peak(self) -> np.ndarray:
+        """``(L,)``, the largest magnitude in the merged B."""
+        return self.peaks.max(axis=-1)
 
 
 class Settings(NamedTuple):
@@ -121,7 +134,9 @@ def merge_stack(
     if settings.grid is None:
         return merge_modules((rule, key), arrays)
     specs = settings.grid.specs
-    out_specs = (*specs, Facts(finite=specs[2], alive=specs[2], peak=specs[2]))  # type: ignore[arg-type]
+    modules, axis = settings.grid.mesh.axis_names[0], settings.axis
+    told = Facts(sizes=PartitionSpec(modules, None, None, axis), peaks=PartitionSpec(modules, axis))
+    out_specs = (*specs, told)
     return settings.grid.map(
         merge_modules, (rule, key), arrays, arrays.specs(settings.grid), out_specs
     )
@@ -141,12 +156,8 @@ def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settin
         ends = np.cumsum(settings.ranks)[:-1]
         b_sizes = _sizes(jnp.max(jnp.abs(module.b), axis=0), ends, settings.dtype)
         a_sizes = _sizes(jnp.max(jnp.abs(module.a), axis=1), ends, settings.dtype)
-        if settings.axis:
-            b_sizes, a_sizes = (jax.lax.pmax(x, settings.axis) for x in (b_sizes, a_sizes))
-    if settings.axis:
-        peak = jax.lax.pmax(peak, settings.axis)
-    finite = jnp.all(jnp.isfinite(b_sizes) & jnp.isfinite(a_sizes))
-    facts = Facts(finite=finite, alive=(b_sizes > 0) & (a_sizes > 0), peak=peak)
+    # Each device tells what it has: they need not tell each other.
+    facts = Facts(sizes=jnp.stack([b_sizes, a_sizes])[:, :, None], peaks=peak[None])
     return jax.lax.stop_gradient(facts)
 
 

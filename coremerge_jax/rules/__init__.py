@@ -7,6 +7,10 @@ are exact also where singular values coincide, unless the rule or elementwise co
 directions apart; then they are finite. Where stacks or updates are of lower rank (copies, zeros,
 shared directions), null directions stay null: derivatives are exact along changes that keep the
 rank, and leave out what would raise it. `dc_merge` has no derivative.
+
+Second derivatives are exact too where singular values differ. Where they coincide, those of `mean`,
+`task_arithmetic`, `tsv` without a rank, `isotropize` and their chains are exact as well; others are
+finite, and leave out how coinciding directions mix.
 """
 
 from collections.abc import Callable
