@@ -4,18 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from hypothesis import settings
-from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 import coremerge_jax as cm
 
 KEY = jax.random.key(0)
-SEEDS = st.integers(0, 2**31)
 
 
 def modules(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """As many modules as a law has examples: merged at once, they cost little more than one."""
+    from hypothesis import settings  # not in the programs that tests start
+
     return {f"x{i}": shape for i in range(settings().max_examples)}
 
 
