@@ -1,41 +1,27 @@
 """Text from files and arguments, made fit to be shown."""
 
-import unicodedata
-
-# Characters that no screen shows as they are: controls (with escape sequences), formats (with
-# changes of direction and zero-width characters), surrogates, private use, separators of lines.
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+import json
 
 
 def printable(text: str) -> str:
-    r"""Returns a text with every character that a terminal would obey or hide as an escape.
+    r"""Returns a text with every character that does not print as an escape, such as ``\x1b``.
 
-    An escape character, for instance, becomes ``\x1b``.
+    Controls, ends of lines, changes of direction, characters without width and lone surrogates do
+    not print: a terminal would obey or hide them.
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    return "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, length: int) -> str:
     """Returns a text of at most so many characters: of a longer one, the two ends."""
     if len(text) <= length:
         return text
-    half = (length - 5) // 2
-    return f"{text[:half]} ... {text[-half:]}"
+    tail = length // 2
+    return f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
 def json_escaped(text: str) -> str:
-    """Returns a JSON document with the same characters as escapes; line ends stay."""
-    return "".join(
-        _escape_json(c) if c != "\n" and unicodedata.category(c) in _HIDDEN else c for c in text
-    )
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()
-
-
-def _escape_json(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+    """Returns a JSON document with the same characters as escapes of JSON; ends of lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

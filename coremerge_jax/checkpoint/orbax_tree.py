@@ -4,6 +4,7 @@ It is imported late, as that takes time which those who merge PEFT folders need 
 """
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -172,11 +173,33 @@ def write_tree(
 
     arrays = jax.tree.map(_spread if jax.process_count() > 1 else put, tree)
     named = {} if item is None else {"checkpointable_name": item}
-    ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
+    with _system_errors(folder):
+        ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
     if jax.process_index() == 0:
         for path in (folder / "new").iterdir():
             path.rename(folder / path.name)
         (folder / "new").rmdir()
+
+
+_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG)
+
+
+@contextlib.contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """Raises what the system refuses as one OSError: orbax's has hundreds of lines, and no number.
+
+    Raises:
+        OSError: the disk is full, or something like it.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = {os.strerror(number): number for number in _TROUBLE}
+        known["RESOURCE_EXHAUSTED"] = errno.ENOSPC
+        for text, number in known.items():
+            if text in f"{error!r} {error}":
+                raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
 
 
 def _spread(x: Any) -> Any:

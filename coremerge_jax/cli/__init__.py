@@ -4,16 +4,15 @@ Commands import the heavy parts of the library when they run, so that help, comp
 errors come at once.
 """
 
+import errno
 import io
 import logging
 import os
-import signal
 import sys
 import sysconfig
 import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -31,6 +30,7 @@ from coremerge_jax.cli.merge import EPILOG, merge
 from coremerge_jax.cli.report import EPILOG as REPORT_EPILOG
 from coremerge_jax.cli.report import report
 from coremerge_jax.cli.rules import rules
+from coremerge_jax.cli.signals import unwind_on_signals
 from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
 from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
@@ -79,7 +79,7 @@ def _coremerge(
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: one line, not a traceback, for whatever goes wrong."""
     debug = bool(os.environ.get("COREMERGE_DEBUG"))
-    end = _unwind_on_signals()
+    end = unwind_on_signals()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the command
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
@@ -112,43 +112,6 @@ def _run(args: Sequence[str] | None, *, debug: bool) -> int:
     if code == 130:
         say("interrupted", err=True)
     return code or 0
-
-
-_PATIENCE = 5.0  # seconds that the tidying up after a signal may take
-
-
-def _unwind_on_signals() -> Callable[[int], None]:
-    """Has the first signal to end unwind the command, so that temporary files go.
-
-    Those that come meanwhile are ignored; after a few seconds, one ends the process at once. What
-    the shell has had the process ignore, it goes on to ignore.
-
-    Returns:
-        What has any further signal end the process at once, with an exit code: for the end of the
-        command, when the interpreter shuts down.
-    """
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    since: list[float] = []
-
-    def stop(number: int, _: Any) -> None:
-        if since and time.monotonic() - since[0] < _PATIENCE:
-            return
-        if since:
-            os._exit(128 + number)
-        since.append(time.monotonic())
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
-
-    def end(code: int) -> None:
-        for number in caught:
-            signal.signal(number, lambda *_: os._exit(code))
-
-    for number in caught:
-        signal.signal(number, stop)
-    return end
 
 
 def _quiet_libraries() -> None:
@@ -191,6 +154,14 @@ def _print_warnings() -> None:
     warnings.simplefilter("always", CoreMergeWarning)
 
 
+_ADVICE = {
+    errno.ENOSPC: "make room, or choose another output",
+    errno.EDQUOT: "make room, or choose another output",
+    errno.EROFS: "choose another output",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
 def _report(error: Exception) -> int:
     """Prints an error in one line; returns the exit code."""
     code = 1
@@ -200,7 +171,8 @@ def _report(error: Exception) -> int:
         text, code = str(error), 2 if isinstance(error, RecipeError) else 1
     elif isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        text = f"{where}{error.strerror or error}"
+        advice = _ADVICE.get(error.errno or 0)
+        text = f"{where}{error.strerror or error}{f'; {advice}' if advice else ''}"
     elif isinstance(error, MemoryError):
         text = str(error) or "out of memory"
     else:

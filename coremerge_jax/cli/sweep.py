@@ -1,13 +1,15 @@
 """``coremerge sweep``."""
 
-import contextlib
 import dataclasses
 import importlib
+import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from coremerge_jax.cli.console import print_json, say, show
 from coremerge_jax.cli.options import run_option, search_option, takes_recipe
 from coremerge_jax.cli.provenance import describe_sources, provenance
 from coremerge_jax.cli.runtime import keep_compiled_programs
+from coremerge_jax.cli.signals import Ended
 from coremerge_jax.errors import CoreMergeError, FormatError, RecipeError
 from coremerge_jax.recipe import (
     Recipe,
@@ -102,7 +105,7 @@ def sweep(
         raise RecipeError("nothing to try: give --values, such as --values scale=0.5:2:0.5")
     if evaluate is None and (method.partition(":")[0] == "line" or objective or minimize):
         raise RecipeError("line, --objective and --minimize compare candidates: give --evaluate")
-    judge = load_function(evaluate) if evaluate else None
+    judge = _blaming(evaluate, load_function(evaluate)) if evaluate else None
     _check_output(output, recipe.adapters)
     run = _Run(recipe, output)
     search = run.search(tried, method, objective, minimize)
@@ -171,11 +174,7 @@ class _Run:
         """Judges the candidates, and writes the best."""
         from coremerge_jax.search.sweeping import measured
 
-        def judged(merged: "Adapter") -> Any:
-            with _failing_as(judge.__name__):
-                return judge(merged)
-
-        records = search.run(measured(judged), self.output / LOG)
+        records = search.run(measured(judge), self.output / LOG)
         result = search.collect(records, progress=True)
         self._write(result.best, self._recipe(result.best).stream(self.adapters), BEST)
         return result
@@ -219,19 +218,42 @@ def _check_output(output: Path, inputs: Sequence[str]) -> None:
         check_output(output / BEST, kind=ADAPTER, inputs=inputs, force=True)
 
 
-@contextlib.contextmanager
-def _failing_as(name: str) -> Iterator[None]:
-    """Names the user's code, and its line, in the error of whatever it raises."""
+def _blaming(text: str, judge: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps the user's function: its errors become one line with their place in the file."""
+
+    @wraps(judge)
+    def run(merged: "Adapter") -> Any:
+        with _errors_of_the_user(text):
+            return judge(merged)
+
+    return run
+
+
+@contextmanager
+def _errors_of_the_user(text: str) -> Iterator[None]:
+    """Turns an error in the user's code into one line with its place and message."""
     try:
         yield
-    except CoreMergeError:
+    except (CoreMergeError, Ended):
         raise
-    except Exception as error:
-        *_, where = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
-        raise RecipeError(
-            f"evaluate {name!r} failed with {type(error).__name__}: {error} "
-            f"({where.filename}, line {where.lineno}); COREMERGE_DEBUG=1 shows the traceback"
+    except (Exception, SystemExit) as error:
+        if os.environ.get("COREMERGE_DEBUG"):
+            raise
+        place = _place(error, text.rpartition(":")[0])
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise CoreMergeError(
+            f"evaluate {text!r}{place} failed: {what}; mend it (COREMERGE_DEBUG=1 shows the "
+            "traceback)"
         ) from error
+
+
+def _place(error: BaseException, source: str) -> str:
+    """Returns `` (line 3, in accuracy)`` for the last line of the user's file that ran, if any."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" (line {error.lineno})"
+    stem = source.removesuffix(".py").replace(".", os.sep).rpartition(os.sep)[2]
+    frames = [x for x in extract_tb(error.__traceback__) if Path(x.filename).stem == stem]
+    return f" (line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 def load_function(text: str) -> Callable[..., Any]:
@@ -243,7 +265,7 @@ def load_function(text: str) -> Callable[..., Any]:
     source, _, name = text.rpartition(":")
     if not source:
         raise RecipeError(f"evaluate {text!r}: expected FILE.py:FUNCTION or module:function")
-    with _failing_as(text):
+    with _errors_of_the_user(text):
         found = _load_module(text, source)
     if not callable(getattr(found, name, None)):
         names = [x for x, value in vars(found).items() if callable(value) and x[0] != "_"]

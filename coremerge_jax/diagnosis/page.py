@@ -11,6 +11,9 @@ from coremerge_jax.diagnosis import findings, plots
 from coremerge_jax.diagnosis.plots import Scale, around
 from coremerge_jax.diagnosis.results import Diagnosis
 from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.foreign_text import printable, shortened
+
+_LONG = 1000  # letters of a name or sentence
 
 # What tells a page of ours from any other.
 MARK = b'<meta name="generator" content="coremerge-jax">'
@@ -59,7 +62,12 @@ class Section:
 
 def render(diagnosis: Diagnosis) -> str:
     """The page as HTML text."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: shortened(printable(value), _LONG) if type(value) is str else value,
+    )
     template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         diagnosis=diagnosis,

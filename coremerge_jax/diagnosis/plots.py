@@ -4,6 +4,7 @@ One unit is one pixel on a screen 400 pixels wide, so that text has its size. Ne
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from coremerge_jax.diagnosis.places import Grid, arrange
 from coremerge_jax.diagnosis.results import Diagnosis, RuleCost
 from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.foreign_text import printable, shortened
 from coremerge_jax.lora import Array
 
 try:
@@ -55,6 +57,8 @@ _STYLE: Any = {
     "ytick.labelcolor": _INK,
     "ytick.labelsize": 11.5,
 }
+# Of the largest number: colors of numbers that differ by less, as by rounding, are alike.
+_LEAST_SPAN = 0.05
 _WIDTH = 5.0  # inches of 72 units
 _BARS = 24  # more than these are cut to the highest and the lowest
 _LABEL = 16  # letters
@@ -90,7 +94,10 @@ def _svg(figure: Figure) -> str:
     import io
 
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # The page's fonts show the names; matplotlib's are asked for sizes alone.
+        warnings.filterwarnings("ignore", "Glyph|.*[Ff]ont family")
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
@@ -109,10 +116,8 @@ def _panel(height: float) -> tuple[Figure, Any]:
 
 def clip(name: str, length: int = _LABEL) -> str:
     """A name that fits next to an axis, with both of its ends."""
-    if len(name) <= length:
-        return name
-    tail = length // 2
-    return f"{name[: length - tail - 1]}…{name[-tail:]}"
+    shown = shortened(printable(name), length)
+    return f" {shown}" if shown.startswith("_") else shown  # else legends leave it out
 
 
 # --- Curves --------------------------------------------------------------------------------
@@ -385,7 +390,15 @@ def _limits(values: np.ndarray, scale: Scale) -> tuple[float, float]:
         return 0.0, 1.0
     low = float(found.min()) if scale.low is None else scale.low
     high = float(found.max()) if scale.high is None else scale.high
-    return low, high if high > low else low + 1.0
+    least = max(abs(low), abs(high), 1e-3) * _LEAST_SPAN
+    if high - low >= least:
+        return low, high
+    if scale.low is not None:
+        return low, low + least
+    if scale.high is not None:
+        return high - least, high
+    middle = (low + high) / 2
+    return middle - least / 2, middle + least / 2
 
 
 def around(middle: float, values: np.ndarray, least: float = 0.05, form: str = ".2f") -> Scale:

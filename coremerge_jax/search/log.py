@@ -68,8 +68,12 @@ class Log:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)  # a failed write does not say where
+            raise
 
     def _read(self, path: Path) -> bool:
         """Reads what is there, and drops a line that is not complete; false if nothing is."""

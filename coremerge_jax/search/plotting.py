@@ -1,15 +1,21 @@
 """Figures of sweeps and fits. Needs matplotlib."""
 
 import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.foreign_text import printable, shortened
 
 if TYPE_CHECKING:
     from coremerge_jax.search.fitting import Fit
     from coremerge_jax.search.results import Sweep
+
+_LEAST_SPAN = 1e-4  # of the largest number
 
 # What tells a figure of ours from any other, and no date, so that equal figures are equal files.
 _CREATOR = "coremerge-jax"
@@ -25,6 +31,7 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "svg.fonttype": "none",
     "svg.hashsalt": "coremerge",
+    "text.parse_math": False,
 }
 
 
@@ -39,11 +46,28 @@ def save(figure: Any, path: str | Path | None) -> Any:
         with (
             atomic_file(path, mark=_CREATOR.encode(), force=True) as file,
             mpl.rc_context(STYLE),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", "Glyph|.*[Ff]ont family")
             figure.savefig(file, format=form, bbox_inches="tight", dpi=150, metadata=metadata)
     return figure
 
 
+def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draws in our style: matplotlib asks for some of it when it makes each text."""
+
+    @wraps(draw)
+    def run(*args: Any) -> Any:
+        _need_matplotlib()
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            return draw(*args)
+
+    return run
+
+
+@_styled
 def draw_sweep(sweep: "Sweep") -> Any:
     """One panel a parameter."""
     rules = list(dict.fromkeys(record.name for record in sweep))
@@ -59,9 +83,10 @@ def draw_sweep(sweep: "Sweep") -> Any:
                 if x.name == rule and name in x.parameters
             ]
             if points:
-                _draw_rule(panel, points, sweep, numbers, color=f"C{i}", label=rule)
-        panel.set_xlabel(name)
-    panels[0].set_ylabel(sweep.objective)
+                _draw_rule(panel, points, sweep, numbers, color=f"C{i}", label=_label(rule))
+        panel.set_xlabel(_label(name))
+    panels[0].set_ylabel(_label(sweep.objective))
+    _widen(panels[0], [x.metrics[sweep.objective] for x in sweep if sweep.objective in x.metrics])
     if len(rules) > 1 and varied:
         panels[0].legend(frameon=False)
     return figure
@@ -83,6 +108,7 @@ def _draw_rule(
     panel.plot(order, [best[x] for x in order], **style)
 
 
+@_styled
 def draw_fit(fit: "Fit") -> Any:
     """The losses by step."""
     figure, (panel,) = _panels(1)
@@ -98,15 +124,34 @@ def draw_fit(fit: "Fit") -> Any:
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _need_matplotlib() -> None:
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         text = "plots need matplotlib: pip install 'coremerge-jax[plot]'"
         raise UnsupportedError(text) from error
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
-        return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _label(name: str) -> str:
+    return shortened(printable(name), 60)
+
+
+def _widen(panel: Any, values: Sequence[float]) -> None:
+    """Gives an axis a least span, on which numbers that differ by rounding are in one line."""
+    found = [value for value in values if math.isfinite(value)]
+    if not found:
+        return
+    low, high = min(found), max(found)
+    least = _LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        panel.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def _values(sweep: "Sweep", name: str) -> list[Any]:

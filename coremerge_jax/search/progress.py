@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from coremerge_jax.foreign_text import printable, shortened
+
 
 @contextmanager
 def progress_line(text: str, wanted: bool) -> Iterator[Callable[[str], None]]:
@@ -15,4 +17,4 @@ def progress_line(text: str, wanted: bool) -> Iterator[Callable[[str], None]]:
     hidden = not (wanted and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(text)
-        yield lambda text: bar.update(task, description=text)
+        yield lambda text: bar.update(task, description=shortened(printable(text), 200))

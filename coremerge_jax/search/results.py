@@ -13,7 +13,7 @@ from rich.text import Text
 
 from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.errors import FormatError
-from coremerge_jax.foreign_text import printable
+from coremerge_jax.foreign_text import printable, shortened
 from coremerge_jax.recipe import unknown
 from coremerge_jax.rules import Chain
 from coremerge_jax.search.parameters import SCALE
@@ -122,9 +122,11 @@ class Sweep:
             FormatError: the file may not be written.
         """
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(printable, self.columns))
+        for row in self.rows():
+            values = (row.get(column, "") for column in self.columns)
+            writer.writerow(printable(x) if isinstance(x, str) else x for x in values)
         if path is not None:
             header = text.getvalue().partition("\n")[0].encode()
             with atomic_file(path, mark=header, force=True) as file:
@@ -134,16 +136,15 @@ class Sweep:
     def table(self, count: int | None = 10) -> Table:
         """The best records for a terminal, best first."""
         one = len({record.name for record in self}) == 1
-        title = Text(printable(self.records[0].name)) if one else None
+        title = _text(self.records[0].name) if one else None
         grid = Table(title=title, box=None, pad_edge=False)
         columns = self.columns[1 if one else 0 : -1]
         for column in columns:
             justify: Any = "left" if column == "rule" else "right"
-            grid.add_column(Text(printable(column)), justify=justify, overflow="fold")
+            grid.add_column(_text(column), justify=justify, overflow="fold")
         for record in self.top(count):
             row = {"rule": record.name, **record.parameters, **record.metrics}
-            cells = (_show(row.get(column, "")) for column in columns)
-            grid.add_row(*(Text(printable(cell)) for cell in cells))  # may look like markup
+            grid.add_row(*(_text(_show(row.get(column, ""))) for column in columns))
         return grid
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -159,6 +160,11 @@ class Sweep:
         from coremerge_jax.search.plotting import draw_sweep, save
 
         return save(draw_sweep(self), path)
+
+
+def _text(name: str) -> Text:
+    """A name for a table as it is, though it may look like markup."""
+    return Text(shortened(printable(name), 300))
 
 
 def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -> float:

@@ -1,6 +1,7 @@
 """What reaches the terminal, and what signals do to a command."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -8,13 +9,22 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import coremerge_jax as cm
+from coremerge_jax.checkpoint.orbax_tree import _system_errors
+from coremerge_jax.checkpoint.peft.card import model_card
+from coremerge_jax.cli.console import show
+from coremerge_jax.diagnosis import plots
 from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.foreign_text import json_escaped, printable, shortened
+from coremerge_jax.search import Sweep
+from coremerge_jax.search.plotting import draw_sweep, save
+from coremerge_jax.search.results import Record
 
 HOSTILE = [
     "\x1b[31mred",
@@ -30,7 +40,9 @@ HOSTILE = [
     "[red]markup[/]",
     "[link=http://x]y[/link]",
     ":warning:",
+    ":x:",
 ]
+ALL_HOSTILE = "".join(name.replace("\udc80", "") for name in HOSTILE)
 
 
 def assert_harmless(text):
@@ -99,32 +111,106 @@ def test_warnings_of_libraries_stay_inside_and_ours_are_notes(coremerge, monkeyp
     assert [str(one.message) for one in shown] == ["mine"]
 
 
-JUDGES = {
-    "raise KeyError('accuracy')": "KeyError: 'accuracy'",
-    "return 1 / 0": "ZeroDivisionError: division by zero",
-}
-
-
-@pytest.mark.parametrize("body", JUDGES)
-def test_an_error_of_the_users_function_names_its_line(coremerge, adapters, tmp_path, body):
-    file = tmp_path / "task.py"
-    file.write_text(f"def judge(adapter):\n    {body}\n")
-    args = ("--rule", "mean", "--values", "scale=1", "--evaluate", f"{file}:judge")
-    result = coremerge("sweep", *adapters, "-o", tmp_path / "out", *args)
-    assert result.code == 2
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def f(x):\n    return x['no']\n", ["line 2, in f", "KeyError: 'no'"]),
+        (
+            "def f(x):\n    exit('a\\nb\\x1b')\n",
+            ["line 2, in f", "SystemExit: a b\\x1b"],
+        ),
+        ("1 / 0\n", ["line 1", "ZeroDivisionError"]),
+        ("def f(:\n", ["line 1", "SyntaxError"]),
+    ],
+)
+def test_an_error_of_the_users_function_says_where(coremerge, adapters, tmp_path, code, expected):
+    (tmp_path / "mine.py").write_text(code)
+    options = ["--values", "scale=1,2", "--rule", "mean", "--evaluate", f"{tmp_path}/mine.py:f"]
+    result = coremerge("sweep", *adapters, "-o", tmp_path / "out", *options)
+    assert result.code == 1
     assert result.err.count("\n") == 1
-    for part in (JUDGES[body], "task.py, line 2", "'judge'"):
-        assert part in result.err
+    for text in ("mine.py:f", *expected):
+        assert text in result.err
 
 
-@pytest.mark.parametrize("text", ["def judge(:", "import nothing_of_this_name", "1 / 0"])
-def test_an_error_of_the_users_file_is_one_line(coremerge, adapters, tmp_path, text):
-    (tmp_path / "task.py").write_text(text)
-    args = ("--values", "scale=1", "--evaluate", f"{tmp_path / 'task.py'}:judge")
-    result = coremerge("sweep", *adapters, "-o", tmp_path / "out", *args)
-    assert result.code == 2
-    assert result.err.count("\n") == 1
-    assert "task.py" in result.err
+# --- The card and the page ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["/home/me/llama", "./llama", "~/llama", "a/b/c", "o/b\n---\nx: 1", "o/<b>", "C:\\m", "", None],
+)
+def test_the_front_matter_has_only_names_of_the_hub(base):
+    text, content = model_card(base, {})
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
+    assert content["base_model"] == base
+
+
+def test_the_card_shows_names_as_text():
+    name = "<img src=x>|[a](http://b)`c`**d**\n# e\x1b$f$ ![g](h) https://i www.j __k__ l_m"
+    sources = [{"name": name, "sha256": {name: name}}]
+    recipe = {"rules": ["mean"], "scale": {"```\n# x": 1}}
+    text, _ = model_card(name, {"dtype": name, "recipe": recipe, "sources": sources})
+    cell = (
+        r"&lt;img src=x&gt;\|\[a\](http:\//b)\`c\`\*\*d\*\*\\n# e\\x1b\$f\$ !\[g\](h) "
+        r"https:\//i www\.j \_\_k\_\_ l_m"
+    )
+    assert text.count(cell) == 5
+    assert "<img" not in text
+    assert text.count("````") == 2
+    assert text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["_a", "$x^2_{$", "漢字 😀", "a\nb\x1b<b>", "\udc80", "\\frac"])
+def test_any_name_can_be_in_a_plot(name):
+    names = [name, "b", "c"]
+    svg = plots.pairs(names, np.eye(3)) + plots.bars(names, np.arange(3.0))
+    assert svg.replace("\n", "").isprintable()
+    assert "<b>" not in svg
+    svg.encode()
+
+
+@pytest.mark.parametrize("name", ["$x^2_{$", "漢字 😀", "a\x1bb", "_a"])
+def test_any_name_can_be_in_the_plot_of_a_sweep(name, tmp_path):
+    records = [Record(r, None, {name: v}, {name: 1.0}, 0.1) for r in (name, "b") for v in (1, 2)]
+    save(draw_sweep(Sweep(tuple(records), name)), tmp_path / "x.svg")
+    assert printable(name) in (tmp_path / "x.svg").read_text()
+
+
+@pytest.mark.parametrize("scale", [plots.Scale("viridis"), plots.Scale("viridis", 0.0)])
+def test_rounding_noise_gets_one_color(scale):
+    values = 1.0 + 1e-9 * np.arange(6.0)
+    low, high = plots._limits(values, scale)
+    assert high - low >= 0.05
+    assert low <= values.min() <= values.max() <= high
+
+
+def test_rounding_noise_is_a_line_in_the_plot_of_a_sweep():
+    records = [Record("r", None, {"x": v}, {"s": 0.7 + v * 1e-15}, 0.1) for v in (1, 2, 3)]
+    low, high = draw_sweep(Sweep(tuple(records), "s")).axes[0].get_ylim()
+    assert high - low > 1e-5
+
+
+def test_the_table_and_csv_of_a_sweep_show_names_as_they_are(capsys):
+    sweep = Sweep((Record(ALL_HOSTILE, None, {"p": 1}, {ALL_HOSTILE: 1.0}, 0.1),), ALL_HOSTILE)
+    show(sweep.table())
+    for text in (capsys.readouterr().out, sweep.to_csv()):
+        assert text.replace("\n", "").isprintable()
+        assert "[red]a[/]" in text
+
+
+# --- Disks ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_error_of_orbax(tmp_path):
+    with (
+        pytest.raises(OSError, match="No space left on device") as caught,
+        _system_errors(tmp_path),
+    ):
+        raise ValueError("a\n" * 200 + "RESOURCE_EXHAUSTED [OS error 28: No space left on device]")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(ValueError, match="else"), _system_errors(tmp_path):
+        raise ValueError("else")
 
 
 # --- As real processes ------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """README.md and coremerge.json: where a merged adapter comes from."""
 
+import html
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from coremerge_jax.foreign_text import printable
+
+# What Markdown acts on within a line: emphasis, links, images, code, cells, math.
+_MARKUP = re.compile(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www)\.")
 
 
 def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -25,7 +32,7 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
     )
     sources = content.get("sources", ())
     details = [
-        f"| {name.replace('_', ' ')} | {_cell(value)} |"
+        f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |"
         for name, value in content.items()
         if name not in ("recipe", "sources") and value is not None
     ]
@@ -46,21 +53,28 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
     if recipe := content.get("recipe"):
         # Paths tell nothing that the sources below do not, and are nobody else's business.
         options = {name: value for name, value in recipe.items() if name != "adapters"}
-        text += ["", "## Recipe", "", "```yaml", yaml.safe_dump(options, sort_keys=False) + "```"]
+        dumped, fence = yaml.safe_dump(options, sort_keys=False), "```"
+        while fence in dumped:
+            fence += "`"
+        text += ["", "## Recipe", "", fence + "yaml", dumped + fence]
     if sources:
         text += ["", "## Sources", "", "| adapter | file | SHA-256 |", "|---|---|---|"]
         for source in sources:
             for file, digest in source.get("sha256", {"": ""}).items():
-                text.append(f"| {_cell(source.get('name'))} | {file} | {digest} |")
+                text.append(f"| {_cell(source.get('name'))} | {_cell(file)} | {_cell(digest)} |")
     return "\n".join(text) + "\n", content
 
 
 def _hub_name(base_model: str | None) -> str | None:
     """The hub takes only names `owner/name`, and refuses a card with a local path."""
-    local = not base_model or Path(base_model).is_absolute() or base_model.startswith(".")
-    return None if local else base_model
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return None
+    return base_model if base_model and base_model.isprintable() else None
 
 
 def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text of one line that Markdown shows as it is."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return _MARKUP.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
