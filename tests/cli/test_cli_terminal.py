@@ -196,7 +196,7 @@ def test_the_table_and_csv_of_a_sweep_show_names_as_they_are(capsys):
     show(sweep.table())
     for text in (capsys.readouterr().out, sweep.to_csv()):
         assert text.replace("\n", "").isprintable()
-        assert "[red]a[/]" in text
+        assert "[red]markup[/]" in text
 
 
 # --- Disks ----------------------------------------------------------------------------------
