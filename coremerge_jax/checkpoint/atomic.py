@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,13 @@ from pathlib import Path
 
 import jax
 
-from coremerge_jax.checkpoint.outputs import RECORD, check_file, check_output, find_foreign
+from coremerge_jax.checkpoint.outputs import (
+    RECORD,
+    check_file,
+    check_output,
+    find_foreign,
+    find_left,
+)
 from coremerge_jax.errors import FormatError
 from coremerge_jax.processes import agreed, exchange, failing_together
 
@@ -134,17 +139,11 @@ def _tidy(path: Path) -> None:
 
     Runs that are alive hold locks on theirs.
     """
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(new|old)")
-    if not path.parent.is_dir():
-        return
-    for left in sorted(path.parent.iterdir()):
-        found = pattern.fullmatch(left.name)
-        if found is None or left.is_symlink():
-            continue
+    for kind, left in find_left(path):
         with _locked(left) as is_dead:
             if not is_dead:
                 continue
-            if found[1] == "old":
+            if kind == "old":
                 _put_back(left, path)
             elif left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

@@ -8,6 +8,7 @@ files are just those is ever replaced.
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -159,6 +160,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _identities(path: Path) -> set[tuple[int, int]]:
     """Returns those of a path and of all folders above it, as far as they exist."""
     return {found for place in (path, *path.parents) if (found := _identity(place)) is not None}
+
+
+def find_left(path: Path) -> list[tuple[str, Path]]:
+    """Finds what runs that were killed, or are alive, have beside an output.
+
+    Returns:
+        ``"new"`` for an output half made and ``"old"`` for one moved aside, each with its place.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(new|old)")
+    if not path.parent.is_dir():
+        return []
+    found = ((pattern.fullmatch(place.name), place) for place in sorted(path.parent.iterdir()))
+    return [(match[1], place) for match, place in found if match and not place.is_symlink()]
 
 
 def write_record(folder: Path, kind: str, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from coremerge_jax.checkpoint import atomic, outputs
+from coremerge_jax.checkpoint import atomic, open_adapter, outputs
 from coremerge_jax.checkpoint.outputs import RECORD, fingerprint, write_record
 from coremerge_jax.errors import FormatError
 
@@ -103,6 +103,9 @@ def test_what_is_killed_before_a_rename_costs_nothing(tmp_path, old, rename):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), str(rename)]
     assert subprocess.run(command, check=False).returncode == -9
     assert len(list(tmp_path.iterdir())) == 2
+    if rename == 2:
+        with pytest.raises(FormatError, match=r"moved it to .*/\.out\..*\.old: rename it back"):
+            open_adapter(tmp_path / "out")
     with pytest.raises(FormatError, match="already exists"):
         write(tmp_path / "out")
     assert tree(tmp_path) == old

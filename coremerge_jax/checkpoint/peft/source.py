@@ -12,6 +12,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from coremerge_jax.checkpoint.outputs import find_left
 from coremerge_jax.checkpoint.urls import refuse_url
 from coremerge_jax.errors import CoreMergeError, FormatError, UnsupportedError
 from coremerge_jax.untrusted import check_path, is_regular
@@ -61,6 +62,9 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id or folder.parent.exists():
         told = "; give the path itself in place of ~" if str(source).startswith("~") else ""
+        for kind, left in find_left(folder.absolute()):
+            if kind == "old":
+                told = f"; a run that was killed has moved it to {left}: rename it back"
         raise FormatError(f"{source}: no such folder{told}")
     for local in (True, False):
         if not local and not _hub_answers():
