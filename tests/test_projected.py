@@ -139,7 +139,7 @@ def test_what_is_refused(adapters):
         projected.merge(cm.dare())
     with pytest.raises(cm.MismatchError, match="2 weights for 3 adapters"):
         projected.merge(cm.task_arithmetic(weights=(1.0, 2.0)))
-    with pytest.raises(cm.MismatchError, match=r"shape \(2,\) for 3 adapters"):
+    with pytest.raises(cm.MismatchError, match="2 weights for 3 adapters"):
         projected.merge(cm.tsv(), weights=[1.0, 2.0])
     with pytest.raises(cm.MismatchError, match=r"weights of 'c\.q': there is no such module"):
         projected.merge(cm.tsv(), weights={"c.q": [1.0, 1.0, 1.0]})

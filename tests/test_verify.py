@@ -303,7 +303,8 @@ def test_an_adapter_left_out(sources, tmp_path, fields):
     """The record names three, two were merged."""
     whole = write_merge(sources, tmp_path / "whole", **fields)
     for t in range(3):
-        out = write_merge([x for x in sources if x != sources[t]], tmp_path / "part", **fields)
+        rest = [x for x in sources if x != sources[t]]
+        out = write_merge(rest, tmp_path / f"without {t}", **fields)
         shutil.copy(whole / "coremerge.json", out / "coremerge.json")
         (finding,) = cm.verify(out).defects
         assert (finding.kind, finding.modules) == ("left-out", PATHS)

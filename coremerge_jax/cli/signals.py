@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_PATIENCE = 5.0  # seconds that the tidying up after a signal may take
+_PATIENCE = 10.0  # seconds that the tidying up after a signal may take
 
 
 class Ended(SystemExit):

@@ -221,6 +221,8 @@ SLOW = """
 import sys, time
 from coremerge_jax.__main__ import main
 from coremerge_jax import cli
+from coremerge_jax.cli import signals
+signals._PATIENCE = 60
 def command():
     try:
         print("here", flush=True)
