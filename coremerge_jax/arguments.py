@@ -1,4 +1,4 @@
-"""What a user gives to a merge, checked: errors that name the argument and say what to write."""
+"""Arguments of a merge, checked: errors name the argument and say what to write."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -131,7 +131,7 @@ def check_number(name: str, value: Any, more: str = "") -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number is finite as a float."""
+    """Tells whether a number is finite as a float."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold

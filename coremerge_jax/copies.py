@@ -39,7 +39,7 @@ _COUNTERS = ("step", "count", "global_step", "gradient_step", "mini_step")
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a factor is.
+    """The place of a factor.
 
     Attributes:
         key: of the factor.
@@ -59,7 +59,7 @@ class _Place:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether a tree that it is in is called parameters."""
+        """Tells whether a tree that holds it is called parameters."""
         return any("param" in name.lower() for name in self.trees)
 
 
@@ -126,7 +126,7 @@ def _place(key: str, factor: Factor) -> _Place:
 
 
 def _is_inside(above: list[str], part: str) -> bool:
-    """Whether a part of a path is in the model for certain."""
+    """Tells whether a part of a path is in the model for certain."""
     if part.isdigit():  # else a place in a chain of transformations
         names = [name for name in above if not name.isdigit()]
         return bool(names) and not _CHAIN.fullmatch(names[-1])

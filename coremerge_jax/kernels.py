@@ -158,7 +158,7 @@ class _Search:
         return kernels[0] if kernels else None
 
     def _axes(self, key: str, shape: Shape, example: str, *, stacked: bool) -> list[str]:
-        """What the axes of a kernel can be, given one of its modules."""
+        """Returns what the axes of a kernel can be, given one of its modules."""
         module, (m, n) = key.rpartition("/")[0], self.outline[example].shape
         told = self.lengths.get(example, ())
         for pattern, letters in self.axes.items():

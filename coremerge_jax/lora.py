@@ -105,7 +105,7 @@ class LoRA:
 
 
 def _sharding_of_product(b: Any, a: Any) -> NamedSharding | None:
-    """Where ``b @ a`` is if the types of its factors say where these are (explicit mesh axes).
+    """Returns the sharding of ``b @ a`` if its factors have explicit mesh axes.
 
     Rows are spread as those of ``b``, and columns as those of ``a``, unless by the same axis.
     """

@@ -271,7 +271,7 @@ def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> M
 
 
 def _common_lengths(adapters: Sequence[Adapter]) -> tuple[Lengths, ...]:
-    """Those of modules of which no two adapters tell different ones."""
+    """Returns the lengths of the modules on which all adapters agree."""
     told = [entry for adapter in adapters for entry in adapter.metadata.lengths]
     found: dict[str, set[Lengths]] = {}
     for entry in told:

@@ -40,7 +40,7 @@ class Inputs:
 
 @flax.struct.dataclass
 class Facts:
-    """What is found out about modules while they are merged, by each of C devices that share one.
+    """Facts about modules, found while they are merged, by each of C devices that share one.
 
     Attributes:
         sizes: ``(L, 2, T, C)``, the largest magnitude in the B and in the A of each adapter.
@@ -143,7 +143,7 @@ def merge_stack(
 
 
 def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settings) -> Facts:
-    """What a merge tells of its module.
+    """Returns the facts of one module.
 
     Coordinates in core space are small, zero where factors are, and not finite if any of them is
     not. Where there are none, the factors themselves are summed up.

@@ -57,7 +57,7 @@ class MergeStream:
 
     @property
     def adapters(self) -> Sequence[Adapter]:
-        """Those that are merged: of a weight other than 0."""
+        """The adapters that are merged: those of a weight other than 0."""
         return self._job.adapters
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class MergeStream:
 
     @property
     def shared(self) -> bool:
-        """Whether this is the share of one process, and others have the rest."""
+        """True for the share of one process, where others have the rest."""
         return self._shared
 
     @property
@@ -184,7 +184,7 @@ class MergeStream:
 
 @dataclasses.dataclass
 class Effects:
-    """What a merge has effects of, counted in modules.
+    """The effects of a merge, counted in modules.
 
     Attributes:
         alive: for each adapter, in how many modules its update is not zero.
@@ -212,7 +212,7 @@ class Effects:
 
     @property
     def nothing(self) -> bool:
-        """Whether all merged updates are zero."""
+        """True if all merged updates are zero."""
         return self.modules > 0 and not self.merged
 
 

@@ -445,7 +445,7 @@ def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Whether a key matches one of the patterns, as in `fnmatch`."""
+    """Tells whether a key matches one of the patterns, as in `fnmatch`."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 

@@ -234,7 +234,7 @@ OBJECT: Kind = (lambda value: isinstance(value, dict), "an object")
 
 
 def either(*kinds: Kind) -> Kind:
-    """What is of one of these kinds."""
+    """Returns the kind of what is of one of these kinds."""
     return lambda value: any(test(value) for test, _ in kinds), " or ".join(x for _, x in kinds)
 
 

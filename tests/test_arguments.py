@@ -1,4 +1,4 @@
-"""What is given in memory and is wrong: refused in one line that names it."""
+"""Wrong arguments in memory are refused in one line that names them."""
 
 import copy
 import pickle

@@ -216,7 +216,7 @@ every_kth_smallest = jax.jit(jax.vmap(linalg.kth_smallest, (None, 0)))
 @pytest.mark.parametrize("size", [1, 12])
 @given(data=st.data())
 def test_kth_smallest_is_that_of_a_sort(size, dtype, data):
-    """Of any nonnegative floats, subnormal ones, equal ones and infinity among them."""
+    """Holds for any nonnegative floats: subnormal ones, equal ones and infinity among them."""
     unsigned = f"uint{8 * jnp.dtype(dtype).itemsize}"
     infinity = int(np.asarray(np.inf, jnp.dtype(dtype)).view(unsigned))
     bits = st.integers(0, infinity) | st.sampled_from([0, 1, infinity])

@@ -84,7 +84,7 @@ def test_a_broken_text_is_read_or_refused_in_one_line(inputs, name, data):
 
 
 def message_of(call):
-    """What the error says, nothing where there is none."""
+    """Returns the message of the error, nothing if there is none."""
     try:
         call()
     except CoreMergeError as error:

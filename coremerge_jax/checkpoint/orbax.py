@@ -225,7 +225,7 @@ def save_orbax(
 
 
 def _scan(axis: Any) -> dict[str, Any]:
-    """What a checkpoint says of its layers, for the time when it is read."""
+    """Returns the metadata that says how layers are stacked, for later readers."""
     return dict(zip(SCAN, (True, axis), strict=False)) if axis in (0, 1) else {}
 
 

@@ -257,7 +257,7 @@ def _outline(leaf: Any) -> Any:
 
 
 def is_orbax(source: str | Path) -> bool:
-    """Whether a folder looks like an orbax checkpoint, or like one of several steps.
+    """Tells whether a folder looks like an orbax checkpoint, or like one of several steps.
 
     One that is broken, or unfinished, does too.
     """
@@ -273,7 +273,7 @@ def is_orbax(source: str | Path) -> bool:
 
 
 def _is_marked(folder: Path) -> bool:
-    """Whether orbax has written, or begun to write, a checkpoint or steps into a folder."""
+    """Tells whether orbax has written, or begun to write, a checkpoint or steps into a folder."""
     return (
         os.path.lexists(folder / MARKER)
         or bool(_items(folder))
@@ -282,7 +282,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_step_of_others(folder: Path) -> bool:
-    """Whether there are other steps beside a folder, and trees in these."""
+    """Tells whether there are other steps beside a folder, and trees in these."""
     folder = Path(os.path.realpath(folder))
     if not _STEP.fullmatch(folder.name):
         return False
@@ -362,7 +362,7 @@ def _find_step(source: Path, step: int | None) -> Path:
 
 
 def _is_whole(step: Path, steps: Collection[Path]) -> bool:
-    """Whether a step has all trees that it has begun, as far as other steps show what is one."""
+    """Tells whether a step has all trees that it has begun, as far as other steps show that."""
     items = _items(step)
     names = {name for other in steps for name in _items(other) if name is not None}
     begun = {name for name in names if (step / name).is_dir()}

@@ -141,7 +141,7 @@ def _fit(axes: Axes, a: Shape, b: Shape) -> bool:
 
 
 def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
-    """What is below a container of layers without a number is stacked."""
+    """Tells whether a module is stacked: it is below a container of layers without a number."""
     if container(module) is None:
         return [axes for axes in fitting if not axes.a.startswith("el")] or fitting
     return [axes for axes in fitting if "l" in axes.a] or fitting

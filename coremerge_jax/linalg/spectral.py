@@ -162,7 +162,7 @@ def _parts_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
 
 
 def _close(s: jax.Array) -> jax.Array:
-    """Where rounding errors of a difference quotient exceed what its limit is off."""
+    """Finds the pairs for which a difference quotient has more rounding error than its limit."""
     eps = float(jnp.finfo(s.dtype).eps)
     return (s[:, None] - s[None, :]) ** 2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
 

@@ -168,7 +168,7 @@ def _text(name: str) -> Text:
 
 
 def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -> float:
-    """What is compared: more is better, and what is not finite is worst.
+    """Returns the number to compare: more is better, and what is not finite is worst.
 
     Raises:
         RecipeError: there is no such metric.

@@ -1,4 +1,4 @@
-"""What reaches the terminal, and what signals do to a command."""
+"""The terminal: names, errors, warnings and signals."""
 
 import contextlib
 import errno
