@@ -385,7 +385,7 @@ def short(value: float, form: str = ".2f") -> str:
 
 
 def _limits(values: np.ndarray, scale: Scale) -> tuple[float, float]:
-    found = values[~np.isnan(values)]
+    found = values[np.isfinite(values)]
     if not len(found):
         return 0.0, 1.0
     low = float(found.min()) if scale.low is None else scale.low
@@ -403,7 +403,7 @@ def _limits(values: np.ndarray, scale: Scale) -> tuple[float, float]:
 
 def around(middle: float, values: np.ndarray, least: float = 0.05, form: str = ".2f") -> Scale:
     """Two colors, for above and below ``middle``."""
-    found = values[~np.isnan(values)]
+    found = values[np.isfinite(values)]
     reach = max(least, float(np.abs(found - middle).max(initial=0.0)))
     return Scale("PuOr_r", middle - reach, middle + reach, form)
 
@@ -423,9 +423,9 @@ def _draw_bars(
     names, values = _ends(names, values)
     figure, panel = _panel(0.9 + 0.28 * max(4, len(names)))
     places = np.arange(len(names))
-    panel.barh(places, values, color=BLUE, height=0.7)
+    panel.barh(places, np.where(np.isfinite(values), values, np.nan), color=BLUE, height=0.7)
     for place, value in zip(places, values, strict=True):
-        if not np.isnan(value):
+        if np.isfinite(value):
             panel.annotate(
                 f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}",
                 (max(value, 0), place),

@@ -185,6 +185,15 @@ def test_rounding_noise_gets_one_color(scale):
     assert low <= values.min() <= values.max() <= high
 
 
+@pytest.mark.parametrize("scale", [plots.Scale("viridis"), plots.Scale("viridis", 0.0)])
+def test_numbers_that_are_not_finite_do_not_stretch_a_color_scale(scale):
+    finite = np.array([1.0, 2.0])
+    values = np.array([1.0, np.inf, 2.0, -np.inf, np.nan])
+    assert plots._limits(values, scale) == plots._limits(finite, scale)
+    assert plots.around(1.5, values) == plots.around(1.5, finite)
+    plots.bars(list("abcde"), values)  # no warning
+
+
 def test_rounding_noise_is_a_line_in_the_plot_of_a_sweep():
     records = [Record("r", None, {"x": v}, {"s": 0.7 + v * 1e-15}, 0.1) for v in (1, 2, 3)]
     low, high = draw_sweep(Sweep(tuple(records), "s")).axes[0].get_ylim()
