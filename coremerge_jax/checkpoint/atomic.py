@@ -1,6 +1,7 @@
 """Folders and files that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -82,7 +83,7 @@ def _put_back(old: Path, path: Path) -> None:
     Two may exist only where the new one is in place, or another process has put one there.
     """
     if not os.path.lexists(path):
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.lexists(old):  # on a read-only disk, a rename of nothing fails otherwise
             old.rename(path)
     elif old.is_dir() and not find_foreign(old):
         shutil.rmtree(old, ignore_errors=True)
@@ -123,7 +124,9 @@ def _naming(out: str | Path, new: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno and _is_below(new, error.filename):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a copy names its source first
+        name = (full and error.filename2) or error.filename
+        if error.errno and _is_below(new, name):
             error.filename, error.filename2 = str(out), None
         raise
 

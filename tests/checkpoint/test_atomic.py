@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -369,3 +370,24 @@ def test_a_full_disk_changes_nothing(small_disk):
         ):
             (folder / "data").write_bytes(bytes(300_000))
         assert tree(small_disk) == before
+
+
+def test_a_copy_onto_a_full_disk_names_the_output(tmp_path):
+    def copy():
+        with atomic_folder(tmp_path / "out") as folder:
+            raise OSError(errno.ENOSPC, "No space left", "source", None, str(folder / "copy"))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        copy()
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "out"), None)
+
+
+def test_a_read_only_disk_names_the_output(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for name in ("mkdir", "rename"):
+        monkeypatch.setattr(type(tmp_path), name, refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write(tmp_path / "out")
+    assert caught.value.filename in (str(tmp_path / "out"), str(tmp_path))
