@@ -449,8 +449,9 @@ def _with_thresholds(
         count = partial(job.count, known=known, shift=np.asarray(shift, uint))
         for _, more in _each(count, batches, workers):
             parts = [x + y for x, y in zip(parts, more, strict=True)]
-        counts, sizes = map(jnp.asarray, over_all(*parts))
+        parts = over_all(*parts)
         with computing(dtype.name, *job.traced):
+            counts, sizes = map(jnp.asarray, parts)
             if wanted is None:
                 kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
                 wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
