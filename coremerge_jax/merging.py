@@ -127,7 +127,7 @@ def merge_stream(
     """
     adapters = as_adapters(adapters)
     parts = chain(as_rule(rule))
-    check_rule(parts, key, len(adapters))
+    key = check_rule(parts, key, len(adapters))
     weights = as_weights(weights, len(adapters))
     tasks = present_adapters(adapters, weights, allow_mismatch)
     present = [adapters[t] for t in tasks]
@@ -179,8 +179,12 @@ def _is_zero(weights: Any, t: int) -> bool:
     return not isinstance(weights[t], jax.core.Tracer) and float(weights[t]) == 0
 
 
-def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> None:
+def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array | None:
     """Checks that a rule has what it needs: a key, one weight per adapter, sound parameters.
+
+    Returns:
+        The key; None if the rule draws no random numbers, as a program with a key is another one
+        to compile.
 
     Raises:
         MismatchError: naming the number of weights and of adapters.
@@ -192,6 +196,7 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> None:
         raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
     for part in validated(rule).rules:
         as_weights(getattr(part, "weights", None), adapters)
+    return key if rule.needs_key else None
 
 
 def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:

@@ -117,7 +117,7 @@ class Projected:
     def updates(self, rule: Any, *, weights: Any = None, key: jax.Array | None = None) -> Updates:
         """What `merge` computes before it scales, so that many scales can share it."""
         parts = chain(as_rule(rule))
-        check_rule(parts, key, self.adapters)
+        key = check_rule(parts, key, self.adapters)
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
             raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
         self._check_weights(weights)

@@ -36,7 +36,8 @@ class MergeStream:
     Attributes:
         processes: those that share the merge, and how many devices each has; empty if it is not
             shared, or if this is the share of one.
-        effects: what was found out by the last iteration; nothing of what is traced.
+        effects: what was found out by the last iteration, of all shares; nothing of what is
+            traced.
     """
 
     def __init__(
@@ -86,11 +87,6 @@ class MergeStream:
         return tuple(folder for adapter in self._job.adapters for folder in adapter.folders)
 
     @property
-    def shared(self) -> bool:
-        """True for the share of one process, where others have the rest."""
-        return self._shared
-
-    @property
     def spread(self) -> bool:
         """Whether the merged factors are on devices of several processes."""
         return self._job.grid is not None and len(self._job.grid.processes) > 1
@@ -106,11 +102,13 @@ class MergeStream:
             over_all = total if self._shared else lambda *counts: counts
             rule = _with_thresholds(job, self._batches, self._workers, over_all)
             job = dataclasses.replace(job, rule=rule)
-        self.effects = Effects([0] * len(job.adapters))
+        self.effects.reset()
         for batch, (a, b, facts) in _each(job.merge, self._batches, self._workers):
             if facts is not None:
                 self.effects.add(batch, facts)
             yield job.modules(batch, *job.apart(batch, a, b))
+        if self._shared:
+            self.effects.add_up(total)
 
     def collect(self) -> Adapter:
         """All of it, in memory."""
@@ -159,6 +157,7 @@ class MergeStream:
         share = MergeStream(
             self._job, groups, self._max_memory, self._metadata, self._extras, {}, shared=True
         )
+        share.effects = self.effects
         return share, owner
 
     @functools.cached_property
@@ -195,6 +194,17 @@ class Effects:
     alive: list[int]
     merged: int = 0
     modules: int = 0
+
+    def reset(self) -> None:
+        """Starts to count anew."""
+        self.alive, self.merged, self.modules = [0] * len(self.alive), 0, 0
+
+    def add_up(self, total: Callable[..., Sequence[np.ndarray]]) -> None:
+        """Adds what other processes have counted."""
+        *alive, self.merged, self.modules = map(
+            int, total(np.asarray([*self.alive, self.merged, self.modules]))[0]
+        )
+        self.alive = alive
 
     def add(self, batch: Group, facts: Facts) -> None:
         """Counts a batch; the modules that only fill it up are left out."""

@@ -26,7 +26,7 @@ def refuse_nothing(stream: "MergeStream") -> None:
     Raises:
         MismatchError: all merged updates are zero.
     """
-    if stream.effects.nothing and not stream.shared:
+    if stream.effects.nothing:
         causes = "; ".join(dict.fromkeys(idle_adapters(stream)))
         raise MismatchError(
             "all merged updates are zero, so nothing is written: "

@@ -202,6 +202,8 @@ def _write(
     stage: Stages,
 ) -> dict[str, float]:
     """Gives the energy that modules have kept."""
+    import jax
+
     from coremerge_jax.checkpoint import save_peft
 
     keep_compiled_programs()
@@ -215,7 +217,7 @@ def _write(
             force=force,
             card=provenance(recipe, describe_sources(recipe, adapters)),
         )
-    for note in idle_adapters(stream):
+    for note in idle_adapters(stream) if jax.process_index() == 0 else ():
         say(f"note: {note}", err=True)
     stage.seconds["compile"] = round(compiled["compile"], 3)
     return kept or {}

@@ -9,6 +9,8 @@ import time
 import pytest
 from many_devices import start_job
 
+import coremerge_jax as cm
+
 # The process in PAUSED stops when it has made its folder, and before it has written anything.
 CODE = """
 import importlib, os, sys, time
@@ -48,6 +50,21 @@ def test_as_one_process_does(coremerge, adapters, tmp_path):
     assert told[1][0] == ""
     for name in ("adapter_model.safetensors", "adapter_config.json", "coremerge.json", "README.md"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_adapters_without_an_effect(adapters, tmp_path):
+    dead = cm.load_peft(adapters[0])
+    dead = dead.replace(modules={p: cm.LoRA(a=x.a, b=0 * x.b) for p, x in dead.items()})
+    cm.save_peft(dead, tmp_path / "dead")
+    codes, told = finish(start(tmp_path / "dead", adapters[1], "-o", tmp_path / "out"))
+    assert codes == [0, 0], told
+    note = "adapter 'dead' has no effect: all its updates are zero"
+    assert [err.count(note) for _, err in told] == [1, 0]
+
+    codes, told = finish(start(tmp_path / "dead", tmp_path / "dead", "-o", tmp_path / "none"))
+    assert codes == [1, 1], told
+    assert all("error: all merged updates are zero, so nothing is written" in x for _, x in told)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
