@@ -6,10 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little.
+# Tests compile much and compute little. Each process compiles with one thread: there are as many
+# processes as processors.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.9."),
 )
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests start

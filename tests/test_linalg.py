@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,12 @@ conditions = pytest.mark.parametrize("condition", CONDITIONS)
 kinds = pytest.mark.parametrize("singular", [True, False], ids=["singular", "any"])
 
 
-def on_whole_basis(singular):
+@functools.cache
+def whole_basis(singular):
+    @jax.jit
     def fn(x):
-        found, coordinates, _, _ = linalg.basis(x, 1e-12, singular=singular)
-        return found.columns(), coordinates
+        found, *rest = linalg.basis(x, 1e-12, singular=singular)
+        return found.columns(), *rest
 
     return fn
 
@@ -53,8 +57,7 @@ def on_whole_basis(singular):
 def test_a_basis_is_orthonormal_and_spans(singular, condition, shape):
     x = conditioned(np.random.default_rng(0), shape, condition)
     with jax.enable_x64(True):
-        found, coordinates, size, spread = linalg.basis(jnp.asarray(x), 1e-12, singular=singular)
-        u = np.asarray(found.columns())
+        u, coordinates, size, spread = map(np.asarray, whole_basis(singular)(jnp.asarray(x)))
         noise = 1e-15 * condition + 1e-8 * (condition < 1e4)
         np.testing.assert_allclose(u.T @ u, np.eye(len(u.T)), atol=100 * noise)
         np.testing.assert_allclose(u @ coordinates, x, atol=1e-12)
@@ -72,8 +75,7 @@ def test_a_basis_is_orthonormal_and_spans(singular, condition, shape):
 def test_a_basis_ends_at_the_numerical_rank(singular, shape):
     x = matrix([3.0, 2.0, 1.0], shape)
     with jax.enable_x64(True):
-        found, coordinates, size, _ = linalg.basis(jnp.asarray(x), 1e-12, singular=singular)
-        u = found.columns()
+        u, coordinates, size, _ = map(np.asarray, whole_basis(singular)(jnp.asarray(x)))
         assert size == 3
         np.testing.assert_array_equal(u[:, 3:], 0)
         np.testing.assert_array_equal(coordinates[3:], 0)
@@ -85,11 +87,17 @@ def test_a_batch_is_merged_as_its_matrices_are():
     rng = np.random.default_rng(0)
     x = np.stack([conditioned(rng, (60, 40), c) for c in (2, 1e7, 10, 1e3)]).reshape(2, 2, 60, 40)
     with jax.enable_x64(True):
-        for fn in (lambda x: on_whole_basis(True)(x)[1], linalg.isotropic, linalg.polar):
-            batched = jax.vmap(jax.vmap(fn))(jnp.asarray(x))
+        for fn in (lambda x: whole_basis(True)(x)[1], linalg.isotropic, linalg.polar):
+            fn = jax.jit(fn)
+            batched = jax.jit(jax.vmap(jax.vmap(fn)))(jnp.asarray(x))
             for i in np.ndindex(2, 2):
                 single = fn(jnp.asarray(x[i]))
                 np.testing.assert_allclose(abs(batched[i]), abs(single), atol=1e-9)
+
+
+@jax.jit
+def spectral_maps(x):
+    return linalg.polar(x), linalg.isotropic(x), linalg.truncate(x, 2)[0]
 
 
 @sizes
@@ -98,14 +106,17 @@ def test_spectral_maps_are_those_of_the_singular_values(condition, shape):
     x = conditioned(np.random.default_rng(0), shape, condition)
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     with jax.enable_x64(True):
-        x = jnp.asarray(x)
-        for found, expected in (
-            (linalg.polar(x), u @ vt),
-            (linalg.isotropic(x), s.mean() * u @ vt),
-            (linalg.truncate(x, 2)[0], (u[:, :2] * s[:2]) @ vt[:2]),
-        ):
-            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-            assert error <= 1e-6
+        found = jax.device_get(spectral_maps(jnp.asarray(x)))
+    expected = u @ vt, s.mean() * u @ vt, (u[:, :2] * s[:2]) @ vt[:2]
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(other)
+
+
+@jax.jit
+def isotropic_maps(x, tangent):
+    """Of factored matrices and of dense ones, with their derivatives."""
+    dense = lambda x: linalg.isotropic(x.dense())  # noqa: E731
+    return jax.jvp(linalg.isotropic, (x,), (tangent,)), jax.jvp(dense, (x,), (tangent,))
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
@@ -117,10 +128,9 @@ def test_factored_matrices_are_mapped_as_dense_ones(overlap):
     blocks = rng.standard_normal((2, 3, 3))
     with jax.enable_x64(True):
         x = linalg.Factored(jnp.asarray(left), jnp.asarray(blocks), jnp.asarray(right))
-        np.testing.assert_allclose(linalg.isotropic(x), linalg.isotropic(x.dense()), atol=1e-9)
         tangent = jax.tree.map(lambda y: jnp.asarray(rng.standard_normal(y.shape)), x)
-        _, found = jax.jvp(linalg.isotropic, (x,), (tangent,))
-        _, expected = jax.jvp(lambda x: linalg.isotropic(x.dense()), (x,), (tangent,))
+        (value, found), (whole, expected) = isotropic_maps(x, tangent)
+        np.testing.assert_allclose(value, whole, atol=1e-9)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -132,8 +142,9 @@ def test_derivatives_of_bases_are_those_of_finite_differences(singular, shape):
     x, dx = conditioned(rng, shape, 3.0), rng.standard_normal(shape)
     y = rng.standard_normal((shape[0], 3))
 
+    @jax.jit
     def fn(x):
-        u, coordinates = on_whole_basis(singular)(x)
+        u, coordinates, _, _ = whole_basis(singular)(x)
         projected = linalg.matmul(u, linalg.matmul(u.T, jnp.asarray(y)))
         squares = linalg.matmul(coordinates, coordinates.T)
         return projected, jnp.diagonal(squares) if singular else linalg.matmul(u, coordinates)
@@ -141,7 +152,7 @@ def test_derivatives_of_bases_are_those_of_finite_differences(singular, shape):
     with jax.enable_x64(True):
         step = 1e-6
         ahead, back = fn(jnp.asarray(x + step * dx)), fn(jnp.asarray(x - step * dx))
-        _, tangents = jax.jvp(fn, (jnp.asarray(x),), (jnp.asarray(dx),))
+        _, tangents = jax.jit(lambda *x: jax.jvp(fn, *x))((jnp.asarray(x),), (jnp.asarray(dx),))
         for one, other, tangent in zip(ahead, back, tangents, strict=True):
             difference = (one - other) / (2 * step)
             scale = max(np.linalg.norm(difference), 1)
@@ -156,6 +167,13 @@ MAPS = {
 }
 
 
+@functools.cache
+def programs(name):
+    """The map, and its derivative at a point along a tangent."""
+    fn = MAPS[name]
+    return jax.jit(fn), jax.jit(lambda x, tangent: jax.jvp(fn, (x,), (tangent,))[1])
+
+
 @shapes
 @spectra
 @pytest.mark.parametrize("name", MAPS)
@@ -163,7 +181,7 @@ def test_derivatives_are_those_of_finite_differences(name, s, shape):
     """Along curves on which the rank stays the same; elsewhere these maps are not continuous."""
     if name == "truncate" and s[0] == s[1]:
         pytest.skip("truncation between coinciding singular values is not differentiable")
-    fn, rng = MAPS[name], np.random.default_rng(1)
+    (fn, derivative), rng = programs(name), np.random.default_rng(1)
     x = matrix(s, shape)
     # x moves to (1 + hX) x (1 + hY): any first-order change that keeps the rank.
     left, right = (rng.standard_normal((size, size)) for size in shape)
@@ -174,9 +192,15 @@ def test_derivatives_are_those_of_finite_differences(name, s, shape):
     with jax.enable_x64(True):
         step = 1e-6
         difference = (fn(curve(step)) - fn(curve(-step))) / (2 * step)
-        _, tangent = jax.jvp(fn, (curve(0),), (jnp.asarray(left @ x + x @ right),))
+        tangent = derivative(curve(0), jnp.asarray(left @ x + x @ right))
         scale = np.linalg.norm(difference)
         assert np.linalg.norm(tangent - difference) <= 1e-6 * max(scale, 1)
+
+
+@jax.jit
+def forward_and_reverse(x, tangent, cotangent):
+    value, forward = jax.jvp(linalg.isotropic, (x,), (tangent,))
+    return value, forward, jax.vjp(linalg.isotropic, x)[1](cotangent)[0]
 
 
 @shapes
@@ -185,8 +209,8 @@ def test_forward_and_reverse_derivatives_agree(s, shape):
     rng = np.random.default_rng(2)
     x, tangent, cotangent = matrix(s, shape), rng.standard_normal(shape), rng.standard_normal(shape)
     with jax.enable_x64(True):
-        value, forward = jax.jvp(linalg.isotropic, (jnp.asarray(x),), (jnp.asarray(tangent),))
-        (reverse,) = jax.vjp(linalg.isotropic, jnp.asarray(x))[1](jnp.asarray(cotangent))
+        given = map(jnp.asarray, (x, tangent, cotangent))
+        value, forward, reverse = jax.device_get(forward_and_reverse(*given))
         assert np.isfinite(value).all()
         np.testing.assert_allclose(np.vdot(forward, cotangent), np.vdot(reverse, tangent))
 

@@ -8,7 +8,7 @@ from helpers import KEY, assert_same, distance, random_adapters
 
 import coremerge_jax as cm
 
-SHAPES = {"a.q": (16, 12), "b.q": (16, 12), "a.up": (20, 16)}
+SHAPES = {"a.q": (16, 12), "b.q": (16, 12)}
 RANKS = (2, 4, 3)
 RULES = {name: make() for name, make in cm.rules.RULES.items()} | {
     "ties|isotropize": cm.chain(cm.ties(), cm.isotropize()),
@@ -60,8 +60,8 @@ def test_weights_of_a_merge_multiply_the_cores(adapters):
     projected = cm.project(adapters)
     merged = projected.merge(cm.tsv(), weights=weights)
     assert_same(merged, cm.merge(adapters, cm.tsv(), weights=weights), 1e-9)
-    some = projected.merge(cm.tsv(), weights={"a.up": weights})
-    mixed = {path: (merged if path == "a.up" else projected.merge(cm.tsv()))[path] for path in some}
+    some = projected.merge(cm.tsv(), weights={"a.q": weights})
+    mixed = {path: (merged if path == "a.q" else projected.merge(cm.tsv()))[path] for path in some}
     assert_same(some, mixed, 1e-12)
 
 
@@ -78,9 +78,9 @@ def test_single_precision_inside_a_users_program(adapters):
 
     @jax.jit
     def merged(projected, density):
-        return projected.merge(cm.ties(density=density))["a.up"].dense()
+        return projected.merge(cm.ties(density=density))["a.q"].dense()
 
-    expected = cm.merge(adapters, cm.ties(density=0.5))["a.up"].dense()
+    expected = cm.merge(adapters, cm.ties(density=0.5))["a.q"].dense()
     assert distance(np.asarray(merged(projected, 0.5)), expected) < 1e-5
 
 

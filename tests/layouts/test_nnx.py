@@ -68,9 +68,14 @@ def trained(kind, seed, steps=3):
     def loss(model):
         return jnp.mean((model(x) - y) ** 2)
 
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        optimizer.update(model, nnx.grad(loss, argnums=wrt)(model))
+
     with jax.numpy_dtype_promotion("standard"):  # optax asks for it
         for _ in range(steps):
-            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+            step(model, optimizer)
     return model
 
 
