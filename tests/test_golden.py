@@ -47,7 +47,9 @@ def cases(well_posed, chosen=lambda *_: True):
         for i, case in enumerate(load(name)[1]):
             if case["well_posed"] == well_posed and chosen(name, case["space"]):
                 parts = [name, case["space"], case["method"], *map(str, case["params"].values())]
-                yield pytest.param(name, i, id="-".join(parts + ["iso"] * case["isotropize"]))
+                marks = [] if name == "mixed_ranks" else [pytest.mark.wide]
+                label = "-".join(parts + ["iso"] * case["isotropize"])
+                yield pytest.param(name, i, id=label, marks=marks)
 
 
 def rule_of(case):

@@ -72,7 +72,7 @@ def choices(name, values):
     return pytest.mark.parametrize(name, values, ids=str, scope="module")
 
 
-every_ranks = choices("ranks", RANKS)
+every_ranks = choices("ranks", [RANKS[0], pytest.param(RANKS[1], marks=pytest.mark.wide)])
 every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys(), scope="module")
 
 

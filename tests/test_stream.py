@@ -121,7 +121,9 @@ SPACES = {
     ],
     ids=[*COSTLY, *(f"{name} in {space}" for space in SPACES for name in ("ties", "sce", "tsv"))],
 )
-@pytest.mark.parametrize("shape", [(300, 200), (40, 50)], ids=["tall", "saturated"])
+@pytest.mark.parametrize(
+    "shape", [(300, 200), pytest.param((40, 50), marks=pytest.mark.wide)], ids=["tall", "saturated"]
+)
 def test_memory_is_not_underestimated(rule, space, shape):
     """Against what XLA says that the compiled program takes."""
     adapters = random_adapters({"q": shape}, (16,) * 6, dtype="float32")

@@ -44,14 +44,18 @@ CASES = {
 }
 NOT_DIFFERENTIABLE = {"dc_merge"}
 
-PLACES = [
-    *((name, "core") for name in CASES),
-    *((name, "full") for name in ("tsv", "cart", "flatten", "svc", "pico")),
-    *((name, "knots") for name in ("tsv", "cart", "flatten", "svc")),
+MORE = {
+    "full": ("tsv", "cart", "flatten", "svc", "pico"),
+    "knots": ("tsv", "cart", "flatten", "svc"),
+}
+PLACES = [pytest.param((name, "core"), id=f"{name}-core") for name in CASES] + [
+    pytest.param((name, space), id=f"{name}-{space}", marks=pytest.mark.wide)
+    for space, names in MORE.items()
+    for name in names
 ]
 
 
-@pytest.fixture(scope="module", params=PLACES, ids="-".join)
+@pytest.fixture(scope="module", params=PLACES)
 def place(request):
     """A rule and a space; all tests of one follow each other, with the same compiled programs."""
     return request.param
