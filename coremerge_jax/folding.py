@@ -69,7 +69,9 @@ def fold_tree(
             return copy
         return _fold(leaf, kernel, loras, scale, donate)
 
-    return jax.tree_util.tree_map_with_path(folded, params)
+    # Factors on the host, and the scale, have to reach the kernels' devices: no accident.
+    with jax.transfer_guard("allow"):
+        return jax.tree_util.tree_map_with_path(folded, params)
 
 
 def fold_on_host(

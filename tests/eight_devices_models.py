@@ -256,6 +256,23 @@ def test_stacks_that_are_sharded_anywhere_are_taken_apart(mode, spec):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_heads_that_are_sharded_are_joined(mode):
+    rng = np.random.default_rng(0)
+    shapes = {"w_lora_a": (16, 2), "w_lora_b": (2, 8, 4)}
+    host = {"layers_0": {"q": {k: rng.standard_normal(x).astype("f4") for k, x in shapes.items()}}}
+    specs = {16: P("x"), 2: P(None, "x", None)}
+    tree = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh(mode), specs[x.shape[0]])), host
+    )
+    found, expected = (cm.from_tree(x, alpha=2) for x in (tree, host))
+    assert_same(found, expected, 1e-7)
+    for back in (cm.to_tree(x, tree, alpha=2) for x in (found, expected)):
+        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+            np.testing.assert_array_equal(x, y)
+
+
 def test_checkpoints_of_one_device_and_for_one(adapter):
     """See `test_eight_devices.py`."""
     folder = Path(os.environ["COREMERGE_TEST_FOLDER"])

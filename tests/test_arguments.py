@@ -180,6 +180,7 @@ ENTRIES = {
     "project": lambda x: cm.project(x, weights=[1, 0.5]).merge(RULE, weights=[1, 2], scale=0.5),
     "truncate": lambda x: cm.truncate(x[0], rank=1),
     "dense": lambda x: x[0]["q"].dense(),
+    "fold_tree": lambda x: cm.fold_tree({"q": {"kernel": x[0]["q"].dense().T}}, x[0]),
     "diagnose": lambda x: cm.diagnose(x),
     "sweep": lambda x: search.sweep(x, RULE, lambda _: 1.0, {"scale": [0.5, 1.0]}),
     "fit": lambda x: search.fit(lambda m, _: jnp.sum(m["q"].dense()), x, RULE, [np.zeros(1)]),

@@ -80,13 +80,18 @@ def _to_matrices(x: Array, letters: str, wanted: str) -> Array:
         math.prod(n for letter, n in zip(letters, x.shape, strict=True) if letter == w)
         for w in wanted
     )
-    return x.transpose(_order(letters, wanted)).reshape(layers * experts, *sizes)
+    x = x.transpose(_order(letters, wanted))
+    if not set(letters) & set("le"):
+        return x.reshape(sizes)[None]  # of typed shardings, JAX can join axes, or add one
+    return x.reshape(layers * experts, *sizes)
 
 
 def _from_matrices(x: Array, letters: str, wanted: str, like: Shape) -> Array:
     order = _order(letters, wanted)
     rank = x.shape[wanted.index("r") - 1]
     sizes = [rank if letters[axis] == "r" else like[axis] for axis in order]
+    if not set(letters) & set("le"):
+        x = x[0]
     return x.reshape(sizes).transpose(np.argsort(order).tolist())
 
 
