@@ -99,8 +99,11 @@ def read_text(file: Path, limit: int) -> str:
     """
     if not is_regular(file):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
-    with file.open("rb") as stream:
-        data = stream.read(limit + 1)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:  # of a read, which does not say of what
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(file)) from error
     if len(data) > limit:
         raise FormatError(f"{file}: larger than {limit:,} bytes, the most that is read of its kind")
     try:

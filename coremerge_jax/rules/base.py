@@ -359,6 +359,8 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> No
     wrong = isinstance(value, tuple | list | str | complex | dict)
     if wrong or (number and not (_is_finite(value) and ok(value))):
         raise RecipeError(f"{name}={value!r}: expected {expected}")
+    if isinstance(value, int | np.integer) and abs(int(value)) >= 2**31:
+        raise RecipeError(f"{name}={value!r}: expected {expected}, below 2^31")  # as JAX's int32
 
 
 def check_weights(weights: Any) -> None:

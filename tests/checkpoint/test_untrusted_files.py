@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hostile import write_tensors
 import coremerge_jax as cm
 from coremerge_jax.checkpoint import save_peft
 from coremerge_jax.checkpoint.base_model.folder import BaseModel
+from coremerge_jax.untrusted import read_text
 from coremerge_jax.verification.sources import read_record
 
 PATHS = {"q": (5, 4, 2)}
@@ -365,3 +367,9 @@ def test_names_in_another_encoding_are_refused_at_once(
     refused(lambda: cm.open_adapter(source), "not UTF-8", "rename it")
     monkeypatch.chdir(folder)
     refused(lambda: cm.open_adapter("."), "not UTF-8", "rename it")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_a_file_that_cannot_be_read_is_named():
+    """As of a broken disk, whose errors do not say of which file they are."""
+    refused(lambda: read_text(Path("/proc/self/mem"), 10), "/proc/self/mem", error=OSError)

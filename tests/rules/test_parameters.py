@@ -9,7 +9,7 @@ import coremerge_jax as cm
 from coremerge_jax.rules import RULES
 from coremerge_jax.spaces import SPACES
 
-NEVER = [float("nan"), float("inf"), -float("inf"), "0.5", 1j, np.float32("nan"), [1]]
+NEVER = [float("nan"), float("inf"), -float("inf"), "0.5", 1j, np.float32("nan"), [1], 2**31]
 # What else is out of range; no entry: any finite number will do.
 OUTSIDE = {
     "ties.density": [0, -0.1, 1.1, 2, np.float32(2)],
