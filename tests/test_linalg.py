@@ -114,7 +114,7 @@ def test_spectral_maps_are_those_of_the_singular_values(condition, shape):
 
 @jax.jit
 def isotropic_maps(x, tangent):
-    """Of factored matrices and of dense ones, with their derivatives."""
+    """Maps a factored matrix, and the same as a dense one; with derivatives."""
     dense = lambda x: linalg.isotropic(x.dense())  # noqa: E731
     return jax.jvp(linalg.isotropic, (x,), (tangent,)), jax.jvp(dense, (x,), (tangent,))
 
