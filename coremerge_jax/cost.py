@@ -1,4 +1,4 @@
-"""What a merge costs: operations, memory and time, from shapes alone."""
+"""Cost of a merge, in operations, memory and time, from shapes alone."""
 
 import dataclasses
 import time
@@ -30,7 +30,7 @@ _BATCH_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What merging some modules costs.
+    """Cost of merging some modules.
 
     Attributes:
         modules: how many.
@@ -79,7 +79,7 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What a part of the merge of one module costs.
+    """Cost of one part of the merge of one module.
 
     Attributes:
         products: floating-point operations in products of matrices.
@@ -96,7 +96,7 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Cores:
-    """What a rule is given.
+    """Description of the cores that a rule is given.
 
     Attributes:
         tasks: how many adapters.
@@ -116,7 +116,7 @@ class _Cores:
 
     @property
     def entries(self) -> int:
-        """Of one core."""
+        """The number of entries of one core."""
         return self.p * self.q
 
     @property
@@ -131,7 +131,7 @@ class _Cores:
 
     @property
     def number(self) -> int:
-        """How many cores there are."""
+        """The number of cores."""
         return 1 if self.merged else self.tasks
 
     @property
@@ -140,7 +140,7 @@ class _Cores:
         return 0.0 if self.dense else 2.0 * self.abreast * self.entries
 
     def after(self, part: Rule) -> "_Cores":
-        """What the next part of a chain is given."""
+        """Returns the cores that the next part of a chain is given."""
         if isinstance(part, Pico | Isotropize | Flatten) and not self.merged:
             return self
         merged = self.merged or not isinstance(part, Step)
@@ -313,7 +313,7 @@ def fitting_workers(
     max_memory: int,
     rows: int = 1,
 ) -> int:
-    """How many batches of the fewest modules can be worked on at once, up to ``workers``.
+    """Returns how many of the smallest batches fit in memory at once, up to ``workers``.
 
     ``rows`` is how many modules devices work on side by side.
 
@@ -344,7 +344,7 @@ def batch_size(
     max_memory: int | None,
     rows: int = 1,
 ) -> int:
-    """How many modules of a group to merge at once, a multiple of ``rows``: see above."""
+    """Returns how many modules of a group to merge at once, a multiple of ``rows``."""
     one = cost(group, rule, space)
     size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers * rows)))
     if max_memory is not None:
@@ -354,7 +354,7 @@ def batch_size(
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How fast a machine is, in operations and bytes per second of one worker.
+    """Speed of a machine, in operations and bytes per second of one worker.
 
     Attributes:
         products: in products like those with the factors.

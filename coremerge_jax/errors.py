@@ -46,7 +46,7 @@ def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 
 def hint(name: str, names: Iterable[str]) -> str:
-    """What a message says of the nearest name, if there is one."""
+    """Returns the part of a message that suggests the nearest name; empty if there is none."""
     return "".join(f"; nearest is {found!r}" for found in nearest(name, names))
 
 

@@ -51,12 +51,12 @@ class Grid:
 
     @property
     def rows(self) -> int:
-        """How many modules are worked on at once."""
+        """The number of modules that are merged at once."""
         return self.devices.shape[0]
 
     @property
     def columns(self) -> int:
-        """How many parts a module has."""
+        """The number of parts into which a module is split."""
         return self.devices.shape[1]
 
     @property
@@ -71,7 +71,7 @@ class Grid:
 
     @property
     def is_default(self) -> bool:
-        """Whether this is the one device that JAX uses anyway."""
+        """True if this is the one device that JAX uses anyway."""
         return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.devices.size == 1
 
     def local(self) -> "Grid":
@@ -94,7 +94,7 @@ class Grid:
 
     @property
     def specs(self) -> tuple[P, P, P]:
-        """Of stacks of A ``(L, R, n)``, of B ``(L, m, R)``, and of one value per module."""
+        """Specs for stacks of A ``(L, R, n)``, of B ``(L, m, R)``, and of one value per module."""
         modules = self.mesh.axis_names[0]
         return P(modules, None, self.axis), P(modules, self.axis, None), P(modules)
 
@@ -158,7 +158,7 @@ class Grid:
 
 
 def is_host(x: Any) -> bool:
-    """Whether a factor is on the host (or in a file), and not on a device or traced."""
+    """Returns True if a factor is on the host (or in a file), and not on a device or traced."""
     return not isinstance(x, jax.Array)
 
 
@@ -214,7 +214,7 @@ def _untyped(x: Any) -> Any:
 
 
 def is_spread(x: Any) -> bool:
-    """Whether an array is on devices of several processes."""
+    """Returns True if an array is on devices of several processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
@@ -236,7 +236,7 @@ def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, l
 
 
 def _is_near(place: jax.sharding.Sharding, every: NamedSharding) -> bool:
-    """Whether a program on all devices of a mesh can have its results there."""
+    """Returns True if a program on all devices of a mesh can have its results there."""
     if _is_explicit(every.mesh):
         return isinstance(place, NamedSharding) and place.mesh == every.mesh
     return place.device_set == every.device_set
@@ -262,7 +262,7 @@ def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
 
 
 def _without(factor: Any, axis: int) -> jax.sharding.Sharding:
-    """Where a factor is, for one of another rank, which the axis has."""
+    """Returns the sharding of a factor for one of another rank, which is along the axis."""
     sharding = factor.sharding
     if not isinstance(sharding, NamedSharding):
         return sharding

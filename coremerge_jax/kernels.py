@@ -23,7 +23,7 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Where the updates of modules go.
+    """Target of the updates of one or more modules.
 
     Attributes:
         key: of the kernel in its tree.

@@ -25,7 +25,7 @@ Lengths = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What sort of module an update belongs to, as far as writing it back needs to know.
+    """Kind of module that an update belongs to, as far as writing it back needs it.
 
     Attributes:
         name: ``"linear"``, ``"embedding"``, ``"conv2d"`` or ``"expert"`` (one expert of a fused
@@ -127,7 +127,7 @@ def _axes(part: Any) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """Where an adapter comes from and what writing one needs.
+    """Origin of an adapter, and fields that writing one needs.
 
     Attributes:
         name: a short name for messages and tables (the folder's name).

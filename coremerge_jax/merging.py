@@ -200,7 +200,7 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array |
 
 
 def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
-    """Which adapters take part in a merge: those whose weight is not 0.
+    """Returns the places of the adapters that take part in a merge: of a weight other than 0.
 
     Raises:
         MismatchError: there is none, or they do not belong together.
@@ -260,7 +260,7 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> l
 
 
 def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:
-    """What is said of a merge."""
+    """Returns the metadata on which all sources agree."""
 
     def common(field: str) -> Any:
         values = {getattr(adapter.metadata, field) for adapter in adapters} - {None}

@@ -1,4 +1,4 @@
-"""Which precision to compute in, without touching JAX's global x64 switch."""
+"""Precision of computations, without touching JAX's global x64 switch."""
 
 import contextlib
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ _messages = itertools.count()
 
 
 def exchange(value: Any = None) -> list[Any]:
-    """What each process gives, by process: plain data, as in JSON.
+    """Gathers a value from each process, in their order: plain data, as in JSON.
 
     Raises:
         ProcessError: a process failed instead.
@@ -86,7 +86,7 @@ def _client() -> Any:
 
 
 def owners(costs: Sequence[float], rows: Sequence[int]) -> list[int]:
-    """Who does what: work in a line, cut into pieces that cost as much as rows of devices differ.
+    """Assigns each process a contiguous share whose cost is proportional to its device rows.
 
     Args:
         costs: of each piece of work.

@@ -22,7 +22,7 @@ BITS = 16  # of a magnitude that one count of all modules settles
 
 @flax.struct.dataclass
 class Inputs:
-    """What one compiled program maps over: each field has the modules along its first axis."""
+    """Arrays that one compiled program maps over, with the modules along their first axis."""
 
     a: jax.Array  # (L, R, n)
     b: jax.Array  # (L, m, R)
@@ -32,7 +32,7 @@ class Inputs:
     scale: jax.Array  # (L,)
 
     def specs(self, grid: Grid) -> "Inputs":
-        """Where each field is on a grid."""
+        """Returns the partition spec of each field on a grid."""
         a, b, each = grid.specs
         weights: Any = None if self.weights is None else each
         return Inputs(a=a, b=b, weights=weights, tasks=each, names=each, scale=each)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ class Facts:
 
 
 class Settings(NamedTuple):
-    """What one compiled program is compiled for.
+    """Static settings that one program is compiled for.
 
     Attributes:
         ranks: of the adapters.
@@ -85,7 +85,7 @@ class Settings(NamedTuple):
 
     @property
     def axis(self) -> str | None:
-        """What modules are spread over."""
+        """The mesh axis that modules are split along; None if they are whole."""
         return self.grid.axis if self.grid else None
 
 
@@ -167,7 +167,7 @@ def _sizes(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
 
 
 def _needs_no_space(rule: Chain, settings: Settings) -> bool:
-    """Whether a merge is a weighted sum of factors: not where these, spread, exceed m or n."""
+    """Returns True if a merge is a weighted sum of factors that, spread, fit into m and n."""
     fits = settings.axis is None or sum(settings.ranks) <= min(settings.shape)
     return rule.equivariance == Equivariance.LINEAR and settings.space.lossless and fits
 
@@ -232,7 +232,7 @@ def count_stack(
     known: jax.Array,
     shift: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """How often each next digit occurs in the cores of each adapter, and the cores' sizes.
+    """Counts the next digits in the cores of each adapter, and the cores' entries.
 
     Modules count where ``once: (L,)`` is true: not those that only fill up the stack. ``known:
     (T,)`` has the bits of thresholds above the digit, which is ``shift`` bits from the end.

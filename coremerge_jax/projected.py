@@ -77,7 +77,7 @@ class Projected:
 
     @property
     def dtype(self) -> np.dtype:
-        """What merges are computed in."""
+        """The dtype in which merges are computed."""
         return jax.tree.leaves(self.stacks[0].projection.factors)[0].dtype
 
     def astype(self, dtype: Any) -> "Projected":
@@ -115,7 +115,7 @@ class Projected:
         return self.adapter(self.updates(rule, weights=weights, key=key), scale)
 
     def updates(self, rule: Any, *, weights: Any = None, key: jax.Array | None = None) -> Updates:
-        """What `merge` computes before it scales, so that many scales can share it."""
+        """Computes merged updates before scaling, so that many scales can share them."""
         parts = chain(as_rule(rule))
         key = check_rule(parts, key, self.adapters)
         if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
@@ -128,7 +128,7 @@ class Projected:
             ]
 
     def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
-        """What `merge` makes of the updates. Factors are NumPy arrays unless they are traced."""
+        """Makes an adapter of merged updates. Factors are NumPy arrays unless they are traced."""
         scales = dict(zip(self.order, module_scales(self.order, scale), strict=True))
         modules: dict[str, LoRA] = {}
         for stack, update in zip(self.stacks, updates, strict=True):

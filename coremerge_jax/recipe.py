@@ -362,7 +362,7 @@ def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
 
 
 def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """What to try, from ``NAME=V1,V2,...`` and ``NAME=START:STOP:STEP``, by name."""
+    """Parses values to try, ``NAME=V1,V2,...`` or ``NAME=START:STOP:STEP``, by name."""
     values: dict[str, list[Any]] = {}
     for text in texts:
         name, _, listed = text.partition("=")

@@ -159,7 +159,7 @@ def _layout(lora: LoRA) -> tuple:
 
 
 def label(adapters: Sequence[Adapter], t: int) -> str:
-    """How to call an adapter in a message."""
+    """Returns an adapter's name for messages."""
     name = adapters[t].metadata.name
     return f"adapter {name!r}" if name else f"adapter {t}"
 

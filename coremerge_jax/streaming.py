@@ -67,7 +67,7 @@ class MergeStream:
 
     @property
     def workers(self) -> int:
-        """How many parts are worked on at once."""
+        """The number of parts that are worked on at once."""
         return self._workers
 
     @property
@@ -88,7 +88,7 @@ class MergeStream:
 
     @property
     def spread(self) -> bool:
-        """Whether the merged factors are on devices of several processes."""
+        """True if the merged factors are on devices of several processes."""
         return self._job.grid is not None and len(self._job.grid.processes) > 1
 
     def costs(self) -> list[Cost]:
@@ -121,13 +121,13 @@ class MergeStream:
 
     @property
     def own(self) -> "MergeStream":
-        """What this process does of it, if nothing has to be together."""
+        """The share of this process, if no modules have to stay together."""
         return self.share()[0] if self.processes else self
 
     def share(
         self, together: Iterable[Sequence[str]] | None = None
     ) -> "tuple[MergeStream, dict[str, int]]":
-        """What this process does of a merge that several share, and who does what.
+        """Returns the share of this process in a merge, and the process of every module.
 
         Args:
             together: the paths of all modules, in lists of those that one process has to do; by
@@ -227,7 +227,7 @@ class Effects:
 
 
 def _batches(job: "Job", groups: list[Group], max_memory: int | None) -> tuple[int, list[Group]]:
-    """How many batches to work on at once, and the batches."""
+    """Returns the number of batches to work on at once, and the batches."""
     rule, space, rows = job.rule, job.space, job.rows
     if job.traced:
         return 1, [batch for group in groups for batch in group.split(len(group.paths), rows)]
@@ -240,7 +240,7 @@ def _batches(job: "Job", groups: list[Group], max_memory: int | None) -> tuple[i
 
 
 def _workers(grid: Grid | None) -> int:
-    """How many batches to work on at once."""
+    """Returns the number of batches to work on at once."""
     if grid and (grid.axis or len(grid.processes) > 1):
         return 1  # devices that wait for each other have to do all work in one order
     if grid or jax.default_backend() != "cpu":
@@ -276,7 +276,7 @@ def _each(fn: Callable, batches: list[Group], workers: int) -> Iterator[tuple[Gr
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a merge needs to know beside which modules."""
+    """Arguments of a merge, for any of its modules."""
 
     adapters: Sequence[Adapter]
     places: np.ndarray  # of the adapters in the list that the user gave
@@ -291,7 +291,7 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """How many modules are worked on side by side."""
+        """The number of modules that are worked on side by side."""
         return self.grid.rows if self.grid else 1
 
     @functools.cached_property
@@ -301,7 +301,7 @@ class Job:
 
     @functools.cached_property
     def traced(self) -> list[Any]:
-        """What is traced by a transformation of JAX, of the adapters and of the parameters."""
+        """The adapters' factors and the parameters that a transformation of JAX traces."""
         adapters = [x for x in self.adapters if type(x) is Adapter]
         leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
@@ -360,7 +360,7 @@ class Job:
         return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
 
     def count(self, batch: Group, **what: Any) -> tuple[Any, ...]:
-        """What `_with_thresholds` needs of a batch."""
+        """Counts a batch for `_with_thresholds`."""
         a, b = batch.stack(self.adapters)
         with (
             self.prepared(batch, a, b) as (arrays, settings),
@@ -371,7 +371,7 @@ class Job:
             return counts if self.traced else tuple(map(np.asarray, counts))
 
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Those of what `merge` gives."""
+        """Returns the shapes and dtypes of the results of `merge`."""
         with self.prepared(batch, *batch.shapes(self.outlines)) as (arrays, settings):
             merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
             a, b, *_ = jax.eval_shape(merge, self.rule, arrays, self.key)

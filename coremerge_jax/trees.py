@@ -30,7 +30,7 @@ _UNNAMED = ("kernel", "w", "embeddings")
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where the two factors of a kernel are in a tree.
+    """Place of the two factors of a kernel in a tree.
 
     Attributes:
         paths: module paths of the kernels, in the order of the batch.
@@ -108,7 +108,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class TreeFormat:
-    """How factors are stored in a tree, where it does not say it itself.
+    """Details of how a tree stores factors that it does not show itself.
 
     Attributes:
         layout: a name of `layouts.LAYOUTS`; found out by the keys by default.
@@ -141,7 +141,7 @@ class TreeFormat:
             check_alpha(self.alpha, "alpha")
 
     def scale(self, layout: Layout, rank: int) -> float | Array:
-        """What the library that the tree is of multiplies an update by.
+        """Returns the number by which the tree's library multiplies an update.
 
         Raises:
             FormatError: it is not known.
@@ -161,7 +161,7 @@ class TreeFormat:
         return self.alpha / (self.rank or rank)
 
     def places(self, leaves: Mapping[str, Any]) -> "Places":
-        """Where the factors of a tree are.
+        """Finds the factors of a tree.
 
         Args:
             leaves: by key, anything with a shape and a dtype.
@@ -217,7 +217,7 @@ class TreeFormat:
         )
 
     def metadata(self, places: "Places", name: str | None) -> Metadata:
-        """What is known of the adapter."""
+        """Returns the adapter's metadata."""
         first = next(iter(places.slots))
         alpha = float(self.alpha) if isinstance(self.alpha, numbers.Real) else None
         return Metadata(
@@ -297,7 +297,7 @@ class TreeFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the factors of a tree are, and what its library multiplies each update by.
+    """Places of a tree's factors, and the number by which its library scales each update.
 
     Raises:
         FormatError: two of them are of one module.

@@ -203,7 +203,7 @@ def _system_errors(folder: Path) -> Iterator[None]:
 
 
 def _spread(x: Any) -> Any:
-    """What all processes have, cut among them as far as it can be; arrays of all stay as they are.
+    """Splits what every process holds among them where it can; arrays of all stay as they are.
 
     Raises:
         UnsupportedError: JAX cannot have the array's dtype.
@@ -245,7 +245,7 @@ def _host() -> jax.sharding.Sharding:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a tree is an array, or stands for one."""
+    """Returns True if a leaf of a tree is an array, or stands for one."""
     return getattr(leaf, "shape", None) is not None
 
 

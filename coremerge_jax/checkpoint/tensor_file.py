@@ -114,7 +114,7 @@ class TensorReader:
         return tuple(self._entries[key]["shape"])
 
     def position(self, key: str, element: int = 0) -> int:
-        """Where in the file an element of a tensor is, counted in the flat tensor."""
+        """Returns the position in the file of an element, by its index in the flat tensor."""
         first: int = self._start + self._entries[key]["data_offsets"][0]
         return first + (element * self.tensors[key].dtype.itemsize if element else 0)
 
@@ -203,7 +203,7 @@ class TensorReader:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors' bytes start, and the header."""
+    """Returns the position where the tensors' bytes start, and the header."""
     if not is_regular(file):
         raise FormatError(f"{file}: no such file")
     try:
@@ -337,7 +337,7 @@ class TensorWriter:
 
 
 def _entry(value: np.ndarray, start: int) -> dict[str, Any]:
-    """What the header says of a tensor whose bytes are from ``start`` on."""
+    """Returns the header's entry for a tensor whose bytes begin at ``start``."""
     return {
         "dtype": _NAMES[value.dtype.name],
         "shape": value.shape,

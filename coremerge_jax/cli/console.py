@@ -1,4 +1,4 @@
-"""What the commands share to talk to the user: tables on stdout, progress on stderr."""
+"""Output of the commands: tables on stdout, progress on stderr."""
 
 import json
 import time

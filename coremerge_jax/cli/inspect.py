@@ -50,7 +50,7 @@ def inspect(
 
 
 def _problem(adapters: "Sequence[Adapter]") -> str | None:
-    """Why the adapters cannot be merged with default options; None if they can."""
+    """Returns the reason why default options cannot merge the adapters; None if they can."""
     try:
         Recipe(rules=("mean",)).stream(adapters)
     except CoreMergeError as error:

@@ -33,7 +33,7 @@ def _complete_rule(incomplete: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the command line says of a recipe.
+    """Recipe fields that were given on the command line.
 
     Attributes:
         file: the recipe's.

@@ -1,4 +1,4 @@
-"""What an output records of its making: enough to make it again."""
+"""Record of how an output was made, enough to make it again."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""What a command sets up in and asks of its process: compilation cache, memory."""
+"""Set-up of a command's process: compilation cache and memory limits."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,12 +42,12 @@ def compile_seconds() -> Iterator[Mapping[str, float]]:
 
 
 def taken_by_program() -> int:
-    """What the process takes beside the data: now, and for compiling."""
+    """Returns the bytes that the process takes beside the data, now and for compiling."""
     return psutil.Process().memory_info().rss + COMPILATION_BYTES
 
 
 def room_for_batches(limit: int, taken: int) -> int:
-    """How much memory is left for the data, in bytes.
+    """Returns the bytes of memory that are left for the data.
 
     Args:
         limit: for the whole process.

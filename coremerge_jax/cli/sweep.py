@@ -194,7 +194,7 @@ class _Run:
         )
 
     def _recipe(self, record: "Record") -> Recipe:
-        """What makes a candidate by `coremerge merge`."""
+        """Returns the recipe that makes a candidate by `coremerge merge`."""
         rules = tuple(map(format_rule, record.rule.rules))
         return dataclasses.replace(self.recipe, rules=rules, scale=record.scale)
 

@@ -59,7 +59,7 @@ def distort(key: jax.Array, images: jax.Array, by: float) -> jax.Array:
 
 
 def vary(key: jax.Array, images: jax.Array) -> jax.Array:
-    """What the base model is trained on: distorted digits of random contrast, noise and holes."""
+    """Returns digits to train the base model on: distorted, of random contrast, noise and holes."""
     keys, n = jax.random.split(key, 6), len(images)
     images = distort(keys[0], images, 1.0)
     contrast = jax.random.uniform(keys[1], (n, 1, 1), minval=0.6, maxval=1.0)

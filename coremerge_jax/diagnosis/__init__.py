@@ -1,4 +1,4 @@
-"""What adapters have to do with each other, and a merge with them: numbers first, then a page.
+"""Diagnosis of how adapters relate, and a merge to them: numbers first, then a page.
 
 `measures` has the definitions, `collecting` applies them module by module, and `results` holds and
 sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.

@@ -1,4 +1,4 @@
-"""What stands out in a diagnosis: sentences, and the numbers behind them."""
+"""Findings of a diagnosis: sentences, and the numbers behind them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from coremerge_jax.diagnosis.results import Diagnosis
 
 
 def stack_directions(diagnosis: Diagnosis) -> str:
-    """How many directions the B factors span, in the median module."""
+    """Says how many directions the B factors span in the median module."""
     stacks = [np.asarray(module.measures.spectra.stack_b) for module in diagnosis]
     ranks, used, most = (
         np.median(x)
@@ -26,7 +26,7 @@ def stack_directions(diagnosis: Diagnosis) -> str:
 
 
 def fewest_directions(diagnosis: Diagnosis) -> str:
-    """Who needs most and fewest directions for 90% of its energy."""
+    """Names the adapters that need most and fewest directions for 90% of their energy."""
     needed: list[list[int]] = [[] for _ in diagnosis.adapters]
     for module in diagnosis:
         for t, s in zip(module.adapters, module.measures.spectra.updates, strict=True):
@@ -47,7 +47,7 @@ def ranks_needed(diagnosis: Diagnosis) -> str:
 
 
 def first_direction(diagnosis: Diagnosis) -> str:
-    """How much of the energy is in one direction."""
+    """Says how much of the energy is in one direction."""
     merged, total = (diagnosis.energy_kept(update)[0] for update in ("merged", "total"))
     return (
         f"The first direction holds {merged:.0%} of the merge's energy, {total:.0%} of the sum's."
@@ -77,7 +77,7 @@ def highest(what: str, names: Sequence[str], values: np.ndarray) -> str:
 
 
 def extremes(low: str, high: str, names: Sequence[str], values: np.ndarray) -> str:
-    """Those with the lowest and the highest number."""
+    """Names those with the lowest and the highest number."""
     least, most = int(np.nanargmin(values)), int(np.nanargmax(values))
     if least == most:
         return ""
@@ -150,7 +150,7 @@ def weighted_mean(diagnosis: Diagnosis, name: str) -> np.ndarray:
 
 
 def relative_size(diagnosis: Diagnosis) -> np.ndarray:
-    """Of each merged module, NaN where there is none or the adapters' updates are 0."""
+    """Returns the size of each merged module relative to its adapters, NaN where undefined."""
     found = of_merged(diagnosis, "norm")
     norms = np.sqrt(row_means(diagnosis.by_adapter("norms") ** 2))
     return np.where(norms > 0, found / np.where(norms > 0, norms, 1), np.nan)

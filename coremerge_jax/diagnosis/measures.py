@@ -1,4 +1,4 @@
-"""What can be measured of the adapters of one module: pure functions of arrays.
+"""Measures of the adapters of one module: pure functions of arrays.
 
 All of it is a function of the updates ΔW_t = B_t A_t: how these are split into factors does not
 matter. The largest matrices are the stacked factors, one core, and a few rows of all cores.
@@ -42,7 +42,7 @@ class Spectra:
 
 @flax.struct.dataclass
 class Pairs:
-    """How every two adapters relate, symmetric matrices ``(T, T)``.
+    """Relations of every two adapters, as symmetric matrices ``(T, T)``.
 
     Attributes:
         outputs: overlap of what they write to, the column spaces: see `overlap`.
@@ -61,7 +61,7 @@ class Pairs:
 
 @flax.struct.dataclass
 class Contribution:
-    """What a merged update ΔW has of each adapter: see `contribution` and `alignment`.
+    """Share of each adapter in a merged update ΔW; see `contribution` and `alignment`.
 
     Attributes:
         norm: ``()``, ‖ΔW‖.
@@ -198,7 +198,7 @@ def inner_products(x: LoRA, y: LoRA) -> jax.Array:
 
 
 def signs(cores: LoRA, total: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the signs of the adapters' cores differ, entry by entry.
+    """Compares the signs of the adapters' cores, entry by entry.
 
     Cores are in the coordinates that elementwise rules see, with balanced factors. Entries up to
     ``rtol`` times the norm of the core count as 0.
@@ -241,7 +241,7 @@ def signs(cores: LoRA, total: jax.Array, rtol: float) -> tuple[jax.Array, jax.Ar
 def contribution(
     inner: jax.Array, with_merged: jax.Array, energy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What a merged update ΔW has of each adapter.
+    """Returns the share of each adapter in a merged update ΔW.
 
     kept_t = ⟨ΔW_t, ΔW⟩ / ‖ΔW_t‖² is the length of ΔW along ΔW_t: 1 where the adapter is there in
     full, 0 where nothing of it is (the s_i of SVC, arXiv 2602.05536, are this by direction).

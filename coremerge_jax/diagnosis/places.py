@@ -1,4 +1,4 @@
-"""Where a module is in a model, as far as its path tells: which layer, and which kind of module."""
+"""Place of a module in a model, layer and kind, as far as its path shows it."""
 
 import re
 from collections.abc import Sequence

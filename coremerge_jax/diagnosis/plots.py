@@ -67,7 +67,7 @@ _PANELS = 6  # kinds of modules with a panel of their own
 
 
 class Scale(NamedTuple):
-    """How numbers become colors."""
+    """Scale that maps numbers to colors."""
 
     colors: str
     low: float | None = None

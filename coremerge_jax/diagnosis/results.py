@@ -1,4 +1,4 @@
-"""What a diagnosis has found, as arrays, JSON and a page."""
+"""Results of a diagnosis, as arrays, JSON and a page."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class RuleCost:
-    """What a merge by one rule would cost, in core space: see `cost.cost`.
+    """Cost of a merge by one rule in core space; see `cost.cost`.
 
     Attributes:
         rule: its name.
@@ -51,7 +51,7 @@ class RuleCost:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` has found.
+    """Results of `diagnose`.
 
     Attributes:
         adapters: their names.
@@ -140,7 +140,7 @@ class Diagnosis:
         return int(np.searchsorted(self.energy_kept(update), share * (1 - 1e-12))) + 1
 
     def totals(self) -> dict[str, np.ndarray]:
-        """What the merged adapter has of each adapter, over all modules together.
+        """Returns the share of each adapter in the merged one, over all modules together.
 
         Returns:
             ``"kept"``, ``"share"`` and ``"alignment"``, ``(T,)`` each, and ``"unexplained"``, a

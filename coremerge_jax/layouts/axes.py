@@ -1,4 +1,4 @@
-"""Which axes of two stored factors are which: the canonical description of a LoRA pair."""
+"""Axes of two stored factors: the canonical description of a LoRA pair."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a layout is: how one library names, orients and scales the LoRA factors in its trees."""
+"""Definition of a layout: the way a library names, orients and scales LoRA factors."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ _NUMBERED = re.compile(rf"(^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """What a key of a tree says.
+    """Meaning of one key of a tree.
 
     Attributes:
         module: path of the module, parts joined by ``/``.
@@ -32,7 +32,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a library stores LoRA factors in a tree of parameters.
+    """Convention of a library to store LoRA factors in a tree of parameters.
 
     The factor of the inputs is called a here, with the rank as its last axis, and that of the
     outputs b, with the rank as its first axis; a batch axis, if there is one, is axis 0 of both or
@@ -55,7 +55,7 @@ class Layout:
     kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
 
     def match(self, key: str) -> Factor | None:
-        """What a key says, parts joined by ``/``; None if it is not one of this layout."""
+        """Returns the meaning of a key, parts joined by ``/``; None if it is not of this layout."""
         for pattern in self.patterns:
             found = re.fullmatch(pattern, key)
             if found:
@@ -64,7 +64,7 @@ class Layout:
         return None
 
     def kind(self, param: str) -> Kind:
-        """What sort of module a kernel of this name makes."""
+        """Returns the kind of module that a kernel of this name makes."""
         return self.kinds.get(param, LINEAR)
 
 
@@ -129,7 +129,7 @@ def _axes(a: Shape, b: Shape, at: int, batch: str) -> Axes | None:
 
 
 def _batch_axis(axes: Axes) -> int | None:
-    """Where layers are stacked."""
+    """Returns the axis along which layers are stacked; None if there is none."""
     return axes.a.index("l") if "l" in axes.a else None
 
 
@@ -148,7 +148,7 @@ def _likely(module: str, fitting: list[Axes]) -> list[Axes]:
 
 
 def is_numbered(module: str) -> bool:
-    """Whether a path names one layer, as ``layers/0`` or ``layers_0``."""
+    """Returns True if a path names one layer, as ``layers/0`` or ``layers_0``."""
     return _NUMBERED.search(module) is not None
 
 

@@ -1,4 +1,4 @@
-"""What the other modules of linear algebra share, and order statistics."""
+"""Common functions of linear algebra, and order statistics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ GRAM_SIZE = 64
 
 
 def in_range(s: jax.Array, rtol: float | jax.Array) -> jax.Array:
-    """Which of the singular values ``s`` are above ``rtol`` times the largest."""
+    """Marks the singular values ``s`` that are above ``rtol`` times the largest."""
     return s > rtol * jnp.max(s)
 
 
@@ -45,7 +45,7 @@ def complement(q: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def gram_pays(x: jax.Array) -> bool:
-    """Whether a Gram matrix of ``x`` can be precise enough, and saves time."""
+    """Returns True if a Gram matrix of ``x`` can be precise enough, and saves time."""
     return x.dtype == jnp.float64 and max(x.shape) > GRAM_SIZE
 
 
@@ -132,7 +132,7 @@ def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
 
 
 class _Place(NamedTuple):
-    """Where the ``k``-th smallest of some integers is: ``low <= it < high``.
+    """Bounds of the ``k``-th smallest of some integers: ``low <= it < high``.
 
     Attributes:
         low: fewer than ``k`` integers are below.

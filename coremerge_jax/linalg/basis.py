@@ -48,7 +48,7 @@ class Basis:
 
 
 class _Parts(NamedTuple):
-    """What `basis` computes: see there."""
+    """Parts of the result of `basis`."""
 
     frame: jax.Array
     coordinates: jax.Array
@@ -57,7 +57,7 @@ class _Parts(NamedTuple):
 
 
 class _How(NamedTuple):
-    """What `basis` is told: see there."""
+    """Options of `basis`."""
 
     rtol: float
     singular: bool
@@ -103,7 +103,7 @@ def basis(
 
 
 def _is_tall(x: jax.Array, how: _How) -> bool:
-    """Whether ``u`` is kept as a multiple of ``x``."""
+    """Returns True if ``u`` is kept as a multiple of ``x``."""
     return how.axis is not None or x.shape[0] >= x.shape[1]
 
 
@@ -162,7 +162,7 @@ def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
 
 
 def _spread_basis(columns: jax.Array, how: _How) -> _Parts:
-    """Of the matrix whose columns are these rows, parts of which are on other devices."""
+    """Finds a basis of a matrix whose columns are these rows, in part on other devices."""
     robust = partial(_by_grams, how=how)
     if columns.dtype != jnp.float64 or how.rank < len(columns):
         return robust(columns)

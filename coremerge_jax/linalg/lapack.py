@@ -81,7 +81,7 @@ def singular_values(x: jax.Array) -> jax.Array:
 
 
 def _svd(x: jax.Array, compute_uv: bool) -> Any:
-    """Of one matrix. Divide and conquer, LAPACK's fast way, can fail: then by QR iterations."""
+    """Decomposes one matrix: divide and conquer first and, where that fails, QR iterations."""
     svd = partial(jax.lax.linalg.svd, full_matrices=False, compute_uv=compute_uv)
 
     def on_cpu(x: jax.Array) -> Any:

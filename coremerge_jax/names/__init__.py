@@ -1,4 +1,4 @@
-"""What JAX implementations of model families call their modules, against Hugging Face's names."""
+"""Module names of JAX implementations of model families, and Hugging Face's names for them."""
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter

@@ -105,7 +105,7 @@ class NameMap:
         return adapter.replace(modules=modules)
 
     def fits(self, paths: Iterable[str]) -> bool:
-        """Whether all of these are names of this implementation."""
+        """Returns True if all of these are names of this implementation."""
         return all(any(_match(rule.ours, path) for rule in self.rules) for path in paths)
 
     def rule(

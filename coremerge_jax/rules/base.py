@@ -1,4 +1,4 @@
-"""What a merge rule is, and how rules are chained."""
+"""Interface of merge rules, and chains of them."""
 
 import dataclasses
 import enum
@@ -18,7 +18,7 @@ from coremerge_jax.lora import LoRA
 
 
 class Equivariance(enum.IntEnum):
-    """Which changes of basis of the cores a rule commutes with; the larger, the fewer.
+    """Changes of basis of the cores with which a rule commutes; the larger, the fewer.
 
     `LINEAR` rules are weighted sums, the same in every basis. `ORTHOGONAL` rules see only singular
     values and relative angles: any orthonormal basis gives the same update. `ELEMENTWISE` rules
@@ -32,7 +32,7 @@ class Equivariance(enum.IntEnum):
 
 @flax.struct.dataclass
 class Context:
-    """What a rule may need to know about the cores that it is given.
+    """Information about the cores that a rule is given.
 
     Attributes:
         shape: int32 ``(2,)``, the numerical shape of the cores: rows and columns beyond it are
@@ -135,7 +135,7 @@ class Rule:
 
     @classmethod
     def name(cls) -> str:
-        """What the rule is called in text."""
+        """Returns the rule's name in text."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __repr__(self) -> str:
@@ -173,7 +173,7 @@ class Step(Rule):
         return jax.vmap(one, (0, None if keys is None else 0))(cores, keys)
 
     def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array | Factored:
-        """What a step before the merge does to the merged core; here, nothing."""
+        """Undoes on the merged core what a step before the merge did; by default, nothing."""
         del context
         return merged
 
@@ -199,12 +199,12 @@ class Chain(Rule):
 
     @property
     def equivariance(self) -> Equivariance:  # type: ignore[override]
-        """That of the least equivariant part."""
+        """The equivariance of the least equivariant part."""
         return max(rule.equivariance for rule in self.rules)
 
     @property
     def needs_key(self) -> bool:  # type: ignore[override]
-        """Whether any part draws random numbers."""
+        """True if any part draws random numbers."""
         return any(rule.needs_key for rule in self.rules)
 
     def merge(

@@ -216,7 +216,7 @@ class Sce(Rule):
         return jnp.sum(weights * chosen, axis=0) * linalg.inverse(jnp.sum(weights, axis=0))
 
     def _selected(self, every: jax.Array) -> jax.Array:
-        """Where the variance is largest, ``(p, q)``."""
+        """Marks the entries of the largest variance, ``(p, q)``."""
         variance = jnp.var(every, axis=0)
         noise = linalg.roundoff(variance) ** 2 * jnp.max(every**2)
         variance = jnp.where(variance > noise, variance, 0)

@@ -24,7 +24,7 @@ Loss = Callable[[Adapter, Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What `fit` has learned.
+    """Result of `fit`.
 
     Attributes:
         adapter: merged with the coefficients that were best.
@@ -199,7 +199,7 @@ class _Descent:
         return value
 
     def mean_loss(self, table: jax.Array, batches: Sequence[Any]) -> float:
-        """That of batches."""
+        """Returns the mean loss over batches."""
         with jax.transfer_guard("allow"):
             found = [float(self._loss(table, self._projected, batch)) for batch in batches]
         return self._finite(float(np.mean(found)))

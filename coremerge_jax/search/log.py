@@ -127,5 +127,5 @@ def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:
 
 
 def identity(name: str, parameters: Mapping[str, Any]) -> str:
-    """What tells a candidate from all others."""
+    """Returns a text that is different for every two candidates."""
     return json.dumps([name, dict(parameters)], sort_keys=True)

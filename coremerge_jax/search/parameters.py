@@ -53,7 +53,7 @@ def label(rule: Chain) -> str:
 
 
 def _places(rule: Chain) -> dict[str, tuple[int, str]]:
-    """Of each parameter, the place of its rule in the chain, and its field."""
+    """Maps each parameter to the place of its rule in the chain, and to its field."""
     names = [part.name() for part in rule.rules]
     found = {}
     for i, (part, name) in enumerate(zip(rule.rules, names, strict=True)):

@@ -1,4 +1,4 @@
-"""What a sweep has found, as records, table, CSV and plot."""
+"""Results of a sweep, as records, table, CSV and plot."""
 
 import csv
 import dataclasses
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def scale(self) -> float:
-        """What multiplies the merged update."""
+        """The number that multiplies the merged update."""
         return self.parameters.get(SCALE, 1.0)
 
 
@@ -86,7 +86,7 @@ class Sweep:
         return score(record.metrics, self.objective, self.maximize)
 
     def summary(self) -> str:
-        """How many candidates there are, and the best score, in a few words."""
+        """The number of candidates and the best score, in a few words."""
         if not self.objective:
             return f"{len(self)} candidates"
         lost = sum(not math.isfinite(self._score(record)) for record in self)

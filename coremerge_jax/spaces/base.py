@@ -1,4 +1,4 @@
-"""What a merge space is: where the updates of one module are merged, and the way back."""
+"""Interface of merge spaces: projecting the updates of one module, and lifting the result."""
 
 import dataclasses
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class Projection:
 
     @property
     def keeps_a(self) -> bool | jax.Array:
-        """Whether merged factors can have the A factors of the adapters as their A.
+        """True if merged factors can have the A factors of the adapters as their A.
 
         That is exact, and cheaper than any other, unless rounding errors of the merged B would
         grow too much with it.

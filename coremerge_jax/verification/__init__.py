@@ -1,4 +1,4 @@
-"""Whether a merge is what its recipe makes of its sources, and if not, what went wrong."""
+"""Verification that a merge is what its recipe makes of its sources, or what went wrong."""
 
 from coremerge_jax.verification.checking import verify
 from coremerge_jax.verification.findings import KINDS, Check, Finding, Verification

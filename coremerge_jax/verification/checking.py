@@ -113,7 +113,7 @@ def _listed(sources: Any) -> list[tuple[int, Any]]:
 
 
 def _recipe(merged: Adapter | str | Path, given: Recipe | Mapping[str, Any] | None) -> Recipe:
-    """How something was merged that does not tell it."""
+    """Returns the recipe of a merge that has no record of it."""
     if not given:
         name = merged.metadata.name if isinstance(merged, Adapter) else merged
         raise RecipeError(
@@ -134,7 +134,7 @@ def _open(sources: Sequence[Adapter | str | Path]) -> list[Adapter]:
 
 
 def _dtype(found: Adapter) -> str:
-    """What factors are stored in."""
+    """Returns the name of the dtype in which factors are stored."""
     return found.metadata.dtype or coarser(*{str(lora.dtype) for lora in found.outline.values()})
 
 
@@ -150,7 +150,7 @@ def _check(one: Measured) -> Check:
 
 
 def _modules(comparison: Comparison) -> Iterator[Finding]:
-    """Which modules there are, and of which shapes."""
+    """Checks which modules there are, and their shapes."""
     found, expected = comparison.found.outline, comparison.outline
     missing = tuple(path for path in expected if path not in found)
     extra = tuple(path for path in found if path not in expected)
@@ -169,7 +169,7 @@ def _modules(comparison: Comparison) -> Iterator[Finding]:
 
 
 def _values(comparison: Comparison, measured: dict[str, Measured]) -> Iterator[Finding]:
-    """What the updates are."""
+    """Checks the updates."""
     off = [path for path, one in measured.items() if one.differs]
     if off:
         for path, noise in comparison.noise(off, _PROBES).items():
@@ -213,7 +213,7 @@ def _extras(comparison: Comparison) -> Iterator[Finding]:
 
 
 def _same(x: np.ndarray, y: np.ndarray, dtype: str) -> bool:
-    """Whether tensors agree, those of floats up to rounding to a dtype."""
+    """Returns True if tensors agree, those of floats up to rounding to a dtype."""
     if x.shape != y.shape:
         return False
     if np.issubdtype(y.dtype, np.integer) or y.dtype == np.bool_:
@@ -224,7 +224,7 @@ def _same(x: np.ndarray, y: np.ndarray, dtype: str) -> bool:
 
 
 def _base(found: Adapter, base: str | Path) -> Iterator[Finding]:
-    """Whether the merge can be applied to a base model."""
+    """Checks that the merge can be applied to a base model."""
     try:
         find_folding(found, base)
     except MismatchError as error:

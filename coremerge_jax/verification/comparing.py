@@ -31,7 +31,7 @@ _SHARE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured of a module; norms, not relative to any.
+    """Measurements of a module, as absolute norms.
 
     Attributes:
         distance: between what was found and what was expected.
@@ -55,22 +55,22 @@ class Measured:
 
     @property
     def differs(self) -> bool:
-        """Whether rounding does not explain the error."""
+        """True if rounding does not explain the error."""
         return self.distance.error > self.tolerance.at()
 
     @property
     def wrong(self) -> bool:
-        """Whether something has happened to it."""
+        """True if something has happened to it."""
         return self.differs or self.vanished or self.through is not None
 
     @property
     def nothing(self) -> bool:
-        """Whether no update is expected."""
+        """True if no update is expected."""
         return self.distance.expected <= self.negligible
 
     @property
     def vanished(self) -> bool:
-        """Whether there is no update where one is expected."""
+        """True if there is no update where one is expected."""
         lost = self.distance.norm <= self.negligible
         return lost and not self.nothing and (self.differs or self.underflow)
 
@@ -135,16 +135,16 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """Of the sources."""
+        """The names of the sources."""
         return [x.metadata.name or f"adapter {t}" for t, x in enumerate(self.adapters)]
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources; those of weight 0 are absent."""
+        """The weights of the sources; those of weight 0 are absent."""
         return self.recipe.weights or (1.0,) * len(self.adapters)
 
     def measure(self) -> dict[str, Measured]:
-        """Of all modules."""
+        """Measures all modules."""
         pairs = self.pairs(self.paths)
         return {path: measure(found, expected, self.dtype) for path, found, expected in pairs}
 
@@ -162,7 +162,7 @@ class Comparison:
             yield from ((path, lora, expected[path]) for path, lora in found.items())
 
     def noise(self, paths: Collection[str], probes: int) -> dict[str, float]:
-        """How much modules change by rounding inside the merge, as norms: the most of some tries.
+        """Estimates how much rounding inside the merge changes modules, the most of some tries.
 
         Sources are moved by rounding. That does not show all that happens in float32: of a merge
         in this, what another precision changes counts too.
@@ -226,7 +226,7 @@ def _finite(loras: dict[str, LoRA]) -> dict[str, LoRA]:
 def _expected(
     recipe: Recipe, part: Mapping[str, LoRA], found: Mapping[str, LoRA]
 ) -> dict[str, Expected]:
-    """What the modules that were found should be: merged, and cut as they are written."""
+    """Merges again the modules that were found, and cuts them as they are written."""
     whole = {path: _on_host(part[path]) for path in found}
     if not whole or (recipe.rank is None and recipe.energy is None):
         return {path: Expected(lora, lora) for path, lora in whole.items()}

@@ -1,4 +1,4 @@
-"""What has gone wrong with modules that are not what they should be.
+"""Explanations of modules that are not what they should be.
 
 A step takes the modules that no step before has explained, and gives those that it does explain,
 with what there is to say of them.

@@ -1,4 +1,4 @@
-"""What a verification says: measurements of modules, and findings in words."""
+"""Results of a verification: measurements of modules, and findings in words."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What was measured of a module.
+    """Measurements of a module.
 
     Attributes:
         norm: ‖F‖, the Frobenius norm of the update that was found.
@@ -86,7 +86,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no defect."""
+        """True if there is no defect."""
         return not self.defects
 
     @property

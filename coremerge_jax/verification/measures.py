@@ -1,4 +1,4 @@
-"""How far two updates are apart, and how far rounding may bring them apart.
+"""Distances of two updates, and those that rounding explains.
 
 On the host, in float64. No update is formed: all of them are brought into orthonormal bases of
 their columns and rows together, where they are small matrices. (From Gram matrices alone, a
@@ -20,7 +20,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What a module of a merge should be.
+    """Expected update of a module of a merge.
 
     Attributes:
         whole: what the rule gives, in factors of the dtype that merges have.
@@ -32,13 +32,13 @@ class Expected:
 
     @property
     def is_cut(self) -> bool:
-        """Whether something was cut off."""
+        """True if something was cut off."""
         return self.cut is not self.whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """Of a found update F from an expected one E, as Frobenius norms.
+    """Distance of a found update F from an expected one E, in Frobenius norms.
 
     Attributes:
         norm: of F.
@@ -57,7 +57,7 @@ class Distance:
 
     @property
     def size(self) -> float:
-        """What norms are relative to: that of E, or of F where there is no E."""
+        """The norm that others are relative to: that of E, or of F where there is no E."""
         return self.expected or self.norm or 1.0
 
     @property
@@ -67,7 +67,7 @@ class Distance:
 
 
 def distance(found: LoRA, expected: Expected) -> Distance:
-    """How far a module is from what it should be."""
+    """Returns the distance of a module from what it should be."""
     loras = (found, expected.whole) + (expected.cut,) * expected.is_cut
     f, whole, *rest = cores(*loras)
     cut = rest[0] if rest else whole
@@ -94,7 +94,7 @@ def cores(*loras: LoRA) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How large an error rounding explains, as norms.
+    """Errors that rounding explains, as norms.
 
     Attributes:
         found: by rounding of what was found.
@@ -109,7 +109,7 @@ class Tolerance:
         return self.found + abs(factor) * self.expected
 
     def fits(self, apart: Distance) -> bool:
-        """Whether an update is a multiple of what was expected."""
+        """Returns True if an update is a multiple of what was expected."""
         return apart.residual <= self.at(apart.factor)
 
 
@@ -134,7 +134,7 @@ def tolerance(found: LoRA, expected: Expected, dtype: str, noise: float = 0.0) -
 
 
 def negligible(lora: LoRA) -> float:
-    """What rounding makes of an update that is merged twice: what is smaller is nothing."""
+    """Returns the norm below which an update is rounding noise of two merges."""
     return 2 * roundoff(lora, coarser("float32", str(lora.dtype)))
 
 
@@ -154,7 +154,7 @@ def roundoff(lora: LoRA, dtype: str, *, underflow: bool = True) -> float:
 
 
 def spread(lora: LoRA, dtype: str) -> float:
-    """How much rounding the factors to a dtype changes the update by, as a norm, if by chance.
+    """Estimates by how much rounding the factors to a dtype changes the update, as a norm.
 
     Errors of entries x are then spread evenly up to u |x|, and independent: squares add up.
     """
@@ -205,7 +205,7 @@ def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def directions(lora: LoRA) -> int:
-    """How many columns of B and rows of A there are, those of zeros aside."""
+    """Counts the columns of B and rows of A that are not zero."""
     used = np.any(np.asarray(lora.b) != 0, axis=0) & np.any(np.asarray(lora.a) != 0, axis=1)
     return int(used.sum())
 

@@ -37,7 +37,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a merge says of its making.
+    """Record of how a merge was made.
 
     Attributes:
         recipe: how.
@@ -148,7 +148,7 @@ def _describe(given: Adapter | str | Path, adapter: Adapter) -> Source:
 
 
 def _changed(recorded: Source, found: Source) -> Finding | None:
-    """What to say of a source that is not the recorded one; a note, as it may yet be equal."""
+    """Returns a finding for a source that is not the recorded one: a note, as it may be equal."""
     files = [name for name, x in recorded.sha256.items() if found.sha256.get(name, x) != x]
     if not files and (not found.sha256 or found.sha256.keys() == recorded.sha256.keys()):
         return None

@@ -1,4 +1,4 @@
-"""Where an adapter's trained tensors go that are not low-rank updates."""
+"""Placement of an adapter's trained tensors that are not low-rank updates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Rows:
 
 @dataclasses.dataclass
 class Extras:
-    """What happens to tensors, in this order.
+    """Changes to a model's tensors, in the order in which they are made.
 
     Attributes:
         replaced: tensors that get other values.
@@ -95,7 +95,7 @@ def _check(base: BaseModel, tensor: str, name: str, value: Array) -> None:
 
 
 def _is_new(base: BaseModel, tensor: str, outline: Adapter) -> bool:
-    """Whether a tensor belongs to a module that the base lacks, such as a classifier."""
+    """Returns True if a tensor belongs to a module that the base lacks, such as a classifier."""
     owner, _, leaf = tensor.rpartition(".")
     known = any(name.startswith(f"{owner}.") for name in base.shard)
     alone = leaf == "bias" and not any(

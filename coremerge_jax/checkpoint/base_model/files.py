@@ -82,7 +82,7 @@ class FileFolding(Folding):
             shutil.copyfile(reader.file, folder / name)
 
     def _dtype(self, value: Array) -> np.dtype:
-        """What a tensor is written as that the base does not have: floats like its weights."""
+        """Returns the dtype for a tensor that the base lacks: that of its weights, for floats."""
         weight = self._base.floating(next(iter(self._updates))).dtype
         return weight if value.dtype.name in FLOATS else value.dtype
 

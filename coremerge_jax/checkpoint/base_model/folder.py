@@ -124,7 +124,7 @@ class BaseModel:
         return self.shards[self.shard[name]].shape(name)
 
     def configured(self, field: str) -> list[Any]:
-        """What the configuration says, of the model and of its text model."""
+        """Returns the values of a field in the configuration of the model and of its text model."""
         configs = (self.config, self.config.get("text_config") or {})
         return [config[field] for config in configs if config.get(field) is not None]
 

@@ -1,4 +1,4 @@
-"""What all ways to fold an adapter into a base model on disk have in common."""
+"""Common parts of folding an adapter into a base model on disk, whatever its format."""
 
 import abc
 import dataclasses
@@ -16,7 +16,7 @@ from coremerge_jax.lora import Adapter
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """What came of a module's update.
+    """Result of adding one module's update.
 
     Attributes:
         tensor: name of the tensor in the base model.
@@ -34,7 +34,7 @@ class Applied:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was done to a base model.
+    """Report on the changes to a base model.
 
     Attributes:
         modules: what came of the update of each module.

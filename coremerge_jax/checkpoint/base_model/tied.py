@@ -52,7 +52,7 @@ def refuse_tied(base: BaseModel, outline: Adapter) -> None:
 
 
 def may_be_tied(base: BaseModel) -> bool:
-    """Whether input and output embedding may be one tensor.
+    """Returns True if input and output embedding may be one tensor.
 
     Where the configuration does not say so, its default depends on the architecture. They are not
     if the model predicts no tokens, or if both are in the files and differ.

@@ -1,4 +1,4 @@
-"""Where low-rank updates go: in which tensors, and how they are stored there."""
+"""Placement of low-rank updates: the tensors that they change, and the orientation there."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from coremerge_jax.lora import Adapter, LoRA
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Where the update of a module goes: into rows of a tensor, seen as a matrix.
+    """Target of a module's update: rows of a tensor, seen as a matrix.
 
     Attributes:
         path: of the module.
@@ -96,7 +96,7 @@ def _place_experts(
 def _siblings_transposed(
     base: BaseModel, name: str, groups: Mapping[str, Mapping[str, LoRA]]
 ) -> bool:
-    """Whether experts of as many inputs as outputs are stored transposed, as their siblings are.
+    """Returns True if experts with as many inputs as outputs are stored transposed.
 
     peft asks the model's class, of whose parameters all or none are.
     """

@@ -177,17 +177,17 @@ class PeftConfig:
 
     @property
     def is_vera(self) -> bool:
-        """Whether the update is VeRA's: scaled rows of shared projections."""
+        """True if the update is VeRA's: scaled rows of shared projections."""
         return self.fields["peft_type"] == "VERA"
 
     @property
     def bias(self) -> str:
-        """Which biases of the base model were trained."""
+        """The biases of the base model that were trained: ``none``, ``all`` or ``lora_only``."""
         return self.fields.get("bias") or "none"
 
     @property
     def transposed(self) -> bool:
-        """Whether the base weights are stored as (inputs, outputs)."""
+        """True if the base weights are stored as (inputs, outputs)."""
         return bool(self.fields.get("fan_in_fan_out"))
 
     def names(self, field: str) -> list[str]:

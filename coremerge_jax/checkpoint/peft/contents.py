@@ -1,4 +1,4 @@
-"""What a PEFT adapter's file contains, as its header and configuration tell: modules and extras.
+"""Contents of a PEFT adapter's file, modules and extras, from its header and configuration.
 
 Everything that these two can show to be wrong is refused here, before any tensor is read. What is
 found says how to make a module or an extra of the tensors, once they are asked for.
@@ -42,7 +42,7 @@ _METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How a module is made of tensors of the file.
+    """Recipe to make one module of tensors of the file.
 
     Attributes:
         file: for messages.

@@ -38,7 +38,7 @@ def name_levels(
     names: Sequence[str],
     version: str,
 ) -> dict[str, str]:
-    """Which parameter each nesting level of one module belongs to.
+    """Returns the parameter that each nesting level of one module belongs to.
 
     Args:
         file: for messages.
@@ -84,7 +84,7 @@ def _is_index(text: str) -> bool:
 
 
 def count(rows: int, rank: int) -> int:
-    """How many experts a packed A of so many rows has.
+    """Returns the number of experts in a packed A of so many rows.
 
     Raises:
         FormatError: the rows of A are not a multiple of the rank.
@@ -121,7 +121,7 @@ def split_path(path: str) -> tuple[str, int]:
 
 
 def nest(parameters: Iterable[str]) -> dict[str, str]:
-    """Where peft puts each parameter of the modules that own them: parameter to path in the file.
+    """Maps each parameter of the modules that own them to the path where peft puts it.
 
     Raises:
         UnsupportedError: the nesting is not known.

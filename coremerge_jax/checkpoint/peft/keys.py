@@ -44,7 +44,7 @@ def extra_name(key: str) -> str:
 
 
 def is_copy(name: str, names: Collection[str]) -> bool:
-    """Whether a bias has been saved by its own name as well as by that of peft's wrapper."""
+    """Returns True if a bias was saved by its own name, and by that of peft's wrapper."""
     return name != (own := _COPY.sub("", name)) and own in names
 
 
@@ -54,7 +54,7 @@ def unwrapped(path: str) -> str:
 
 
 def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) -> bool:
-    """Whether a configuration accounts for a tensor that is not a factor.
+    """Returns True if a configuration accounts for a tensor that is not a factor.
 
     Args:
         name: the tensor's name in the base model.

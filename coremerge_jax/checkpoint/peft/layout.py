@@ -1,4 +1,4 @@
-"""What the files of an adapter contain: its configuration and its tensors by key."""
+"""Layout of an adapter's files: the configuration, and the tensors by key."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ class _Pair(NamedTuple):
 
 
 class Layout:
-    """Where the modules of an adapter go in PEFT's files.
+    """Places of an adapter's modules in PEFT's files.
 
     What peft configures by one path is a group of modules, which have one rank: a layer, which an
     attention shares with its output projection, or all experts of a parameter.

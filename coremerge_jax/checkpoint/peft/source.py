@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a folder, or the Hugging Face cache."""
+"""Location of an adapter's files: a folder, or the Hugging Face cache."""
 
 import hashlib
 import re

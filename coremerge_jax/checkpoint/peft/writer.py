@@ -115,7 +115,7 @@ def _is_spread(adapter: Any) -> bool:
 
 
 def _write_spread(adapter: Any, layout: Layout, *how: Any) -> Written:
-    """What is on devices of all processes comes to each, and one writes it."""
+    """Gathers what is on devices of all processes; one process writes it."""
     parts = _parts(adapter, layout)
     near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in parts)
     if jax.process_index() == 0:
@@ -142,7 +142,7 @@ def _parts(adapter: Any, layout: Layout) -> Iterable[Mapping[str, LoRA]]:
 def _write_share(
     stream: Any, layout: Layout, dtype: np.dtype, folder: Path, cut: Callable
 ) -> Written:
-    """What this process merges into a file of its own, and all files into one."""
+    """Writes this process's share to a file of its own, then all these files into one."""
     kept: dict[str, float] = {}
     index = jax.process_index()
     share, owner = stream.share(layout.groups.values())
@@ -249,7 +249,7 @@ def _write(file: TensorWriter, key: str, value: np.ndarray, dtype: np.dtype) -> 
 
 
 def _written_as(value: Array, dtype: np.dtype) -> np.dtype:
-    """What a tensor is written as."""
+    """Returns the dtype in which a tensor is written."""
     return value.dtype if _is_whole(value.dtype) else dtype
 
 
