@@ -447,8 +447,8 @@ def _with_thresholds(
     adds counts up over all processes.
 
     A threshold would be an entry itself, and the program that merges may compute this entry with
-    other rounding errors. So that it is kept there too, thresholds are lower by more than these: by
-    about 1e-11 of their size in float64, and 1e-5 in float32.
+    other rounding errors. So that it is kept there too, thresholds lie halfway to the next smaller
+    entry, or to where the last digit is 0. Of float64, 48 bits are enough.
     """
     ties = job.rule.reducer
     assert isinstance(ties, Ties)
@@ -456,10 +456,9 @@ def _with_thresholds(
     with computing(job.precision, *job.traced) as dtype:
         width = 8 * dtype.itemsize
         uint = jnp.dtype(f"uint{width}")
-        known = jnp.zeros(adapters, uint)
-        last, margin = (BITS, 1 << BITS) if width == 64 else (0, 1 << 7)
+        known = margin = jnp.zeros(adapters, uint)
     wanted = None
-    for shift in range(width - BITS, last - 1, -BITS):
+    for shift in (48, 32, 16) if width == 64 else (16, 0):
         parts: Any = np.zeros((adapters, 2**BITS), np.int32), np.zeros(adapters, np.int32)
         count = partial(job.count, known=known, shift=np.asarray(shift, uint))
         for _, more in _each(count, batches, workers):
@@ -470,12 +469,36 @@ def _with_thresholds(
             if wanted is None:
                 kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
                 wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
-            up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
-            digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)
-            before = jnp.pad(up_to, ((0, 0), (1, 0)))
-            wanted = wanted - jnp.take_along_axis(before, digit[:, None], axis=1)[:, 0]
-            known = known | (digit.astype(uint) << np.asarray(shift, uint))
+            known, wanted, margin = _next_digit(counts, known, wanted, np.asarray(shift, uint))
     with computing(dtype.name, *job.traced):
-        lower = known - jnp.minimum(known, jnp.asarray(margin, uint))
-        thresholds = jax.lax.bitcast_convert_type(lower, dtype)
+        thresholds = jax.lax.bitcast_convert_type(known - margin, dtype)
     return dataclasses.replace(job.rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
+
+
+@jax.jit
+def _next_digit(
+    counts: jax.Array, known: jax.Array, wanted: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds the next digit of the ``wanted``-th smallest entries to what is known of them.
+
+    Args:
+        counts: int32 ``(T, 2^BITS)``, how often each digit occurs.
+        known: unsigned ``(T,)``, the bits above the digit.
+        wanted: int32 ``(T,)``, the place of the entry among those that are counted.
+        shift: unsigned, the bits below the digit.
+
+    Returns:
+        The bits with the digit, the place among the entries of that digit, and half the distance
+        to the next smaller digit that occurs, or to 0.
+    """
+    digits = jnp.arange(2**BITS, dtype=jnp.int32)[None, :]
+    up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+    digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)[:, None]
+    fewer = jnp.max(jnp.where(digits < digit, up_to, 0), axis=1)
+    below = jnp.max(jnp.where((digits < digit) & (counts > 0), digits, 0), axis=1)
+    margin = (digit[:, 0] - below) // 2
+    return (
+        known | (digit[:, 0].astype(known.dtype) << shift),
+        wanted - fewer,
+        margin.astype(known.dtype) << shift,
+    )

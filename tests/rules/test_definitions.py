@@ -110,6 +110,18 @@ def test_sce_keeps_as_many_entries_as_it_says():
     np.testing.assert_array_equal(cm.sce()(cores[:1]), cores[0])
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
+def test_ties_of_the_model_keeps_as_many_entries_as_it_says(precision, density, seed):
+    """One more than ⌊density · d⌋ over all modules, as the smallest kept is the threshold."""
+    (adapter,) = random_adapters(SHAPES, [12], seed)
+    rule = cm.ties(density=density, scope="model")
+    merged = cm.merge([adapter], rule, space=cm.full(), precision=precision)
+    size = sum(m * n for m, n in SHAPES.values())
+    kept = sum(np.count_nonzero(dense(lora)) for lora in merged.values())
+    assert kept == min(int(density * size) + 1, size)
+
+
 def hooi(updates, rank, beta, iterations=200):
     """Tucker's subspaces of the dense updates."""
     norms = np.array([np.linalg.norm(x) for x in updates])
