@@ -224,7 +224,13 @@ def test_a_full_disk_is_one_error_of_orbax(tmp_path):
 
 # --- As real processes ------------------------------------------------------------------------
 
-DEFAULT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# Whoever runs the tests may have them ignore signals, as `nohup` does, or a shell's background.
+DEFAULT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+"""
 # Says where it is once it has made its temporary folder, and tidies up slowly.
 SLOW = """
 import sys, time
