@@ -20,7 +20,8 @@ write = writer._write_groups
 def paused(*args):
     if os.environ["PAUSED"] == os.environ["JAX_PROCESS_ID"]:
         print("here", flush=True)
-        time.sleep(120)
+        for _ in range(1200):  # a signal just before one sleep does not shorten it
+            time.sleep(0.1)
     return write(*args)
 writer._write_groups = paused
 sys.argv[0] = "coremerge"
