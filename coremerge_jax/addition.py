@@ -74,7 +74,7 @@ def add_update(
 
 @_unwarned
 def add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sum in the dtype of the weight, and what rounding took from the update.
+    """Returns the sum in the dtype of the weight, and what rounding took from the update.
 
     Raises:
         FormatError: see `cast`.
@@ -87,7 +87,7 @@ def add(name: str, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, n
 
 @_unwarned
 def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Values in another dtype.
+    """Returns the values in another dtype.
 
     Raises:
         FormatError: it cannot hold them, or they are not finite.
@@ -102,5 +102,5 @@ def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _square(x: np.ndarray) -> float:
-    """Sum of squares."""
+    """Returns the sum of squares."""
     return float(np.square(x, dtype=np.float64).sum())

@@ -43,7 +43,7 @@ def as_adapter(adapter: Any, name: str) -> Adapter:
 
 
 def as_space(space: Any) -> Space:
-    """A merge space as it is; core space for None.
+    """Returns a merge space as it is; core space for None.
 
     Raises:
         RecipeError: it is something else.
@@ -193,7 +193,7 @@ def refuse_values(adapters: Sequence[Adapter], paths: Iterable[str], describe: C
 
 
 def short(value: Any) -> str:
-    """A value for a message: briefly."""
+    """Returns a value for a message: briefly."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, str | int | float | complex | bool | None):

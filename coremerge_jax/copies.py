@@ -64,7 +64,7 @@ class _Place:
 
 
 def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str]:
-    """The keys of a tree that are an optimizer's, or belong to an average of the model.
+    """Returns the keys of a tree that are an optimizer's, or belong to an average of the model.
 
     Args:
         factors: by key, what the keys of LoRA factors say.
@@ -134,7 +134,7 @@ def _is_inside(above: list[str], part: str) -> bool:
 
 
 def _sort(part: str, following: list[str]) -> str | None:
-    """The sort of tree that a name is of; None for a module's name."""
+    """Returns the sort of tree that a name is of; None for a module's name."""
     if _OPTIMIZER.fullmatch(part):
         # Optimizers of flax before 0.11 hold the model itself.
         return "model" if following == ["model"] else "optimizer"
@@ -143,7 +143,7 @@ def _sort(part: str, following: list[str]) -> str | None:
 
 
 def _model(group: list[_Place]) -> _Place:
-    """The place in the model, of several with the same factor.
+    """Returns the place in the model, of several with the same factor.
 
     Raises:
         FormatError: it is not certain.

@@ -52,7 +52,7 @@ class Cost:
 
 
 def cost(group: Group, rule: Chain, space: Space) -> Cost:
-    """The cost of the modules of a group, from leading terms.
+    """Returns the cost of the modules of a group, from leading terms.
 
     Eigenvectors are counted as 9 d³ operations, a Cholesky factor and its inverse as 2 d³ / 3, a
     singular value decomposition as 20 m² n (Golub and Van Loan, Matrix Computations, 4th ed.,
@@ -152,7 +152,7 @@ class _Cores:
 def _projection(
     group: Group, space: Space, equivariance: Equivariance
 ) -> tuple[_Cores, int, _Part]:
-    """The cores in a merge space, the rank of what is lifted, and the cost of both ways."""
+    """Returns the cores in a merge space, the rank of what is lifted, and the cost of both ways."""
     (m, n), total, tasks, width = group.shape, sum(group.ranks), len(group.ranks), max(group.ranks)
     elementwise = equivariance == Equivariance.ELEMENTWISE
     if isinstance(space, Full):  # lifted by an identity matrix
@@ -186,7 +186,7 @@ def _projection(
 
 
 def _parts(rule: Chain, cores: _Cores) -> Iterator[_Part]:
-    """The cost of each part of a chain."""
+    """Yields the cost of each part of a chain."""
     for part in rule.rules:
         cut = isinstance(part, Tsv) and part.rank is not None
         yield _tsv(cores, cut=True) if cut else _PARTS.get(type(part), _entries)(cores)
@@ -194,7 +194,7 @@ def _parts(rule: Chain, cores: _Cores) -> Iterator[_Part]:
 
 
 def _entries(cores: _Cores, operations: int = 10) -> _Part:
-    """A few operations on each entry of each dense core."""
+    """Returns a few operations on each entry of each dense core."""
     every = cores.number * cores.entries
     kept = 0 if cores.merged else 3 * every
     return _Part(cores.forming, operations * every, kept, passing=12 * cores.entries)
@@ -226,7 +226,7 @@ def _thin(cores: _Cores) -> float:
 
 
 def _polars(cores: _Cores, columns: int, deficient: bool = False) -> _Part:
-    """Two polar factors: in about ten steps of two products, or by decompositions."""
+    """Returns two polar factors: in about ten steps of two products, or by decompositions."""
     work = cores.side**2 * max(columns, cores.side)
     passing = 18 * max(cores.entries, max(cores.p, cores.q) * columns)
     if deficient:
@@ -241,7 +241,7 @@ def _cart(cores: _Cores) -> _Part:
 
 
 def _decomposed(cores: _Cores) -> _Part:
-    """One dense core taken apart, by its Gram matrix, and put together."""
+    """Counts taking one dense core apart, by its Gram matrix, and putting it together."""
     entries, side = cores.entries, cores.side
     return _Part(6.0 * entries * side, 9 * side**3, passing=12 * entries)
 
@@ -265,7 +265,7 @@ def _dc_merge(cores: _Cores) -> _Part:
 
 
 def _spectrum(cores: _Cores) -> _Part:
-    """Isotropize and flatten."""
+    """Counts `isotropize` and `flatten`."""
     one, width = _decomposed(cores), cores.width
     if cores.dense:
         return _Part(cores.number * one.products, cores.number * one.core, passing=one.passing)
@@ -392,7 +392,7 @@ class Machine:
 
 
 def _seconds(fn: Callable) -> float:
-    """The shortest of a few runs."""
+    """Returns the shortest of a few runs."""
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -37,7 +37,7 @@ class ProcessError(CoreMergeError):
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
-    """The names that are most like this one, of those that differ in numbers alone the first."""
+    """Returns the names most like this one; of those that differ in numbers alone, the first."""
     unlike: dict[str, str] = {}
     for other in itertools.islice(names, _COMPARED):
         unlike.setdefault(_general(other), other)

@@ -26,7 +26,7 @@ def fold_tree(
     scale: float = 1.0,
     donate: bool = False,
 ) -> Any:
-    """Parameters of a base model with an adapter's updates in them.
+    """Returns the parameters of a base model with an adapter's updates in them.
 
     Sums are computed in float32 (with float64 kernels, in float64) and rounded once. NumPy arrays
     stay on the host; JAX arrays stay sharded as they are, and each device computes its part.

@@ -75,7 +75,7 @@ class Grid:
         return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.devices.size == 1
 
     def local(self) -> "Grid":
-        """The rows of this process.
+        """Returns the rows of this process.
 
         Raises:
             UnsupportedError: a row has devices of other processes as well.
@@ -122,7 +122,7 @@ class Grid:
         return xp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
     def _reshard(self, x: Any, spec: P) -> Any:
-        """In a traced function, where JAX does not do so by itself."""
+        """Reshards an array in a traced function, where JAX does not do so itself."""
         if not _is_explicit(self.mesh):
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
@@ -130,7 +130,7 @@ class Grid:
     def take_apart(
         self, a: jax.Array, b: jax.Array, shape: tuple[int, int]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The modules of stacks in a traced function, without what only fills up."""
+        """Returns the modules of stacks in a traced function, without what only fills up."""
         m, n = shape
         return (
             [x[:, :n] for x in self._whole(a, 2, n)],
@@ -138,7 +138,7 @@ class Grid:
         )
 
     def _whole(self, x: jax.Array, axis: int, size: int) -> jax.Array:
-        """Not spread over modules; nor over features, where their number is cut."""
+        """Gathers an array over modules, and over features where their number is cut."""
         cut = x.shape[axis] != size
         if cut and not _is_explicit(self.mesh):
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
@@ -146,7 +146,7 @@ class Grid:
         return self._reshard(x, spec)
 
     def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
-        """``fn(shared, stacks)`` on each device, of its part of the stacks."""
+        """Returns ``fn(shared, stacks)`` on each device, of its part of the stacks."""
         stacks = jax.tree.map(
             lambda spec, part: jax.tree.map(lambda x: self._reshard(x, spec), part),
             specs,
@@ -178,7 +178,7 @@ def refuse_explicit(factors: Sequence[Any]) -> None:
 
 
 def implicit(adapter: Adapter) -> Adapter:
-    """An adapter for programs that spread work by themselves: with no sharding in its types.
+    """Returns an adapter with no sharding in its types, for programs that spread work themselves.
 
     Factors stay where they are; their mesh has axes of another kind.
 
@@ -194,7 +194,7 @@ def implicit(adapter: Adapter) -> Adapter:
 
 
 def placed_like(lora: LoRA, like: LoRA) -> LoRA:
-    """Factors where those of the same module are, of whichever rank."""
+    """Returns the factors where those of the same module are, of whichever rank."""
     where = _without(like.a, 0), _without(like.b, 1)
     a, b = jax.device_put((lora.a, lora.b), where)
     return dataclasses.replace(lora, a=a, b=b)
@@ -219,7 +219,7 @@ def is_spread(x: Any) -> bool:
 
 
 def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:
-    """The modules of stacks, each where factors of the same module are.
+    """Returns the modules of stacks, each where factors of the same module are.
 
     Args:
         a: ``(L, r, n)``, or more columns.
@@ -248,7 +248,7 @@ def _is_explicit(mesh: Any) -> bool:
 
 @functools.lru_cache
 def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
-    """A program that takes stacks apart, and cuts what only fills up."""
+    """Returns a program that takes stacks apart, and cuts what only fills up."""
 
     def split(a: jax.Array, b: jax.Array) -> tuple[tuple, tuple]:
         return (

@@ -38,11 +38,11 @@ class Kernel:
     modules: Mapping[str, int]
 
     def find(self, letter: str) -> list[int]:
-        """The axes with a letter."""
+        """Returns the axes with a letter."""
         return [axis for axis, found in enumerate(self.axes) if found == letter]
 
     def sizes(self, letter: str) -> Shape:
-        """The lengths of the axes with a letter."""
+        """Returns the lengths of the axes with a letter."""
         return tuple(self.shape[axis] for axis in self.find(letter))
 
     @property
@@ -59,7 +59,7 @@ def find_kernels(
     axes: Mapping[str, str] | None = None,
     scan_axes: Collection[int | None] = (),
 ) -> dict[str, Kernel]:
-    """The kernels of an adapter's modules, by key; see `fold_tree`, also for what is raised.
+    """Finds the kernels of an adapter's modules, by key; see `fold_tree`, also for errors.
 
     Args:
         leaves: of a tree, by key; anything with a shape and a dtype.
@@ -133,7 +133,7 @@ class _Search:
         return {_NUMBER.sub("", path): path for path in self.outline}
 
     def find(self, key: str, shape: Shape) -> Kernel | None:
-        """The kernel that a leaf is; None if it is none that the adapter changes."""
+        """Returns the kernel that a leaf is; None if it is none that the adapter changes."""
         module, _, param = key.rpartition("/")
         (path,) = module_paths(module, param, ())
         example = path if path in self.outline else self.families.get(_NUMBER.sub("", path))
@@ -188,7 +188,7 @@ class _Search:
 
 
 def _find_axes(key: str, shape: Shape, m: int, n: int, told: Sequence[Shape]) -> str:
-    """The axes of a kernel without layers.
+    """Returns the axes of a kernel without layers.
 
     Args:
         key: of the kernel.
@@ -218,7 +218,7 @@ def _find_axes(key: str, shape: Shape, m: int, n: int, told: Sequence[Shape]) ->
 
 
 def _lengths(shape: Shape, wide: Sequence[int], inputs: Sequence[int]) -> list[Shape]:
-    """The lengths of the axes of inputs, and of outputs."""
+    """Returns the lengths of the axes of inputs, and of outputs."""
     outputs = [axis for axis in wide if axis not in inputs]
     return [tuple(shape[axis] for axis in axes) for axes in (inputs, outputs)]
 

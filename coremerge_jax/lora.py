@@ -44,7 +44,7 @@ LINEAR = Kind()
 
 
 def widest(*dtypes: np.dtype) -> np.dtype:
-    """The dtype that holds all of these, whatever JAX's promotion and x64 settings."""
+    """Returns the dtype that holds all of these, whatever JAX's promotion and x64 settings."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 
@@ -96,7 +96,7 @@ class LoRA:
         return widest(self.a.dtype, self.b.dtype)
 
     def dense(self) -> Array:
-        """The update ``b @ a`` as a matrix ``(..., m, n)``; a NumPy array for NumPy factors."""
+        """Returns the update ``b @ a``, ``(..., m, n)``; a NumPy array for NumPy factors."""
         a, b = self.a.astype(self.dtype), self.b.astype(self.dtype)
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return b @ a
@@ -119,7 +119,7 @@ def _sharding_of_product(b: Any, a: Any) -> NamedSharding | None:
 
 
 def _axes(part: Any) -> tuple:
-    """The mesh axes that a dimension is spread over."""
+    """Returns the mesh axes that a dimension is spread over."""
     if part is None:
         return ()
     return part if isinstance(part, tuple) else (part,)
@@ -218,7 +218,7 @@ class Adapter(Mapping[str, LoRA]):
         metadata: Metadata | None = None,
         extras: Mapping[str, Array] | None = None,
     ) -> "Adapter":
-        """A copy with other ``modules``, ``metadata`` or ``extras``."""
+        """Returns a copy with other ``modules``, ``metadata`` or ``extras``."""
         return Adapter(
             self if modules is None else modules,
             metadata=self.metadata if metadata is None else metadata,
@@ -245,11 +245,11 @@ class Adapter(Mapping[str, LoRA]):
         return ()
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """The modules with these paths; an adapter that is still in a file reads them at once."""
+        """Returns the modules with these paths; an adapter in a file reads them at once."""
         return {path: self[path] for path in paths}
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
-        """Children in the order of the mapping (a plain dict would be sorted)."""
+        """Returns the children in the order of the mapping (a plain dict would be sorted)."""
         key = jax.tree_util.DictKey
         modules = tuple((key(path), lora) for path, lora in self._modules.items())
         extras = tuple((key(name), value) for name, value in self.extras.items())
@@ -273,7 +273,7 @@ class AdapterFile(Adapter):
     """
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """The modules with these paths."""
+        """Returns the modules with these paths."""
         raise NotImplementedError
 
     def __getitem__(self, path: str) -> LoRA:

@@ -153,7 +153,7 @@ def merge_stream(
 def _devices(
     mesh: Mesh | None, adapters: Sequence[Adapter], parameters: Any
 ) -> tuple[Grid | None, Mapping[int, int]]:
-    """The devices that this process merges with, and the processes that have shares.
+    """Returns the devices that this process merges with, and the processes that have shares.
 
     What is on the host, or in files, each process can read for itself.
     """
@@ -242,7 +242,7 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
 
 
 def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> list[Any]:
-    """The scale of each module.
+    """Returns the scale of each module.
 
     Raises:
         MismatchError: a pattern matches no module.

@@ -9,7 +9,7 @@ from coremerge_jax.trees import from_tree, to_tree
 
 
 def from_nnx(model: nnx.Module, *, name: str | None = None, **options: Any) -> Adapter:
-    """The LoRA factors of a model: its variables of type `nnx.LoRAParam`, as flax and qwix make.
+    """Returns the LoRA factors of a model: its variables of type `nnx.LoRAParam`.
 
     Those of a sharded model stay where they are.
 

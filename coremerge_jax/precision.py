@@ -12,7 +12,7 @@ from coremerge_jax.lora import Array, widest
 
 @contextlib.contextmanager
 def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
-    """A scope in which JAX computes in the dtype that it yields.
+    """Enters a scope in which JAX computes in the dtype that it yields.
 
     Unless something is traced, `jax.transfer_guard` does not hold in it: that guards against
     transfers by accident, and here arrays are brought to where they are computed with.

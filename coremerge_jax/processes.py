@@ -42,7 +42,7 @@ def exchange(value: Any = None) -> list[Any]:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """A block after which `exchange` follows: tells the other processes if it fails here."""
+    """Guards a block that `exchange` follows: if it fails, the other processes fail there."""
     try:
         yield
     except ProcessError:  # which they know
@@ -57,7 +57,7 @@ def failing_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block that has worked in all processes where it ends without an exception."""
+    """Guards a block: if it ends without an exception, it has worked in all processes."""
     with failing_together():
         yield
     exchange()
@@ -70,7 +70,7 @@ def _tell(message: Mapping[str, Any]) -> str:
 
 
 def _wait_for(key: str) -> str:
-    """A message, however long it takes: who waits for the dead is ended by JAX."""
+    """Blocks until a message arrives. If the sender has died, JAX's heartbeat ends this process."""
     while True:
         try:
             return _client().blocking_key_value_get(key, _POLL)
@@ -102,7 +102,7 @@ def owners(costs: Sequence[float], rows: Sequence[int]) -> list[int]:
 
 
 def total(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The sums over all processes, of arrays that are small or mostly zeros."""
+    """Returns the sums over all processes, of arrays that are small or mostly zeros."""
     packed = [base64.b85encode(zlib.compress(x.tobytes(), 1)).decode() for x in arrays]
     told = exchange(packed)
 
@@ -118,7 +118,7 @@ def total(*arrays: np.ndarray) -> list[np.ndarray]:
 def gather(
     own: Mapping[str, LoRA], outline: Mapping[str, LoRA], owner: Mapping[str, int]
 ) -> dict[str, LoRA]:
-    """The modules that all processes have, in memory.
+    """Returns the modules that all processes have, in memory.
 
     Args:
         own: those of this process.

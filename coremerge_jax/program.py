@@ -98,7 +98,7 @@ def merge_stack(
     *,
     keep_a: bool | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
-    """The merged A and B of each module, whether these are good, and what was found out.
+    """Returns the merged A and B of each module, whether these are good, and facts.
 
     With ``keep_a``, the A factors are those of ``arrays`` where that can be: then the first result
     is None, and the third says whether it should be.
@@ -162,7 +162,7 @@ def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settin
 
 
 def _sizes(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
-    """The largest of the ``(R,)`` numbers of each adapter."""
+    """Returns the largest of the ``(R,)`` numbers of each adapter."""
     return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])
 
 
@@ -189,7 +189,7 @@ def project_module(
     *,
     elementwise: bool,
 ) -> Projection:
-    """A module's updates, multiplied by weights ``(T,)``, in a space: see `Space.project`."""
+    """Projects a module's updates, multiplied by weights ``(T,)``, to a space."""
     ranks, dtype = settings.ranks, settings.dtype
     if weights is not None:
         b = b.astype(dtype) * _by_rank(weights, ranks)[None, :]
@@ -200,7 +200,7 @@ def project_module(
 
 
 def _merge_linear(rule: Chain, module: Inputs, settings: Settings) -> tuple[LoRA, bool]:
-    """A weighted sum needs no space: its coefficients go to the factors. And whether A is kept."""
+    """Merges without a space: coefficients go to the factors. Returns also if A is kept."""
     ranks, dtype = settings.ranks, settings.dtype
     units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)

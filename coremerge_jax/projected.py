@@ -81,7 +81,7 @@ class Projected:
         return jax.tree.leaves(self.stacks[0].projection.factors)[0].dtype
 
     def astype(self, dtype: Any) -> "Projected":
-        """The same, to be merged in another precision."""
+        """Returns the same, to be merged in another precision."""
         with computing(str(np.dtype(dtype)), *jax.tree.leaves(self.stacks)):
             stacks = jax.tree.map(
                 lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
@@ -152,7 +152,7 @@ class Projected:
                 )
 
     def norms(self) -> np.ndarray:
-        """``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
+        """Returns ``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
         squares = np.zeros(self.adapters)
         for stack in self.stacks:
             with self._computing():
@@ -176,7 +176,7 @@ class Projected:
         return computing(str(self.dtype))
 
     def _weights(self, stack: Stack, weights: Any) -> jax.Array | None:
-        """``(L, T)``, of the adapters that have the modules."""
+        """Returns ``(L, T)``, of the adapters that have the modules."""
         if weights is None:
             return None
         ones = jnp.ones(self.adapters, self.dtype)
@@ -273,7 +273,7 @@ def _stack(
 def _project_stack(
     factors: tuple[Array, Array], weights: jax.Array | None, settings: Settings, elementwise: bool
 ) -> tuple[Projection, jax.Array, jax.Array]:
-    """The modules in the space, whether merges can have the adapters' A, and whether finite."""
+    """Projects modules; returns also if merges can have the adapters' A, and if all is finite."""
 
     def one(row: tuple) -> tuple[Projection, jax.Array, jax.Array]:
         (a, b), weights = row
@@ -289,7 +289,7 @@ def _project_stack(
 def _merge_stack(
     rule: Chain, stack: Stack, weights: jax.Array | None, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The merged A and B of each module, in the precision that is computed in."""
+    """Returns the merged A and B of each module, in the precision that is computed in."""
 
     def one(row: tuple) -> tuple[jax.Array, jax.Array]:
         projection, tasks, name, weight = row
@@ -310,7 +310,7 @@ def _merge_stack(
 def _finish_stack(
     a: jax.Array, b: jax.Array, factors: jax.Array, dtypes: tuple[np.dtype, np.dtype]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The factors as they are given out, and the largest magnitude in each B."""
+    """Returns the factors as they are given out, and the largest magnitude in each B."""
     scaled = b.astype(factors.dtype) * factors[:, None, None]
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
     scaled = scaled.astype(of_b)

@@ -48,7 +48,7 @@ def _load_yaml(text: str, label: str) -> Any:
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
-    """The error for a name that is not among ``known``: suggests the nearest, or lists all."""
+    """Returns the error for a name not among ``known``: it suggests the nearest, or lists all."""
     known, shown = list(known), f"{name!s:.100}"
     near = difflib.get_close_matches(shown, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
@@ -59,7 +59,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
 
 
 def parse_rule(text: str) -> "Rule":
-    """The rule that ``NAME[:key=value,...]`` describes; values are YAML scalars or lists.
+    """Returns the rule that ``NAME[:key=value,...]`` describes; values are YAML scalars or lists.
 
     Raises:
         RecipeError: the name, a parameter or a value is not one that exists.
@@ -70,28 +70,28 @@ def parse_rule(text: str) -> "Rule":
 
 
 def format_rule(rule: "Rule") -> str:
-    """The inverse of `parse_rule`, with every parameter that has a value written out."""
+    """Inverts `parse_rule`, with every parameter that has a value written out."""
     from coremerge_jax.rules import RULES
 
     return _describe("rule", rule, RULES)
 
 
 def parse_space(text: str) -> "Space":
-    """The merge space that ``NAME[:key=value,...]`` describes."""
+    """Returns the merge space that ``NAME[:key=value,...]`` describes."""
     from coremerge_jax.spaces import SPACES
 
     return _build("space", text, SPACES)
 
 
 def format_space(space: "Space") -> str:
-    """The inverse of `parse_space`."""
+    """Inverts `parse_space`."""
     from coremerge_jax.spaces import SPACES
 
     return _describe("space", space, SPACES)
 
 
 def parse_method(text: str) -> "Method":
-    """The way to search that ``NAME[:key=value,...]`` describes."""
+    """Returns the way to search that ``NAME[:key=value,...]`` describes."""
     from coremerge_jax.search.methods import METHODS
 
     return _build("method", text, METHODS)
@@ -225,7 +225,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The recipe with these values, and defaults for those that are not given."""
+        """Returns the recipe with these values, and defaults for those that are not given."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -233,13 +233,13 @@ class Recipe:
         return cls(**{key: _frozen(value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-like data: every field that has a value, defaults included."""
+        """Returns plain JSON-like data: every field that has a value, defaults included."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: _plain(value) for key, value in values.items() if value is not None}
 
     @classmethod
     def from_yaml(cls, text: str, label: str = "recipe") -> Self:
-        """The recipe that a YAML (or JSON) text holds; ``label`` names it in errors."""
+        """Returns the recipe that a YAML (or JSON) text holds; ``label`` names it in errors."""
         values = _load_yaml(text, label)
         if not isinstance(values, dict):
             raise RecipeError(f"{label}: expected 'key: value' lines, got {values!r:.60}")
@@ -249,7 +249,7 @@ class Recipe:
             raise RecipeError(f"{label}: {error}") from error
 
     def to_yaml(self) -> str:
-        """The inverse of `from_yaml`."""
+        """Inverts `from_yaml`."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @classmethod
@@ -268,7 +268,7 @@ class Recipe:
         return dataclasses.replace(recipe, adapters=adapters)
 
     def build_rule(self) -> "Chain":
-        """The rules as one rule."""
+        """Returns the rules as one rule."""
         from coremerge_jax.rules import chain
 
         try:
@@ -286,7 +286,7 @@ class Recipe:
         parse_space(self.space)
 
     def explicit(self) -> Self:
-        """The same recipe with every parameter written out, independent of later defaults."""
+        """Returns the recipe with every parameter written out, independent of later defaults."""
         rules = tuple(format_rule(parse_rule(text)) for text in self.rules)
         return dataclasses.replace(self, rules=rules, space=format_space(parse_space(self.space)))
 
@@ -297,7 +297,7 @@ class Recipe:
         mesh: "Mesh | None" = None,
         max_memory: int | None = None,
     ) -> "MergeStream":
-        """The merge of opened adapters; what concerns writing is left to the writer.
+        """Returns the merge of opened adapters; what concerns writing is left to the writer.
 
         Raises:
             CoreMergeError: see `coremerge_jax.merge`.
@@ -321,7 +321,7 @@ class Recipe:
         )
 
     def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
-        """The merged adapter, in memory.
+        """Returns the merged adapter, in memory.
 
         Raises:
             CoreMergeError: see `coremerge_jax.merge`.
@@ -330,7 +330,7 @@ class Recipe:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``2GiB``, ``1.5GB`` or ``800M``."""
+    """Returns the bytes from ``2GiB``, ``1.5GB`` or ``800M``."""
     found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
         number, prefix, binary = found.groups() if found else ("", "", "")
@@ -342,7 +342,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
-    """A scale from ``0.9``, or from several ``PATTERN=NUMBER``; a bare number is for the rest."""
+    """Parses a scale: ``0.9``, or several ``PATTERN=NUMBER``; a bare number is for the rest."""
     scales: dict[str, float] = {}
     for text in texts:
         pattern, _, number = text.rpartition("=")
@@ -375,7 +375,7 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _parse_range(text: str, listed: str) -> list[Any]:
-    """Decimal, so that 0.1:0.3:0.1 ends with 0.3 and not with what rounding makes of it."""
+    """Parses a range in decimals, so that 0.1:0.3:0.1 ends with 0.3."""
     try:
         start, stop, step = map(Decimal, listed.split(":"))
         steps = (stop - start) / step

@@ -36,11 +36,11 @@ class Group:
     length: int
 
     def padded(self, rows: Any) -> list:
-        """One row per module, the last repeated."""
+        """Returns one row per module, the last repeated."""
         return [*rows, *[rows[-1]] * (self.length - len(rows))]
 
     def split(self, size: int, multiple: int = 1) -> "list[Group]":
-        """Parts of at most ``size`` modules, as equal in number as can be.
+        """Splits into as few equal parts as possible, each of at most ``size`` modules.
 
         The number is a multiple of one that divides ``size``.
         """
@@ -55,7 +55,7 @@ class Group:
         ]
 
     def only(self, wanted: Callable[[str], bool]) -> "Group":
-        """The modules whose path is wanted."""
+        """Returns the modules whose path is wanted."""
         kept = [i for i, path in enumerate(self.paths) if wanted(path)]
         paths = tuple(self.paths[i] for i in kept)
         return dataclasses.replace(self, paths=paths, tasks=self.tasks[kept], length=len(kept))
@@ -63,7 +63,7 @@ class Group:
     def shapes(
         self, outlines: Sequence[Adapter]
     ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """The shapes and dtypes of what `stack` gives."""
+        """Returns the shapes and dtypes of what `stack` gives."""
         pairs = zip(self.paths, self.tasks, strict=True)
         loras = [outlines[t][path] for path, tasks in pairs for t in tasks]
         (m, n), length, rank = self.shape, self.length, sum(self.ranks)
@@ -75,7 +75,7 @@ class Group:
     def stack(
         self, adapters: Sequence[Adapter], scratch: "Scratch | None" = None
     ) -> tuple[Array, Array]:
-        """The factors: ``(L, R, n)``, the A below each other, and ``(L, m, R)``, the B abreast.
+        """Stacks factors: ``(L, R, n)``, the A below each other, and ``(L, m, R)``, the B abreast.
 
         NumPy arrays where all factors are; the B are then in ``scratch``, if it is given.
         """
@@ -97,7 +97,7 @@ class Scratch(threading.local):
         self._memory = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array that is good until the next call in this thread."""
+        """Returns an array that is good until the next call in this thread."""
         size = math.prod(shape) * dtype.itemsize
         if size > self._memory.size:
             self._memory = _empty((size,), np.dtype(np.uint8))
@@ -134,7 +134,7 @@ def group_modules(adapters: Sequence[Adapter]) -> list[Group]:
 
 
 def over_modules(fn: Callable, arrays: Any) -> Any:
-    """``fn`` of each module: in a loop on CPU, where that takes less memory, else at once."""
+    """Maps ``fn`` over modules: in a loop on CPU, where that takes less memory, else at once."""
     if jax.default_backend() != "cpu":
         return jax.vmap(fn)(arrays)
     return jax.lax.map(in_loop(fn), arrays)
@@ -179,7 +179,7 @@ def _pile(rows: list[list[Array]], axis: int, empty: Callable) -> Array:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX on CPU uses where it is: what is not aligned so is copied first."""
+    """Returns memory so aligned that JAX on CPU uses it in place; other memory is copied first."""
     size, alignment = math.prod(shape) * dtype.itemsize, 64
     memory = np.empty(size + alignment, np.uint8)
     start = -memory.ctypes.data % alignment

@@ -62,7 +62,7 @@ class MergeStream:
         return self._job.adapters
 
     def __len__(self) -> int:
-        """The number of parts."""
+        """Returns the number of parts."""
         return len(self._batches)
 
     @property
@@ -92,11 +92,11 @@ class MergeStream:
         return self._job.grid is not None and len(self._job.grid.processes) > 1
 
     def costs(self) -> list[Cost]:
-        """The cost of each part, in the order of the parts."""
+        """Returns the cost of each part, in the order of the parts."""
         return [cost(batch, self._job.rule, self._job.space) for batch in self._batches]
 
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
-        """The merged modules, some at a time; each exactly once."""
+        """Yields the merged modules, some at a time; each exactly once."""
         job = self._job
         if any(isinstance(part, Ties) and part.scope == "model" for part in job.rule.rules):
             over_all = total if self._shared else lambda *counts: counts
@@ -111,7 +111,7 @@ class MergeStream:
             self.effects.add_up(total)
 
     def collect(self) -> Adapter:
-        """All of it, in memory."""
+        """Collects the whole merge in memory."""
         if not self.processes:
             return self._adapter({path: lora for part in self for path, lora in part.items()})
         share, owner = self.share()
@@ -249,7 +249,7 @@ def _workers(grid: Grid | None) -> int:
 
 
 def _each(fn: Callable, batches: list[Group], workers: int) -> Iterator[tuple[Group, Any]]:
-    """Each batch in order with ``fn`` of it, computed ahead by threads, but not far ahead."""
+    """Yields batches in order with ``fn`` of each, computed by threads, but not far ahead."""
     if workers == 1 or len(batches) == 1:
         yield from ((batch, fn(batch)) for batch in batches)
         return
@@ -307,7 +307,7 @@ class Job:
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
 
     def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
-        """The merged factors ``(L, r, n)`` and ``(L, m, r)`` of a batch of modules, and facts."""
+        """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
         given = batch.stack(self.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (arrays, settings),
@@ -343,7 +343,7 @@ class Job:
         return arrays.a if a is None else a, b, jax.device_get(facts)
 
     def apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:
-        """The modules of merged stacks, without what only fills up."""
+        """Returns the modules of merged stacks, without what only fills up."""
         if self.grid is None:
             return list(a), list(b)
         if self.traced:
@@ -355,7 +355,7 @@ class Job:
         return rows_like(a, b, [self._on_device(path, tasks) for path, tasks in pairs])
 
     def _on_device(self, path: str, tasks: np.ndarray) -> LoRA:
-        """A module of the first adapter that is on devices."""
+        """Returns a module of the first adapter that is on devices."""
         found = (self.adapters[t][path] for t in tasks if type(self.adapters[t]) is Adapter)
         return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
 
@@ -383,7 +383,7 @@ class Job:
 
     @contextlib.contextmanager
     def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple["Inputs", "Settings"]]:
-        """The inputs of a compiled program, in a scope of the precision to compute in."""
+        """Enters the precision to compute in, and yields the inputs of a compiled program."""
         tasks = self.places[np.asarray(batch.padded(batch.tasks))]
         names = [zlib.crc32(path.encode()) for path in batch.padded(batch.paths)]
         scales = [self.scales[path] for path in batch.padded(batch.paths)]
@@ -404,7 +404,7 @@ class Job:
             yield arrays, Settings(batch.ranks, self.space, dtype, batch.shape, self.grid)
 
     def modules(self, batch: Group, a: Sequence, b: Sequence) -> dict[str, LoRA]:
-        """The merged modules of a batch by path."""
+        """Returns the merged modules of a batch by path."""
         found = {}
         for path, tasks, x, y in zip(batch.paths, batch.tasks, a, b, strict=False):
             found[path] = LoRA(a=x, b=y, kind=self.outlines[tasks[0]][path].kind)

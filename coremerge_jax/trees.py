@@ -56,12 +56,12 @@ class Slot:
         return self.axes.rank(*self.shapes)[0]
 
     def outline(self) -> dict[str, LoRA]:
-        """The modules with shapes and dtypes in place of their factors."""
+        """Returns the modules with shapes and dtypes in place of their factors."""
         pair = map(jax.ShapeDtypeStruct, self.shapes, self.dtypes)
         return jax.eval_shape(partial(self.read, scale=1.0), *pair)
 
     def read(self, a: Array, b: Array, scale: float | Array) -> dict[str, LoRA]:
-        """The modules, given the stored factors."""
+        """Returns the modules, given the stored factors."""
         a, b = _gathered(_single(a), self.axes.a), _gathered(_single(b), self.axes.b)
         a, b = self.axes.matrices(a, b)
         b = b * np.asarray(scale, b.dtype) if isinstance(scale, float) else b * scale
@@ -82,7 +82,7 @@ class Slot:
         )
 
     def write(self, modules: Mapping[str, LoRA], scale: float | Array) -> tuple[Array, Array]:
-        """The factors to store, given the modules; their ranks are made equal with zeros.
+        """Returns the factors to store, given the modules; their ranks are made equal with zeros.
 
         Raises:
             MismatchError: a module's rank is larger than that of the scale.
@@ -192,7 +192,7 @@ class TreeFormat:
         return Places(slots)
 
     def sort(self, leaves: Mapping[str, Any]) -> tuple[Layout, dict[str, Factor], list[str]]:
-        """The layout of a tree, what the keys of its factors say, and its other keys.
+        """Returns the layout of a tree, what the keys of its factors say, and its other keys.
 
         Keys to ignore, and an optimizer's, are in neither.
 
@@ -316,11 +316,11 @@ class Places:
                 seen[path] = slot
 
     def outline(self) -> dict[str, LoRA]:
-        """The modules with shapes and dtypes in place of their factors."""
+        """Returns the modules with shapes and dtypes in place of their factors."""
         return {path: lora for slot in self.slots for path, lora in slot.outline().items()}
 
     def read(self, leaves: Mapping[str, Array]) -> dict[str, LoRA]:
-        """The modules, given the arrays of the tree by key."""
+        """Returns the modules, given the arrays of the tree by key."""
         modules: dict[str, LoRA] = {}
         for slot, scale in self.slots.items():
             a, b = (leaves[key] for key in slot.keys)
@@ -341,7 +341,7 @@ class Places:
 
 
 def from_tree(tree: Any, *, name: str | None = None, **options: Any) -> Adapter:
-    """The LoRA factors of a tree of arrays as an adapter; may be called with traced arrays.
+    """Returns the LoRA factors of a tree of arrays as an adapter; may be called with traced arrays.
 
     Module paths are those of the tree, joined by dots, without the names ``kernel`` and ``w`` of
     the usual parameters. A stack of layers becomes one module a layer, its index behind the part
@@ -361,7 +361,7 @@ def from_tree(tree: Any, *, name: str | None = None, **options: Any) -> Adapter:
 
 
 def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
-    """An adapter in the form of a tree: the inverse of `from_tree`.
+    """Returns an adapter in the form of a tree: the inverse of `from_tree`.
 
     The rank of a stored pair is the largest of its modules' ranks, which may differ from that of
     ``like``: `truncate` first where shapes must not change. Where the layout scales by alpha /
@@ -387,7 +387,7 @@ def to_tree(adapter: Adapter, like: Any, **options: Any) -> Any:
 
 
 def place_like(x: Array, leaf: Any) -> Array:
-    """An array where another one is on devices; itself if that is on the host, or either is traced.
+    """Puts an array where another one is on devices; not if that is on the host, or either traced.
 
     An axis of another length stays spread over the same devices where these divide it.
     """
@@ -405,7 +405,7 @@ def place_like(x: Array, leaf: Any) -> Array:
 
 
 def _for_shape(sharding: jax.sharding.Sharding, shape: Shape) -> jax.sharding.Sharding:
-    """A sharding without the axes that do not divide a shape."""
+    """Returns a sharding without the axes that do not divide a shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     sizes = sharding.mesh.shape
@@ -420,18 +420,18 @@ def _for_shape(sharding: jax.sharding.Sharding, shape: Shape) -> jax.sharding.Sh
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by key, parts joined by ``/``, without the level ``value`` of flax."""
+    """Returns leaves by key, parts joined by ``/``, without the level ``value`` of flax."""
     return {key_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def key_of(path: tuple[Any, ...]) -> str:
-    """The key of a leaf, given its path as `jax.tree_util` has it."""
+    """Returns the key of a leaf, given its path as `jax.tree_util` has it."""
     parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
 
 
 def module_paths(module: str, param: str, batch: Shape) -> tuple[str, ...]:
-    """The module path of each kernel of a batch."""
+    """Returns the module path of each kernel of a batch."""
     module = re.sub(r"^(params/)+", "", module)
     parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
     at = container(module)
@@ -463,7 +463,7 @@ def check_pattern(pattern: str, keys: Collection[str], option: str) -> None:
 
 
 def check_rank(value: Any, name: str) -> int:
-    """A rank that was told, if it can be one.
+    """Returns a rank that was told, if it can be one.
 
     Raises:
         FormatError: it is no positive integer.
@@ -474,7 +474,7 @@ def check_rank(value: Any, name: str) -> int:
 
 
 def check_alpha(value: Any, name: str) -> float:
-    """An alpha that was told, if it can be one.
+    """Returns an alpha that was told, if it can be one.
 
     Raises:
         FormatError: it is no positive finite number.
@@ -522,7 +522,7 @@ def check_same_modules(adapter: Mapping[str, LoRA], tree: Mapping[str, LoRA]) ->
 
 
 def _gathered(x: Array, letters: str) -> Array:
-    """An array whose type says how it is sharded, so that its layers and axes can be taken apart.
+    """Reshards an array with a typed sharding, so that its layers and axes can be taken apart.
 
     Of axes that become one, the first can stay sharded.
     """
@@ -540,5 +540,5 @@ def _gathered(x: Array, letters: str) -> Array:
 
 
 def _single(x: Array) -> Array:
-    """At least float32: scaling is not to round."""
+    """Casts to at least float32: scaling is not to round."""
     return x if x.dtype == np.float64 else x.astype(np.float32)

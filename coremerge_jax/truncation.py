@@ -119,7 +119,7 @@ def _cut_traced(adapter: Adapter, rank: int | None) -> tuple[dict[str, LoRA], di
 def _balance_to_rank(
     a: jax.Array, b: jax.Array, dtype: np.dtype, rank: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Factors as `_balance` has, of a rank, and the share that they keep, for each module.
+    """Returns factors as `_balance` has, of a rank, and the share that they keep, by module.
 
     A matrix X near one of rank k with leading singular vectors U and V is, if cut to that rank,
     (X V) (Uᵀ X V)⁻¹ (Uᵀ X) with constant U and V, so that only X is differentiated.
@@ -156,7 +156,7 @@ def _inner(lora_a: jax.Array, lora_b: jax.Array) -> tuple[Basis, Basis, jax.Arra
 
 @partial(jax.jit, static_argnames="dtype")
 def _balance(a: jax.Array, b: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Factors ``√σ_i v_iᵀ`` and ``√σ_i u_i`` by descending σ, and σ, for each module."""
+    """Returns factors ``√σ_i v_iᵀ`` and ``√σ_i u_i`` by descending σ, and σ, for each module."""
 
     def balance(factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         left, right, inner = _inner(*(x.astype(dtype) for x in factors))
@@ -169,7 +169,7 @@ def _balance(a: jax.Array, b: jax.Array, dtype: np.dtype) -> tuple[jax.Array, ja
 
 
 def _shares(s: np.ndarray) -> np.ndarray:
-    """The share of ‖ΔW‖²_F in the first 1, 2, … directions; all of it where ΔW = 0."""
+    """Returns the share of ‖ΔW‖²_F in the first 1, 2, … directions; all of it where ΔW = 0."""
     cumulative = np.cumsum(s**2)
     return cumulative / cumulative[-1] if cumulative[-1] > 0 else np.ones_like(s)
 

@@ -72,7 +72,7 @@ def check_path(path: str | Path) -> None:
 
 
 def _unreadable(path: str | Path, error: OSError | ValueError) -> FormatError:
-    """The error for a path that the system does not take: too long, a loop, with a NUL in it."""
+    """Returns the error for a path that the system does not take: too long, a loop, with a NUL."""
     return FormatError(f"{str(path)!r:.300}: {getattr(error, 'strerror', None) or error}")
 
 
@@ -87,7 +87,7 @@ def _kind(mode: int) -> str:
 
 
 def read_text(file: Path, limit: int) -> str:
-    """The text of a regular file in UTF-8.
+    """Returns the text of a regular file in UTF-8.
 
     Args:
         file: the file.
@@ -116,7 +116,7 @@ def read_text(file: Path, limit: int) -> str:
 
 
 def read_json(file: Path, folder: str, *, limit: int = JSON_SIZE) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Args:
         file: the file.
@@ -135,7 +135,7 @@ def read_json(file: Path, folder: str, *, limit: int = JSON_SIZE) -> dict[str, A
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     Numbers that are not finite pass, as Python writes them (``Infinity``): where a number is
     needed, its kind is checked.
@@ -224,7 +224,7 @@ def is_text(value: object) -> bool:
 
 
 def is_list_of(check: Callable[[Any], bool]) -> Callable[[object], bool]:
-    """The test for a list of which all values pass a test."""
+    """Returns the test for a list of which all values pass a test."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
@@ -259,7 +259,7 @@ def check_kinds(where: object, fields: Mapping[str, Any], kinds: Mapping[str, Ki
 
 
 def short(value: Any) -> str:
-    """A JSON value for messages."""
+    """Returns a JSON value for messages."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -320,7 +320,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML (or JSON) text.
+    """Returns the value of a YAML (or JSON) text.
 
     Args:
         text: the text.

@@ -192,7 +192,7 @@ def _locked(path: Path) -> Iterator[bool]:
 def shared_folder(
     out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Iterator[Path]:
-    """`atomic_folder` for all processes of a job: it appears when all of them have filled it.
+    """Does as `atomic_folder` for all processes of a job: it appears when all have filled it.
 
     Args:
         out: see `outputs.check_output`.

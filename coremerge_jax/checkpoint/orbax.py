@@ -72,7 +72,7 @@ class OrbaxFile(AdapterFile):
         return OrbaxFile, self._made_of
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """The modules with these paths.
+        """Returns the modules with these paths.
 
         Raises:
             FormatError: a module has values that are not finite.
@@ -230,14 +230,14 @@ def _scan(axis: Any) -> dict[str, Any]:
 
 
 def _only(keys: Collection[str], tree: Any) -> Any:
-    """A tree with None in place of what has other keys."""
+    """Returns a tree with None in place of what has other keys."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if key_of(path) in keys else None, tree
     )
 
 
 def _arrays(tree: Any) -> Any:
-    """Nested dicts without what has no arrays."""
+    """Returns nested dicts without what has no arrays."""
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _arrays(x) for key, x in tree.items() if jax.tree.leaves(x)}
@@ -245,7 +245,7 @@ def _arrays(tree: Any) -> Any:
 
 
 def _told(source: OrbaxTree) -> dict[str, float | int]:
-    """Rank and alpha, where something beside the arrays says them.
+    """Returns the rank and alpha, where something beside the arrays says them.
 
     Raises:
         FormatError: they are no rank, or no alpha.
@@ -273,7 +273,7 @@ def _told(source: OrbaxTree) -> dict[str, float | int]:
 
 
 def stacked(adapter: Adapter) -> dict[str, Any]:
-    """An adapter as nested dicts, in the layout of flax nnx; layers of one shape are stacked."""
+    """Returns an adapter as nested dicts, as flax nnx has them; layers of one shape are stacked."""
     stacks: dict[str, dict[int, LoRA]] = {}
     leaves: dict[tuple[str, ...], Array] = {}
 

@@ -89,7 +89,7 @@ class OrbaxTree:
         return [np.asarray(read[key]) for key in keys]
 
     def load(self, keys: Collection[str] | None = None) -> Any:
-        """The tree with NumPy arrays, which may be written to; those with these keys, or all.
+        """Loads the tree with NumPy arrays, which may be written to; those with these keys, or all.
 
         In the tree of all, arrays of uint32 are JAX's: so orbax gives random keys as what they are.
         """
@@ -110,7 +110,7 @@ class OrbaxTree:
             raise FormatError(f"{self}: cannot be read ({_line(error)})") from error
 
     def others(self) -> list[str]:
-        """The other items of the checkpoint."""
+        """Returns the other items of the checkpoint."""
         if self.item is None:
             return []
         found = (path.name for path in self.folder.iterdir() if path.is_dir())
@@ -224,7 +224,7 @@ def _spread(x: Any) -> Any:
 
 
 def _alone() -> Any:
-    """A scope in which orbax waits for no other process: each reads what it needs."""
+    """Returns a scope in which orbax waits for no other process: each reads what it needs."""
     from orbax.checkpoint import v1 as ocp
 
     if not jax.distributed.is_initialized():
@@ -290,7 +290,7 @@ def _is_step_of_others(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """The folders of steps, the first one first."""
+    """Returns the folders of steps, the first one first."""
     return [path for _, path in sorted(_numbered(folder).items())]
 
 
@@ -300,7 +300,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 
 def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, and the name of the tree in it that holds parameters."""
+    """Returns the folder of a checkpoint, and the name of the tree in it that holds parameters."""
     refuse_url(source)
     if not source.is_dir():
         what = "a link that leads nowhere" if source.is_symlink() else "no such folder"
@@ -333,7 +333,7 @@ def _is_step(folder: Path, step: int) -> bool:
 
 
 def _find_step(source: Path, step: int | None) -> Path:
-    """The folder of a step: of the last one that is whole, unless one is asked for.
+    """Returns the folder of a step: of the last one that is whole, unless one is asked for.
 
     Raises:
         FormatError: there is no such step, or it is not whole.
@@ -371,7 +371,7 @@ def _is_whole(step: Path, steps: Collection[Path]) -> bool:
 
 
 def _items(folder: Path) -> list[str | None]:
-    """The trees of arrays in a checkpoint: None stands for the checkpoint itself."""
+    """Returns the trees of arrays in a checkpoint: None stands for the checkpoint itself."""
     if os.path.lexists(folder / _TREE):
         return [None]
     found = sorted(path.name for path in folder.iterdir() if os.path.lexists(path / _TREE))
@@ -386,7 +386,7 @@ def _listed(items: Sequence[str | None]) -> str:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
-    """All that is in a folder but folders; those that links lead to are entered once.
+    """Yields all that is in a folder but folders; those that links lead to are entered once.
 
     Gives:
         Each path, and its mode as `stat` has it, None where a link leads nowhere.
@@ -429,7 +429,7 @@ def _special(mode: int) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first line of others' message, without the settings that tensorstore adds."""
+    """Returns the first line of others' message, without the settings that tensorstore adds."""
     lines = (line.strip() for line in str(error).splitlines())
     line = next((line for line in lines if line), type(error).__name__)
     line = line.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]

@@ -39,7 +39,7 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
 
 
 def hash_source(source: str | Path) -> dict[str, str]:
-    """SHA-256 of what an adapter was read from.
+    """Returns the SHA-256 of what an adapter was read from.
 
     Args:
         source: see `open_adapter`.

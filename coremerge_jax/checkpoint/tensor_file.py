@@ -110,7 +110,7 @@ class TensorReader:
         }
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor of any dtype."""
+        """Returns the shape of a tensor of any dtype."""
         return tuple(self._entries[key]["shape"])
 
     def position(self, key: str, element: int = 0) -> int:

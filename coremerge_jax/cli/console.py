@@ -34,7 +34,7 @@ def say(*lines: str, err: bool = False) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Returns the bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -96,20 +96,20 @@ class Stages:
 
 
 def describe_paths(paths: Sequence[str]) -> str:
-    """``24: query, key, …``: how many modules, and the last parts of their names."""
+    """Returns ``24: query, key, …``: how many modules, and the last parts of their names."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{len(paths)}: {shown}"
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """``4, 16 ×2`` for the ranks 4, 16, 16."""
+    """Returns ``4, 16 ×2`` for the ranks 4, 16, 16."""
     counts = sorted(Counter(ranks).items())
     return ", ".join(f"{rank} ×{count}" if count > 1 else f"{rank}" for rank, count in counts)
 
 
 def describe_range(values: Iterable[float], form: str = "d") -> str:
-    """``12`` where all values print alike, else ``12–31``."""
+    """Returns ``12`` where all values print alike, else ``12–31``."""
     low, high = min(values := list(values)), max(values)
     shown = format(low, form), format(high, form)
     return shown[0] if shown[0] == shown[1] else "–".join(shown)

@@ -55,7 +55,7 @@ def join_job(patience: int) -> None:
 
 
 def make_mesh(shape: str | None) -> "Mesh | None":
-    """All devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
+    """Returns all devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
 
     Returns:
         The mesh; None where there is one device.

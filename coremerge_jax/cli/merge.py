@@ -271,7 +271,7 @@ class _Watched:
 def _signatures(
     adapters: "Sequence[Adapter]", merged: "Adapter", ranks: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """One entry for all modules of equal shape and ranks."""
+    """Returns one entry for all modules of equal shape and ranks."""
     groups = defaultdict(list)
     outlines = [adapter.outline for adapter in adapters]
     for path, lora in merged.items():

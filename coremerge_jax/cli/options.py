@@ -139,7 +139,7 @@ def read_options(
         ),
     ] = None,
 ) -> Given:
-    """The options of a recipe.
+    """Returns the options of a recipe.
 
     Raises:
         RecipeError: an option is not what it can be.
@@ -163,7 +163,7 @@ def read_options(
 
 
 def read_recipe(given: Given) -> Recipe:
-    """The recipe of a file, with what the command line says.
+    """Returns the recipe of a file, with what the command line says.
 
     Raises:
         RecipeError: a value is not what it can be, or there are no adapters.
@@ -182,7 +182,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The same for a command that may do without: its parameter ``given`` is a `Given`."""
+    """Returns the same for a command that may do without: its parameter ``given`` is a `Given`."""
     return _takes(command, "given", lambda given: given)
 
 

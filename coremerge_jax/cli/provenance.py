@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[dict[str, Any]]:
-    """The adapters of a recipe, with hashes of their files: each process hashes some."""
+    """Returns the adapters of a recipe, with hashes of their files: each process hashes some."""
     import jax
 
     from coremerge_jax.checkpoint import hash_source
@@ -29,7 +29,7 @@ def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[di
 
 
 def provenance(recipe: "Recipe", sources: "Sequence[dict[str, Any]]") -> dict[str, Any]:
-    """The record of a merge by a recipe."""
+    """Returns the record of a merge by a recipe."""
     from coremerge_jax.precision import computing
 
     with computing(recipe.precision) as dtype:

@@ -257,7 +257,7 @@ def _place(error: BaseException, source: str) -> str:
 
 
 def load_function(text: str) -> Callable[..., Any]:
-    """The function that ``FILE.py:FUNCTION`` or ``module:function`` names.
+    """Returns the function that ``FILE.py:FUNCTION`` or ``module:function`` names.
 
     Raises:
         RecipeError: there is no such file, module or function.

@@ -19,13 +19,13 @@ DATA = Path(str(resources.files("coremerge_jax.demo") / "data"))
 
 
 def adapters(folder: Path = DATA) -> list[Path]:
-    """The folders of the shipped PEFT adapters, one a task, in the order of `TASKS`."""
+    """Returns the folders of the shipped PEFT adapters, one a task, in the order of `TASKS`."""
     return [folder / "adapters" / name for name in TASKS]
 
 
 @cache
 def base(folder: Path = DATA) -> Params:
-    """The parameters of the base model."""
+    """Returns the parameters of the base model."""
     stored = load_file(folder / "base.safetensors")
     with _concrete():
         return {path: jnp.asarray(value, jnp.float32) for path, value in stored.items()}
@@ -33,7 +33,7 @@ def base(folder: Path = DATA) -> Params:
 
 @cache
 def images(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
-    """Plain images ``(N, 8, 8)`` in [0, 1] and labels of ``"validation"`` or ``"test"``."""
+    """Returns plain images ``(N, 8, 8)`` in [0, 1] and labels of ``"validation"`` or ``"test"``."""
     with np.load(folder / "images.npz") as stored:
         pixels, labels = stored[f"{split}_images"], stored[f"{split}_labels"]
     with _concrete():
@@ -42,7 +42,7 @@ def images(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Arr
 
 @cache
 def questions(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
-    """The images of every task ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
+    """Returns the images of every task ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
     plain, labels = images(split, folder)
     with _concrete():
         return jnp.stack([transform(plain) for transform in TASKS.values()]), labels

@@ -64,7 +64,7 @@ def evaluate(
     split: str = "test",
     folder: Path = DATA,
 ) -> dict[str, float]:
-    """Accuracy on each task of the base model with an adapter, or alone."""
+    """Returns the accuracy on each task of the base model with an adapter, or alone."""
     params = base(folder)
     if adapter is not None:
         params = fold(params, adapter, scale)
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def parse_chain(text: str) -> cm.rules.Chain:
-    """The rules of a text such as ``"ties:density=0.3 + isotropize"``."""
+    """Returns the rules of a text such as ``"ties:density=0.3 + isotropize"``."""
     return cm.chain(*(parse_rule(part.strip()) for part in text.split("+")))
 
 
@@ -118,7 +118,7 @@ def run(
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The records for a terminal of 80 columns, the best merge of each column in bold."""
+    """Returns the records for a terminal of 80 columns, the best merge of each column in bold."""
     grid = Table(title="Accuracy on test images, %", box=None, padding=(0, 1, 0, 0))
     grid.add_column("rule", min_width=17)
     for column in ("space", "scale", *TASKS, "average", "norm."):

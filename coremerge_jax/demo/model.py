@@ -64,7 +64,7 @@ class DigitTransformer(nnx.Module):
 
 
 def init(seed: int = 0) -> Params:
-    """Parameters before training."""
+    """Returns the parameters before training."""
     state = nnx.to_pure_dict(nnx.state(DigitTransformer(rngs=nnx.Rngs(seed))))
     flat = traverse_util.flatten_dict(state)
     return {".".join(map(str, path)): value for path, value in flat.items()}
@@ -79,14 +79,14 @@ def forward(params: Params, images: jax.Array) -> jax.Array:
 
 
 def fold(params: Params, adapter: Adapter, scale: float | jax.Array = 1.0) -> Params:
-    """The parameters with an adapter's updates added (kernels are stored input by output)."""
+    """Adds an adapter's updates to the parameters (kernels are stored input by output)."""
     kernels = {f"{path}.kernel": lora.dense().T for path, lora in adapter.items()}
     return {**params, **{path: params[path] + scale * dense for path, dense in kernels.items()}}
 
 
 @jax.jit
 def accuracy(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The fraction of right answers in each task: images ``(T, N, 8, 8)``, labels ``(N,)``."""
+    """Returns the share of right answers in each task: images ``(T, N, 8, 8)``, labels ``(N,)``."""
     return jax.lax.map(
         lambda task: jnp.mean(forward(params, task).argmax(axis=-1) == labels), images
     )

@@ -46,7 +46,7 @@ def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def distort(key: jax.Array, images: jax.Array, by: float) -> jax.Array:
-    """Random small rotations, shears, zooms and shifts of strength ``by``."""
+    """Returns random small rotations, shears, zooms and shifts of strength ``by``."""
     keys, n = jax.random.split(key, 5), len(images)
 
     def uniform(i: int, limit: float, *shape: int) -> jax.Array:
@@ -94,13 +94,13 @@ def fit(
 
 
 def sample(key: jax.Array, examples: Batch) -> Batch:
-    """A batch, with replacement."""
+    """Returns a batch, with replacement."""
     pick = jax.random.randint(key, (BATCH,), 0, len(examples[1]))
     return examples[0][pick], examples[1][pick]
 
 
 def cross_entropy(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the model's answers."""
+    """Returns the mean cross-entropy of the model's answers."""
     logits = forward(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -161,7 +161,7 @@ def save_adapter(adapter: Adapter, rank: int, folder: Path) -> None:
 
 
 def choose_scales(folder: Path) -> dict[str, float]:
-    """The scale of each method that is best on the validation images."""
+    """Returns the scale of each method that is best on the validation images."""
 
     def mean_accuracy(adapter: Adapter) -> float:
         return float(np.mean([*evaluate(adapter, split="validation", folder=folder).values()]))

@@ -76,7 +76,7 @@ def _check_merged(adapters: Sequence[Adapter], merged: Adapter) -> None:
 
 
 def _names(adapters: Sequence[Adapter]) -> Iterator[str]:
-    """The adapters' own names, made different."""
+    """Yields the adapters' own names, made different."""
     taken: set[str] = set()
     for t, adapter in enumerate(adapters):
         name = base = adapter.metadata.name or f"adapter {t}"
@@ -89,7 +89,7 @@ def _names(adapters: Sequence[Adapter]) -> Iterator[str]:
 
 
 def _modules(group: Group, adapters: Sequence[Adapter], merged: Adapter | None) -> Iterator[Module]:
-    """The modules of one signature, each measured by the same compiled program."""
+    """Yields the modules of one signature, each measured by the same compiled program."""
     size = batch_size(group, chain(mean()), core(), 1, None)
     for batch in group.split(size):
         a, b = batch.stack(adapters)

@@ -39,7 +39,7 @@ def fewest_directions(diagnosis: Diagnosis) -> str:
 
 
 def ranks_needed(diagnosis: Diagnosis) -> str:
-    """The ranks that keep most of the energy."""
+    """Returns the ranks that keep most of the energy."""
     update = "merged" if diagnosis.merged else "total"
     full = len(diagnosis.energy_kept(update))
     ranks = [diagnosis.rank_for(share, update) for share in (0.9, 0.99)]
@@ -55,7 +55,7 @@ def first_direction(diagnosis: Diagnosis) -> str:
 
 
 def pair(what: str, names: Sequence[str], matrix: np.ndarray, sign: int = 1) -> str:
-    """The two adapters with the highest number, or the lowest."""
+    """Returns the two adapters with the highest number, or the lowest."""
     rows, columns = np.triu_indices(len(matrix), 1)
     values = matrix[rows, columns]
     if np.isnan(values).all():
@@ -65,19 +65,19 @@ def pair(what: str, names: Sequence[str], matrix: np.ndarray, sign: int = 1) -> 
 
 
 def pairs(names: Sequence[str], matrix: np.ndarray) -> str:
-    """The two pairs at the ends."""
+    """Returns the two pairs at the ends."""
     ends = [pair("Highest", names, matrix), pair("Lowest", names, matrix, -1)]
     return " ".join(dict.fromkeys(ends))
 
 
 def highest(what: str, names: Sequence[str], values: np.ndarray) -> str:
-    """The one with the highest number."""
+    """Returns the one with the highest number."""
     best = int(np.nanargmax(values))
     return f"{what}: {names[best]} ({values[best]:.2f})."
 
 
 def extremes(low: str, high: str, names: Sequence[str], values: np.ndarray) -> str:
-    """Names those with the lowest and the highest number."""
+    """Returns the names those with the lowest and the highest number."""
     least, most = int(np.nanargmin(values)), int(np.nanargmax(values))
     if least == most:
         return ""
@@ -89,7 +89,7 @@ def extremes(low: str, high: str, names: Sequence[str], values: np.ndarray) -> s
 def extreme_module(
     diagnosis: Diagnosis, values: np.ndarray, what: str = "Highest", sign: int = 1
 ) -> str:
-    """The module with the highest number, or the lowest."""
+    """Returns the module with the highest number, or the lowest."""
     if len(values) < 2 or np.isnan(values).all():
         return ""
     best = int(np.nanargmax(sign * values))
@@ -97,7 +97,7 @@ def extreme_module(
 
 
 def layers(diagnosis: Diagnosis, kept: np.ndarray) -> str:
-    """The layers that keep least and most."""
+    """Returns the layers that keep least and most."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
         return ""
@@ -116,34 +116,34 @@ def _count_for(s: np.ndarray, share: float) -> int:
 
 
 def off_diagonal(matrix: np.ndarray) -> np.ndarray:
-    """The numbers of all pairs of different adapters."""
+    """Returns the numbers of all pairs of different adapters."""
     return matrix[np.triu_indices(len(matrix), 1)]
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; 0 where all is."""
+    """Returns the mean of what is not NaN; 0 where all is."""
     found = values[~np.isnan(values)]
     return float(found.mean()) if len(found) else 0.0
 
 
 def row_means(values: np.ndarray) -> np.ndarray:
-    """The mean of what is not NaN in each row; 0 where all is."""
+    """Returns the mean of what is not NaN in each row; 0 where all is."""
     return np.nansum(values, axis=1) / np.maximum(np.sum(~np.isnan(values), axis=1), 1)
 
 
 def means_with_others(matrix: np.ndarray) -> np.ndarray:
-    """The mean of each row, but for the diagonal."""
+    """Returns the mean of each row, but for the diagonal."""
     shown = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
     return row_means(shown)
 
 
 def two_digits(value: float) -> str:
-    """Two digits, and no sign of zero."""
+    """Returns two digits, and no sign of zero."""
     return "–" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
 def weighted_mean(diagnosis: Diagnosis, name: str) -> np.ndarray:
-    """The mean over modules by their energy, for each adapter."""
+    """Returns the mean over modules by their energy, for each adapter."""
     values, energy = diagnosis.by_adapter(name), diagnosis.by_adapter("norms") ** 2
     total = np.nansum(energy, axis=0)
     return np.nansum(values * energy, axis=0) / np.where(total > 0, total, 1)
@@ -157,18 +157,18 @@ def relative_size(diagnosis: Diagnosis) -> np.ndarray:
 
 
 def of_merged(diagnosis: Diagnosis, name: str) -> np.ndarray:
-    """A number of each merged module, NaN where there is none."""
+    """Returns a number of each merged module, NaN where there is none."""
     parts = [module.measures.contribution for module in diagnosis]
     return np.asarray([np.nan if part is None else float(getattr(part, name)) for part in parts])
 
 
 def above_chance(diagnosis: Diagnosis, overlap: np.ndarray, field: str = "outputs") -> float:
-    """The end of a scale on which what is no more than chance looks low."""
+    """Returns the end of a scale on which what is no more than chance looks low."""
     return max(float(np.nan_to_num(overlap).max()), 3 * chance_overlap(diagnosis, field))
 
 
 def chance_overlap(diagnosis: Diagnosis, field: str = "outputs") -> float:
-    """The mean overlap of random spaces of these ranks."""
+    """Returns the mean overlap of random spaces of these ranks."""
     axis = 0 if field == "outputs" else 1
     means = []
     for module in diagnosis:

@@ -173,7 +173,7 @@ def _with_merged(
 
 
 def overlap(frames: jax.Array) -> jax.Array:
-    """‖P_sᵀ P_t‖²_F / min(r_s, r_t) for every two spaces: the mean cos² of their principal angles.
+    """Returns ‖P_sᵀ P_t‖²_F / min(r_s, r_t) for every two spaces: the mean cos² of their angles.
 
     1 if one space is in the other, 0 if they are orthogonal (or there is none); for random ones of
     equal rank, r / m on average. Equation 4 of the LoRA paper (arXiv 2106.09685, section 7.2).
@@ -191,7 +191,7 @@ def overlap(frames: jax.Array) -> jax.Array:
 
 
 def inner_products(x: LoRA, y: LoRA) -> jax.Array:
-    """⟨X_s, Y_t⟩ for stacks of S and of T updates, ``(S, T)``."""
+    """Returns ⟨X_s, Y_t⟩ for stacks of S and of T updates, ``(S, T)``."""
     b = matmul(side_by_side(jnp.asarray(x.b)).T, side_by_side(jnp.asarray(y.b)))
     rows = [z.a.reshape(-1, z.a.shape[-1]) for z in (x, y)]
     return _by_adapter(b * matmul(rows[0], rows[1].T), len(x.a), len(y.a))
@@ -266,7 +266,7 @@ def contribution(
 
 
 def alignment(cores: LoRA, frame: jax.Array, s: jax.Array) -> jax.Array:
-    """‖P Pᵀ ΔW_t‖ / ‖ΔW_t‖, with P the leading left singular vectors of the merged update.
+    """Returns ‖P Pᵀ ΔW_t‖ / ‖ΔW_t‖, with P the leading left singular vectors of the merged update.
 
     As many as leave an error of at most 5 % of its norm. The subspace alignment ratio of
     arXiv 2502.04959.
@@ -288,7 +288,7 @@ def alignment(cores: LoRA, frame: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def _decompose(b: jax.Array, a: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Left vectors, values, right vectors of products ``(T, p, r) @ (T, r, q)``; noise is zero."""
+    """Decomposes products ``(T, p, r) @ (T, r, q)`` to u, s and v; what is noise is zero."""
     left, right, inner = orthonormal_factors(b, a)
     u, s, v = jax.vmap(lapack.svd)(inner)
     s = jax.vmap(lambda s: _clean(s, rtol))(s)
@@ -301,10 +301,10 @@ def _clean(s: jax.Array, rtol: float) -> jax.Array:
 
 
 def _by_adapter(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """The sums of the blocks of a matrix."""
+    """Returns the sums of the blocks of a matrix."""
     return jnp.sum(x.reshape(rows, len(x) // rows, columns, -1), axis=(1, 3))
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x / y``, and 0 where ``y`` is 0."""
+    """Returns ``x / y``, and 0 where ``y`` is 0."""
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)

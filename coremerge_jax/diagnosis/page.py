@@ -61,7 +61,7 @@ class Section:
 
 
 def render(diagnosis: Diagnosis) -> str:
-    """The page as HTML text."""
+    """Returns the page as HTML text."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -92,7 +92,7 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
 
 
 def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    """The main numbers, and what they are."""
+    """Yields the main numbers, and what they are."""
     several = len(diagnosis.adapters) > 1
     yield f"{len(diagnosis.adapters)}", "adapters" if several else "adapter"
     yield f"{len(diagnosis)}", "modules" if len(diagnosis) > 1 else "module"

@@ -22,7 +22,7 @@ class Grid(NamedTuple):
 
 
 def arrange(paths: Sequence[str]) -> Grid | None:
-    """The grid of modules, or None where paths do not tell of several layers.
+    """Returns the grid of modules, or None where paths do not tell of several layers.
 
     The first number in a path is the layer. What is left, with any other number (of an expert)
     made general, is the kind.
@@ -48,7 +48,7 @@ def _split(path: str) -> tuple[int, str] | None:
 
 
 def shorten(paths: Sequence[str]) -> list[str]:
-    """The shortest endings, in whole parts, that tell the paths apart."""
+    """Returns the shortest endings, in whole parts, that tell the paths apart."""
     split = [path.split(".") for path in paths]
     names = []
     for parts in split:

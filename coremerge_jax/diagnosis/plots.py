@@ -79,7 +79,7 @@ _SHARE = Scale("viridis", 0.0)
 
 
 def _drawn(draw: Callable[..., tuple[Any, ...]]) -> Callable[..., str]:
-    """A function that makes a figure, as one that gives its SVG."""
+    """Returns a function that makes a figure, as one that gives its SVG."""
 
     def run(*args: Any, **options: Any) -> str:
         with mpl.rc_context(_STYLE):
@@ -90,7 +90,7 @@ def _drawn(draw: Callable[..., tuple[Any, ...]]) -> Callable[..., str]:
 
 
 def _svg(figure: Figure) -> str:
-    """An SVG element to put into a page: scales with it, without names that others might have."""
+    """Returns an SVG element for a page: it scales, and its names are in no other."""
     import io
 
     text = io.StringIO()
@@ -115,7 +115,7 @@ def _panel(height: float) -> tuple[Figure, Any]:
 
 
 def clip(name: str, length: int = _LABEL) -> str:
-    """A name that fits next to an axis, with both of its ends."""
+    """Returns a name that fits next to an axis, with both of its ends."""
     shown = shortened(printable(name), length)
     return f" {shown}" if shown.startswith("_") else shown  # else legends leave it out
 
@@ -124,7 +124,7 @@ def clip(name: str, length: int = _LABEL) -> str:
 
 
 def _curves(rows: Sequence[Array]) -> np.ndarray:
-    """Rows of different lengths below each other, each relative to its first; NaN for 0."""
+    """Returns rows of different lengths below each other, each relative to its first; NaN for 0."""
     size = max(map(len, rows))
     table = np.full((len(rows), size), np.nan)
     for out, row in zip(table, rows, strict=True):
@@ -134,7 +134,7 @@ def _curves(rows: Sequence[Array]) -> np.ndarray:
 
 
 def _band(panel: Any, table: np.ndarray, **style: Any) -> None:
-    """The median of some curves, and where 8 of 10 are."""
+    """Draws the median of some curves, and the band that holds 8 of 10."""
     shown = table[:, ~np.isnan(table).all(axis=0)]
     if not shown.size:
         return
@@ -167,7 +167,7 @@ def _say(panel: Any, text: str) -> None:
 
 @_drawn
 def stacks(diagnosis: Diagnosis) -> tuple[Figure]:
-    """Singular values of the stacks, a panel for each kind of module."""
+    """Draws singular values of the stacks, a panel for each kind of module."""
     kinds = _by_kind(diagnosis)
     columns = min(2, len(kinds))
     rows = -(-len(kinds) // columns)
@@ -207,7 +207,7 @@ def _by_kind(diagnosis: Diagnosis) -> dict[str, list[int]]:
 
 @_drawn
 def updates(diagnosis: Diagnosis) -> tuple[Figure]:
-    """Singular values of the adapters' updates."""
+    """Draws singular values of the adapters' updates."""
     figure, panel = _panel(3.6)
     rows: list[list[Array]] = [[] for _ in diagnosis.adapters]
     for module in diagnosis:
@@ -229,13 +229,13 @@ def updates(diagnosis: Diagnosis) -> tuple[Figure]:
 
 
 def _solid(table: np.ndarray) -> np.ndarray:
-    """Without the columns that have no number, of which there is no median."""
+    """Drops the columns without any number, which have no median."""
     return table[:, ~np.isnan(table).all(axis=0)]
 
 
 @_drawn
 def results(diagnosis: Diagnosis) -> tuple[Figure]:
-    """Singular values of the sum and of the merged update."""
+    """Draws singular values of the sum and of the merged update."""
     figure, panel = _panel(3.6)
     for name, label, style in _kept_updates(diagnosis):
         found = [getattr(module.measures.spectra, name) for module in diagnosis]
@@ -249,7 +249,7 @@ def results(diagnosis: Diagnosis) -> tuple[Figure]:
 
 @_drawn
 def energy(diagnosis: Diagnosis) -> tuple[Figure]:
-    """The share of the energy that a rank budget keeps."""
+    """Returns the share of the energy that a rank budget keeps."""
     figure, panel = _panel(3.6)
     for name, label, style in _kept_updates(diagnosis):
         kept = diagnosis.energy_kept(name)
@@ -283,7 +283,7 @@ def _legend(figure: Figure, panel: Any, columns: int) -> None:
 
 @_drawn
 def pairs(names: Sequence[str], values: np.ndarray, scale: Scale = _SHARE) -> tuple[Figure]:
-    """A color for every two adapters; not for each with itself."""
+    """Returns a color for every two adapters; not for each with itself."""
     shown = values.copy()
     np.fill_diagonal(shown, np.nan)
     figure, panel = _panel(4.4)
@@ -293,7 +293,7 @@ def pairs(names: Sequence[str], values: np.ndarray, scale: Scale = _SHARE) -> tu
 
 @_drawn
 def modules(diagnosis: Diagnosis, values: np.ndarray, scale: Scale = _SHARE) -> tuple[Figure]:
-    """One number of each module: layers down and kinds across, or a list of bars."""
+    """Draws a number of each module: layers down and kinds across, or a list of bars."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
         return _draw_bars([module.path for module in diagnosis], values)
@@ -306,7 +306,7 @@ def modules(diagnosis: Diagnosis, values: np.ndarray, scale: Scale = _SHARE) -> 
 
 @_drawn
 def depth(diagnosis: Diagnosis, values: np.ndarray, scale: Scale) -> tuple[Figure]:
-    """One number of each module and adapter: layers down, adapters across."""
+    """Draws a number of each module and adapter: layers down, adapters across."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
         return _draw_bars([module.path for module in diagnosis], mean_known(values, 1))
@@ -334,7 +334,7 @@ def _cells(grid: Grid, values: np.ndarray) -> np.ndarray:
 
 
 def mean_known(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what is not NaN; NaN where all is."""
+    """Returns the mean of what is not NaN; NaN where all is."""
     count = np.sum(~np.isnan(values), axis=axis)
     return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
@@ -377,7 +377,7 @@ def _number(panel: Any, image: Any, place: tuple[int, int], value: float, form: 
 
 
 def short(value: float, form: str = ".2f") -> str:
-    """A number in few letters: .42, −.1, 0, 1.3."""
+    """Returns a number in few letters: .42, −.1, 0, 1.3."""
     text = format(value, form)
     if float(text) == 0:
         return "0"
@@ -402,7 +402,7 @@ def _limits(values: np.ndarray, scale: Scale) -> tuple[float, float]:
 
 
 def around(middle: float, values: np.ndarray, least: float = 0.05, form: str = ".2f") -> Scale:
-    """Two colors, for above and below ``middle``."""
+    """Returns two colors, for above and below ``middle``."""
     found = values[np.isfinite(values)]
     reach = max(least, float(np.abs(found - middle).max(initial=0.0)))
     return Scale("PuOr_r", middle - reach, middle + reach, form)
@@ -413,7 +413,7 @@ def around(middle: float, values: np.ndarray, least: float = 0.05, form: str = "
 
 @_drawn
 def bars(names: Sequence[str], values: np.ndarray, mark: float | None = None) -> tuple[Figure]:
-    """A bar for each name, and a line at what to compare with."""
+    """Returns a bar for each name, and a line at what to compare with."""
     return _draw_bars(names, values, mark)
 
 
@@ -446,7 +446,7 @@ def _draw_bars(
 
 
 def _ends(names: Sequence[str], values: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The highest and the lowest, if there are too many to see."""
+    """Returns the highest and the lowest, if there are too many to see."""
     if len(names) <= _BARS:
         return list(names), values
     order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")

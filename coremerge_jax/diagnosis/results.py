@@ -74,7 +74,7 @@ class Diagnosis:
         return len(self.modules)
 
     def by_adapter(self, name: str) -> np.ndarray:
-        """A measure of each module and adapter.
+        """Returns a measure of each module and adapter.
 
         Args:
             name: ``"norms"`` or ``"outvoted"``, or one of `Contribution` that has an entry for
@@ -92,7 +92,7 @@ class Diagnosis:
         return found
 
     def pairs(self, name: str) -> np.ndarray:
-        """The mean of one of `Pairs` over all modules that both adapters have.
+        """Returns the mean of one of `Pairs` over all modules that both adapters have.
 
         Returns:
             ``(T, T)``, NaN where two adapters have no module in common.
@@ -106,7 +106,7 @@ class Diagnosis:
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     def pair_means(self, name: str) -> np.ndarray:
-        """The mean of one of `Pairs` over all pairs of different adapters, by module.
+        """Returns the mean of one of `Pairs` over all pairs of different adapters, by module.
 
         Returns:
             ``(L,)``, NaN for a module of one adapter alone.
@@ -119,7 +119,7 @@ class Diagnosis:
         return np.asarray(found)
 
     def energy_kept(self, update: str = "merged") -> np.ndarray:
-        """The share of energy, over all modules, that cutting each to rank 1, 2, … keeps.
+        """Returns the share of energy, over all modules, that cutting each to rank 1, 2, … keeps.
 
         Args:
             update: ``"merged"``, or ``"total"`` for the sum of the adapters.
@@ -136,7 +136,7 @@ class Diagnosis:
         return kept / kept[-1] if len(kept) and kept[-1] > 0 else np.ones_like(kept)
 
     def rank_for(self, share: float, update: str = "merged") -> int:
-        """The smallest rank that keeps a share of the energy, see `energy_kept`."""
+        """Returns the smallest rank that keeps a share of the energy, see `energy_kept`."""
         return int(np.searchsorted(self.energy_kept(update), share * (1 - 1e-12))) + 1
 
     def totals(self) -> dict[str, np.ndarray]:
@@ -169,7 +169,7 @@ class Diagnosis:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, and the means over modules, in lists and numbers for JSON; None for NaN."""
+        """Returns all, and means over modules, as lists and numbers for JSON; None for NaN."""
         names = [field.name for field in dataclasses.fields(Pairs)]
         return {
             **_plain(self),

@@ -30,7 +30,7 @@ class Axes:
     b: str
 
     def checked(self, module: str, a: Shape, b: Shape) -> "Axes":
-        """Itself, if it fits the shapes of a module's factors.
+        """Returns the axes themselves if they fit the shapes of a module's factors.
 
         Raises:
             FormatError: it does not.
@@ -44,19 +44,19 @@ class Axes:
         return self
 
     def rank(self, a: Shape, b: Shape) -> tuple[int, int]:
-        """The length of the rank axis in both shapes."""
+        """Returns the length of the rank axis in both shapes."""
         return a[self.a.index("r")], b[self.b.index("r")]
 
     def batch(self, a: Shape) -> Shape:
-        """The lengths of the batch axes, layers first."""
+        """Returns the lengths of the batch axes, layers first."""
         return tuple(a[axis] for axis in _order(self.a, "leri") if self.a[axis] in "le")
 
     def matrices(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Stored factors to ``(L, r, n)`` and ``(L, m, r)``, with L = 1 without a batch."""
+        """Turns stored factors into ``(L, r, n)`` and ``(L, m, r)``, with L = 1 without a batch."""
         return _to_matrices(a, self.a, "leri"), _to_matrices(b, self.b, "leor")
 
     def stored(self, a: Array, b: Array, like_a: Shape, like_b: Shape) -> tuple[Array, Array]:
-        """The inverse of `matrices`.
+        """Inverts `matrices`.
 
         Args:
             a: ``(L, r, n)``.
@@ -96,7 +96,7 @@ def _from_matrices(x: Array, letters: str, wanted: str, like: Shape) -> Array:
 
 
 def pad_rank(x: Array, axis: int, rank: int) -> Array:
-    """Zeros behind ``x`` along ``axis``, up to ``rank``."""
+    """Pads ``x`` with zeros along ``axis``, up to ``rank``."""
     widths = [(0, rank - n if k == axis % x.ndim else 0) for k, n in enumerate(x.shape)]
     if not any(after for _, after in widths):
         return x

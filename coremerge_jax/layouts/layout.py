@@ -75,7 +75,7 @@ def find_axes(
     batch_axis: int | str | None,
     told: Collection[int | None] = (),
 ) -> Axes:
-    """The axes of two factors, from their shapes and the path of their module.
+    """Returns the axes of two factors, from their shapes and the path of their module.
 
     Args:
         module: path, parts joined by ``/``.
@@ -153,12 +153,12 @@ def is_numbered(module: str) -> bool:
 
 
 def separate_numbers(module: str) -> str:
-    """A path with ``layers/0`` in place of ``layers_0``."""
+    """Returns a path with ``layers/0`` in place of ``layers_0``."""
     return _NUMBERED.sub(r"\1\2/\3", module)
 
 
 def container(module: str) -> int | None:
-    """The place of the last part below which layers lie that have no numbers in the path.
+    """Returns the place of the last part below which layers lie that have no numbers in the path.
 
     It is the place in the path as `separate_numbers` gives it.
     """

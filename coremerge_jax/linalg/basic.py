@@ -21,7 +21,7 @@ def in_range(s: jax.Array, rtol: float | jax.Array) -> jax.Array:
 
 
 def roundoff(x: jax.Array) -> float:
-    """Relative size below which a singular value of the computed matrix ``x`` is rounding noise.
+    """Returns the relative size below which a singular value of ``x`` is rounding noise.
 
     The usual ``max(p, q) * eps``, as in `numpy.linalg.matrix_rank`.
     """
@@ -29,18 +29,18 @@ def roundoff(x: jax.Array) -> float:
 
 
 def rounding(x: jax.Array) -> jax.Array:
-    """Size below which a singular value is rounding noise, where ``x`` less its parts is left."""
+    """Returns the size below which a singular value is noise of ``x`` less its parts."""
     least = 64 * float(jnp.finfo(x.dtype).eps)  # of small matrices, whose parts are less exact
     return max(roundoff(x), least) * jnp.linalg.norm(jax.lax.stop_gradient(x))
 
 
 def inverse(s: jax.Array, cutoff: jax.Array | float = 0) -> jax.Array:
-    """``1 / s`` where ``s`` is above the cutoff, else 0."""
+    """Returns ``1 / s`` where ``s`` is above the cutoff, else 0."""
     return jnp.where(s > cutoff, 1 / jnp.where(s > cutoff, s, 1), 0)
 
 
 def complement(q: jax.Array, x: jax.Array) -> jax.Array:
-    """The part of ``x`` orthogonal to the columns of ``q``."""
+    """Returns the part of ``x`` orthogonal to the columns of ``q``."""
     return x - matmul(q, matmul(q.T, x))
 
 
@@ -50,7 +50,7 @@ def gram_pays(x: jax.Array) -> bool:
 
 
 def in_loop(fn: Callable) -> Callable:
-    """The function as the body of a loop (`jax.lax.scan`) that is differentiated twice.
+    """Returns the function as the body of a loop (`jax.lax.scan`) that is differentiated twice.
 
     Loops of JAX 0.9 forget custom derivatives once they are differentiated backwards, and then
     differentiate decompositions. Nothing is forgotten of what a checkpoint holds: this has one for
@@ -63,7 +63,7 @@ def in_loop(fn: Callable) -> Callable:
 
 
 def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
-    """A function of arrays: ``fast``, and ``robust`` where that says it is not exact.
+    """Returns a function of arrays: ``fast``, and ``robust`` where that says it is not exact.
 
     Under `jax.vmap`, ``robust`` runs only if some matrix of the whole batch needs it.
 
@@ -105,7 +105,7 @@ def _repeat(size: int, in_batched: Any, args: Any) -> Any:
 
 @jax.jit
 def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The ``k``-th smallest entry (from 1) of a nonnegative ``x``; 0 where ``k < 1``.
+    """Returns the ``k``-th smallest entry (from 1) of a nonnegative ``x``; 0 where ``k < 1``.
 
     Nonnegative floats are ordered as their bit patterns are. A pattern with exactly ``k`` entries
     below is found by counting, without a sort: first among the upper halves of the bits, which

@@ -37,13 +37,13 @@ class Basis:
     frame: jax.Array
 
     def columns(self) -> jax.Array:
-        """``u`` itself."""
+        """Returns ``u`` itself."""
         if self.x is None:
             return self.frame
         return matmul(self.x.astype(self.frame.dtype), self.frame)
 
     def times(self, z: jax.Array) -> "Basis":
-        """``u @ z`` for ``z: (p, k)``, a basis too if the columns of ``z`` are orthonormal."""
+        """Returns ``u @ z`` for ``z: (p, k)``: a basis if the columns of ``z`` are orthonormal."""
         return Basis(x=self.x, frame=matmul(self.frame, z))
 
 
@@ -74,7 +74,7 @@ def basis(
     axis: str | None = None,
     rows: int | None = None,
 ) -> tuple[Basis, jax.Array, jax.Array, jax.Array]:
-    """An orthonormal basis ``u`` of the column space of ``x``.
+    """Returns an orthonormal basis ``u`` of the column space of ``x``.
 
     For derivatives, the numerical rank is constant: what is orthogonal to both the columns and the
     rows of ``x`` counts for nothing in a change of it.
@@ -127,7 +127,7 @@ def _gram(rows: jax.Array, axis: str | None = None) -> jax.Array:
 
 
 def _by_cholesky(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
-    """With a Gram matrix L Lᵀ, ``u = x L⁻ᵀ``; a wide matrix of full rank has ``u = 1``."""
+    """Uses a Gram matrix L Lᵀ: ``u = x L⁻ᵀ``; a wide matrix of full rank has ``u = 1``."""
     lower = lapack.cholesky(_gram(rows, axis))
     inverted = lapack.inverse_lower(lower)
     size = len(rows)
@@ -138,7 +138,7 @@ def _by_cholesky(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[
 
 
 def _by_eigh(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
-    """With a Gram matrix E S² Eᵀ: ``u = x E S⁻¹`` of a tall matrix, ``E`` of a wide one."""
+    """Uses a Gram matrix E S² Eᵀ: ``u = x E S⁻¹`` of a tall matrix, ``E`` of a wide one."""
     squares, vectors = lapack.eigh(_gram(rows, axis))
     s = jnp.sqrt(jnp.abs(squares))
     exact = squares[-1] * GRAM_CONDITION**2 > squares[0]
@@ -148,7 +148,7 @@ def _by_eigh(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Par
 
 
 def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
-    """The singular vectors, from the triangular factor."""
+    """Returns the singular vectors, from the triangular factor."""
     upper = lapack.triangular(rows.T)
     left, s, right = lapack.svd(upper.T)
     live = in_range(s, rtol) | jnp.isnan(s)  # else what is NaN would pass for zero
@@ -171,7 +171,7 @@ def _spread_basis(columns: jax.Array, how: _How) -> _Parts:
 
 
 def _by_grams(columns: jax.Array, how: _How) -> _Parts:
-    """The singular vectors, from a few Gram matrices: each of what the one before has left.
+    """Returns the singular vectors, from a few Gram matrices: each of what the one before has left.
 
     A Gram matrix loses directions below √eps of the largest. So these are scaled up by as much as
     it can tell, and seen by the next one, as in iterated Cholesky QR (Fukaya et al., SIAM J. Sci.
@@ -227,7 +227,7 @@ def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
 
 
 def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
-    """``uᵀ du`` of the left singular vectors; zero where their singular values coincide."""
+    """Returns ``uᵀ du`` of the left singular vectors; zero where their singular values coincide."""
     squares = jnp.sum(coordinates**2, axis=1)
     # The root of zero has no derivative, and is needed for second ones.
     s = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
@@ -240,7 +240,7 @@ def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
 
 
 def orthonormal_factors(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Orthonormal ``left (T, p, r)`` and ``right (T, q, r)`` with ``b a = left inner rightᵀ``."""
+    """Returns orthonormal ``left (T, p, r)``, ``right (T, q, r)``: ``b a = left inner rightᵀ``."""
     both = pad_rows(b, jnp.swapaxes(a, 1, 2))
 
     def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -39,20 +39,20 @@ def _one_by_one_on_cpu(fn: Callable) -> Callable:
 
 @_one_by_one_on_cpu
 def cholesky(x: jax.Array) -> jax.Array:
-    """The lower factor of a symmetric positive definite matrix, NaN if it is not."""
+    """Returns the lower factor of a symmetric positive definite matrix, NaN if it is not."""
     return jnp.linalg.cholesky(x, symmetrize_input=False)
 
 
 @_one_by_one_on_cpu
 def inverse_lower(x: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix."""
+    """Returns the inverse of a lower triangular matrix."""
     eye = jnp.eye(len(x), dtype=x.dtype)
     return jax.scipy.linalg.solve_triangular(x, eye, lower=True)
 
 
 @_one_by_one_on_cpu
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
+    """Returns descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
 
     def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
@@ -63,20 +63,20 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @_one_by_one_on_cpu
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``u (p, k)``, descending ``s (k,)`` and ``v (q, k)``, with ``k = min(p, q)``."""
+    """Returns ``u (p, k)``, descending ``s (k,)`` and ``v (q, k)``, with ``k = min(p, q)``."""
     u, s, vt = _svd(x, compute_uv=True)
     return u, s, vt.T
 
 
 @_one_by_one_on_cpu
 def triangular(x: jax.Array) -> jax.Array:
-    """The upper triangular factor of the QR decomposition of a tall matrix."""
+    """Returns the upper triangular factor of the QR decomposition of a tall matrix."""
     return jnp.linalg.qr(x, mode="r")
 
 
 @_one_by_one_on_cpu
 def singular_values(x: jax.Array) -> jax.Array:
-    """Descending ``(k,)``."""
+    """Returns the singular values ``(k,)``, descending."""
     return _svd(x, compute_uv=False)
 
 
@@ -94,7 +94,7 @@ def _svd(x: jax.Array, compute_uv: bool) -> Any:
 
 
 def _of_finite(decompose: Callable, x: jax.Array) -> Any:
-    """The decomposition of a matrix; NaN where it has NaN or infinite values.
+    """Returns the decomposition of a matrix; NaN where it has NaN or infinite values.
 
     LAPACK must not see these: it prints complaints, gives up or finds some zeros.
     """

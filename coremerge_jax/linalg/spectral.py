@@ -37,12 +37,12 @@ class Factored:
     v: jax.Array
 
     def dense(self) -> jax.Array:
-        """The matrix itself."""
+        """Returns the matrix itself."""
         return matmul(_times_blocks(self.u, self.blocks), self.v.T)
 
 
 def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
-    """``x @ blockdiag(blocks)``."""
+    """Returns ``x @ blockdiag(blocks)``."""
     tasks, rank, _ = blocks.shape
     columns = x.reshape(len(x), tasks, rank)
     product = jnp.einsum("pti,tij->ptj", columns, blocks, precision="highest")
@@ -51,7 +51,7 @@ def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> jax.Array:
-    """``u @ diag(f) @ vᵀ`` for each row f of ``fn(s, *params)``, with ``x = u @ diag(s) @ vᵀ``.
+    """Maps ``x = u @ diag(s) @ vᵀ`` to ``u @ diag(f) @ vᵀ`` for each row f of ``fn(s, *params)``.
 
     The derivative is exact also where singular values coincide: Daleckii and Krein's divided
     differences, in the form for singular values (Noferini, "A formula for the Fréchet derivative
@@ -76,7 +76,7 @@ def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> j
 
 
 def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``u (p, k)``, descending ``s`` and ``v (q, k)`` with ``x = u @ diag(s) @ vᵀ``."""
+    """Returns ``u (p, k)``, descending ``s`` and ``v (q, k)`` with ``x = u @ diag(s) @ vᵀ``."""
     if not gram_pays(x):
         return lapack.svd(x)
     return fast_or_robust(_by_gram, lapack.svd)(x)
@@ -131,7 +131,7 @@ def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _parts(fn: Callable, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
-    """`spectral_map` of a matrix, and its ``u``, ``s`` and ``v``.
+    """Returns `spectral_map` of a matrix, and its ``u``, ``s`` and ``v``.
 
     All that a derivative needs, with derivatives of its own, so that there are second ones: here
     vectors of coinciding singular values, which have none, do not turn.
@@ -170,7 +170,7 @@ def _close(s: jax.Array) -> jax.Array:
 def _tangent(
     fn: Callable, frames: Sequence[jax.Array], params: Sequence, dx: jax.Array, dparams: Sequence
 ) -> jax.Array:
-    """The derivative of `spectral_map`."""
+    """Returns the derivative of `spectral_map`."""
     u, s, v = frames
     dxv, dxu = matmul(dx, v), matmul(dx.T, u)
     dp = matmul(u.T, dxv)
@@ -225,7 +225,7 @@ def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array, noise: jax.Array) -
 
 @jax.custom_jvp
 def polar(x: jax.Array) -> jax.Array:
-    """``x`` with each of its (numerically) nonzero singular values replaced by one.
+    """Returns ``x`` with each of its (numerically) nonzero singular values replaced by one.
 
     By Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
     Matrices, 2008, section 8.3), where the singular values are near enough for it. Derivatives, as
@@ -244,7 +244,7 @@ def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 @jax.custom_jvp
 def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The polar factor of a matrix that is not wide, its singular values, and right vectors."""
+    """Returns the polar factor of a matrix that is not wide, singular values and right vectors."""
     u, s, v = lapack.svd(x)
     s = jnp.where(in_range(s, roundoff(x)), s, 0)
     return _reassemble(u, jnp.sign(s)[None], v)[0], s, v
@@ -252,7 +252,7 @@ def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @_isometry.defjvp
 def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
-    """The derivative of W, with x = W H; H = W^T x solves what would divide by singular values.
+    """Derives W, with x = W H; H = W^T x solves what would divide by singular values.
 
     W and H are smooth where singular values coincide, their vectors are not. So the solutions are
     differentiated by what they solve, and vectors only find them.
@@ -318,7 +318,7 @@ def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:
 
 
 def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
-    """``x`` with its singular values raised to a power, and scaled to have the sum they had.
+    """Raises the singular values of ``x`` to a power, and scales them to the sum they had.
 
     With power 0, each (numerically) nonzero one becomes their mean.
     """
@@ -329,7 +329,7 @@ def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
 
 @jax.custom_jvp
 def isotropic(x: jax.Array | Factored) -> jax.Array:
-    """``x`` with each of its (numerically) nonzero singular values replaced by their mean."""
+    """Replaces each (numerically) nonzero singular value of ``x`` by their mean."""
     return flattened(x, 0)
 
 

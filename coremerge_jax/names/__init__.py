@@ -8,7 +8,7 @@ from coremerge_jax.names.trees import outline_tree
 
 
 def find_names(names: str) -> NameMap:
-    """The names of an implementation.
+    """Returns the names of an implementation.
 
     Raises:
         RecipeError: there are no such names.
@@ -19,7 +19,7 @@ def find_names(names: str) -> NameMap:
 
 
 def translate(adapter: Adapter, names: str, *, head_dim: int | None = None) -> Adapter:
-    """An adapter with the other names: Hugging Face's if it has those of ``names``, else these.
+    """Translates an adapter's names: to Hugging Face's if it has those of ``names``, else to these.
 
     Args:
         adapter: with names of either.

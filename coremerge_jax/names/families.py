@@ -9,14 +9,14 @@ from coremerge_jax.names.name_map import Change, NameMap, Rule
 
 
 def interleaved(b: Array, head_dim: int, back: bool) -> Array:
-    """Rotary pairs (j, j + half) of each head beside each other, as MaxText's Llama has them."""
+    """Puts rotary pairs (j, j + half) of each head side by side, as MaxText's Llama has them."""
     inner = (head_dim // 2, 2) if back else (2, head_dim // 2)
     heads = b.reshape(-1, *inner, b.shape[1])
     return heads.swapaxes(1, 2).reshape(b.shape)
 
 
 def interleaved_query(b: Array, head_dim: int, back: bool) -> Array:
-    """The same, and 1/√head_dim, by which attention does not divide there."""
+    """Returns the same, and 1/√head_dim, by which attention does not divide there."""
     factor = np.asarray(head_dim**0.5 if back else head_dim**-0.5, b.dtype)
     return interleaved(b, head_dim, back) * factor
 

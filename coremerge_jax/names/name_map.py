@@ -53,7 +53,7 @@ class NameMap:
     item: str = "state"
 
     def to_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
-        """The adapter with Hugging Face's names, its fused kernels split.
+        """Returns the adapter with Hugging Face's names, its fused kernels split.
 
         Args:
             adapter: with this implementation's names.
@@ -73,7 +73,7 @@ class NameMap:
         return adapter.replace(modules=modules)
 
     def from_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
-        """The inverse of `to_hugging_face`; nothing changes for who has these names already.
+        """Inverts `to_hugging_face`; an adapter that already has these names is returned unchanged.
 
         Kernels that are one here get an A with the rows of all of them.
 
@@ -111,7 +111,7 @@ class NameMap:
     def rule(
         self, path: str, adapter: Mapping[str, LoRA], *, theirs: bool = False
     ) -> tuple[Rule, str]:
-        """The rule for a module, and its layer.
+        """Returns the rule for a module, and its layer.
 
         Of several that fit, the one that fuses most modules which the adapter has, with as many
         outputs each: implementations that fuse query, key and value do so if there are as many
@@ -139,7 +139,7 @@ class NameMap:
 
 
 def _match(template: str, path: str) -> str | None:
-    """The layer that a template names, "" for none; None where it does not fit."""
+    """Returns the layer that a template names, "" for none; None where it does not fit."""
     if "{i}" not in template:
         return "" if path == template else None
     before, after = map(re.escape, template.split("{i}"))
@@ -170,7 +170,7 @@ def _split(path: str, b: Array, parts: int) -> list[Array]:
 
 
 def _fuse(loras: Sequence[LoRA]) -> LoRA:
-    """One update with the outputs of all: A below each other, B in blocks."""
+    """Fuses updates into one with the outputs of all: A below each other, B in blocks."""
     if len(loras) == 1:
         return loras[0]
     on_host = all(isinstance(x, np.ndarray) for lora in loras for x in (lora.a, lora.b))

@@ -12,7 +12,7 @@ from coremerge_jax.names.name_map import NameMap, Rule
 
 
 def outline_tree(adapter: Adapter, names: NameMap, head_dim: int | None = None) -> dict[str, Any]:
-    """The keys, shapes and dtypes that an implementation has for an adapter.
+    """Returns the keys, shapes and dtypes that an implementation has for an adapter.
 
     Each leaf is below a level ``value``, as a variable of flax nnx is saved.
 
@@ -54,7 +54,7 @@ def outline_tree(adapter: Adapter, names: NameMap, head_dim: int | None = None) 
 def _shapes(
     path: str, rule: Rule, lora: LoRA, rank: int, head_dim: int | None
 ) -> tuple[Shape, Shape]:
-    """The stored shapes of one layer's factors."""
+    """Returns the stored shapes of one layer's factors."""
     m, n = lora.shape
     parts = len(rule.theirs)
     a: Shape = (n,)
@@ -80,7 +80,7 @@ def _in_heads(path: str, shape: Shape, head_dim: int | None) -> Shape:
 
 
 def _stacked(rule: Rule, shapes: dict[str, tuple[Shape, Shape]], axis: int) -> tuple[Shape, Shape]:
-    """The shapes of a stack of layers."""
+    """Returns the shapes of a stack of layers."""
     missing = [i for i in range(len(shapes)) if str(i) not in shapes]
     if missing:
         raise MismatchError(

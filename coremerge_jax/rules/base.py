@@ -48,7 +48,7 @@ class Context:
 
     @classmethod
     def of(cls, cores: "Cores") -> "Context":
-        """The context of cores that are all there is."""
+        """Returns the context of cores that are all there is."""
         tasks, *shape = jax.eval_shape(dense, cores).shape
         return cls(
             shape=jnp.asarray(shape, jnp.int32),
@@ -62,12 +62,12 @@ Cores = jax.Array | LoRA
 
 
 def dense(matrix: jax.Array | LoRA | Factored) -> jax.Array:
-    """A matrix, or several, as an array."""
+    """Returns a matrix, or several, as an array."""
     return jnp.asarray(matrix.dense() if isinstance(matrix, LoRA | Factored) else matrix)
 
 
 def thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
-    """Factors ``(T, p, r)`` and ``(T, r, q)`` of the cores; a dense core is a factor itself."""
+    """Returns factors ``(T, p, r)`` and ``(T, r, q)`` of cores; dense cores are left factors."""
     if isinstance(cores, LoRA):
         return jnp.asarray(cores.b), jnp.asarray(cores.a)
     tasks, p, q = cores.shape
@@ -76,12 +76,12 @@ def thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
 
 
 def side_by_side(x: jax.Array) -> jax.Array:
-    """``(T, p, r)`` to ``(p, T r)``."""
+    """Returns ``(T, p, r)`` to ``(p, T r)``."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
 
 
 def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add) -> Any:
-    """The sum over adapters of ``fn(core, ...)``, without the dense cores of all of them at once.
+    """Sums ``fn(core, ...)`` over adapters, without the dense cores of all of them at once.
 
     Args:
         fn: from one dense core ``(p, q)``, and one row of each of ``per_task``, to arrays.
@@ -93,7 +93,7 @@ def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add
 
 
 def fold_rows(fn: Callable, rows: Any, combine: Callable = jnp.add) -> Any:
-    """The sum of ``fn`` over the rows of arrays, one after the other."""
+    """Sums ``fn`` over the rows of arrays, one after the other."""
 
     def step(total: Any, row: Any) -> tuple[Any, None]:
         return jax.tree.map(combine, total, fn(row)), None
@@ -215,7 +215,7 @@ class Chain(Rule):
         return self.finish(merged, key=key, context=context)
 
     def prepare(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Cores:
-        """The steps before the merge: all cores to all cores."""
+        """Applies the steps before the merge: all cores to all cores."""
         for i, step in enumerate(self.before):
             keys = None
             if step.needs_key:
@@ -227,7 +227,7 @@ class Chain(Rule):
     def combine(
         self, cores: Cores, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
-        """The steps before the merge, and the merge: all cores to one."""
+        """Applies the steps before the merge, and the merge: all cores to one."""
         cores = self.prepare(cores, key=key, context=context)
         reducer_key = _fold(key, len(self.before), self.reducer) if self.reducer.needs_key else None
         return self.reducer.merge(cores, key=reducer_key, context=context)
@@ -235,7 +235,7 @@ class Chain(Rule):
     def finish(
         self, merged: jax.Array | Factored, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
-        """The steps after the merge: one core to one core."""
+        """Applies the steps after the merge: one core to one core."""
         for step in reversed(self.before):
             merged = step.restore(merged, context=context)
         for i, step in enumerate(self.after, start=len(self.before) + 1):
@@ -327,7 +327,7 @@ def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "ele
 
 
 def as_rule(rule: Any) -> Rule:
-    """A rule as it is; a plain function as a rule.
+    """Returns a rule as it is; a plain function as a rule.
 
     Raises:
         RecipeError: it is neither.
@@ -376,7 +376,7 @@ def check_weights(weights: Any) -> None:
 
 
 def validated(rule: Chain) -> Chain:
-    """A chain that is used: also parameters that are arrays have been checked.
+    """Returns a chain that is used: also parameters that are arrays have been checked.
 
     Raises:
         RecipeError: a parameter is out of range, or there is none.

@@ -36,7 +36,7 @@ class Svc(Step):
         check("alpha", self.alpha, lambda x: x > 0, "a number above 0")
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
-        """Refused: nothing is merged yet."""
+        """Refuses to be a step before the merge: nothing is merged yet."""
         del cores, keys, context
         raise UnsupportedError(
             "svc compares the merged core with those of the adapters: put it behind the rule that "
@@ -108,7 +108,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
-    """``U diag(α − 1) Uᵀ``, given ``B Bᵀ``: a function of its singular values σ²."""
+    """Returns ``U diag(α − 1) Uᵀ``, given ``B Bᵀ``: a function of its singular values σ²."""
 
     def change(squares: jax.Array) -> jax.Array:
         share = squares * inverse(jnp.sum(squares))

@@ -74,7 +74,7 @@ class DcMerge(Rule):
         return Factored(cover[0], mean, cover[1])
 
     def _smooth(self, s: jax.Array, live: jax.Array) -> jax.Array:
-        """Smoothed singular values ``(r,)`` of the same sum."""
+        """Returns the smoothed singular values ``(r,)`` of the same sum."""
         rank = jnp.maximum(jnp.sum(live), 1).astype(s.dtype)
         shape = jnp.ones_like(s)
         if self.rho is not None:
@@ -86,7 +86,7 @@ class DcMerge(Rule):
         return shape * jnp.sum(jnp.where(live, s, 0)) * inverse(jnp.sum(shape))
 
     def _largest(self, x: jax.Array, size: jax.Array) -> jax.Array:
-        """Only the largest entries, a share of ``size``, and those as large."""
+        """Keeps only the largest entries, a share of ``size``, and those as large."""
         wanted = jnp.asarray(self.density, jnp.float32) * size.astype(jnp.float32)
         number = jnp.maximum(1, jnp.floor(wanted)).astype(jnp.int32)
         magnitude = jnp.abs(x)

@@ -73,7 +73,7 @@ class IsoCts(Rule):
 
 
 def _orthogonalized(frames: jax.Array) -> jax.Array:
-    """``P^{-1/2} (Σ F_i) Q^{-1/2}`` of partial isometries, P = Σ F_i F_iᵀ and Q = Σ F_iᵀ F_i.
+    """Returns ``P^{-1/2} (Σ F_i) Q^{-1/2}`` of partial isometries; P = Σ F_i F_iᵀ, Q = Σ F_iᵀ F_i.
 
     As F_i = F_i F_iᵀ F_i, it is the sum of (P^{-1/2} F_i) F_iᵀ (F_i Q^{-1/2}), and the outer
     factors are the blocks of the polar factors of all F_i side by side.

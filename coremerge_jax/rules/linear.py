@@ -45,7 +45,7 @@ class TaskArithmetic(Rule):
 
 
 def total(cores: Cores) -> jax.Array:
-    """The sum of all cores."""
+    """Returns the sum of all cores."""
     if not isinstance(cores, LoRA):
         return jnp.sum(cores, axis=0)
     b = jnp.moveaxis(jnp.asarray(cores.b), 0, 1)
@@ -54,12 +54,12 @@ def total(cores: Cores) -> jax.Array:
 
 
 def scale(core: Cores, weight: jax.Array) -> Cores:
-    """A core times a weight."""
+    """Returns a core times a weight."""
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 
 def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Array:
-    """The values that belong to the adapters at hand.
+    """Returns the values that belong to the adapters at hand.
 
     Raises:
         ValueError: there is not one value per adapter.

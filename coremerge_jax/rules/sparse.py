@@ -96,7 +96,7 @@ class Ties(Rule):
         return elected * merged
 
     def threshold(self, magnitude: jax.Array, size: jax.Array) -> jax.Array:
-        """The trimming threshold of one adapter.
+        """Returns the trimming threshold of one adapter.
 
         Args:
             magnitude: absolute values of its entries, of any shape.
@@ -227,12 +227,12 @@ class Sce(Rule):
 
 
 def _threshold(magnitude: jax.Array, size: jax.Array, density: float | jax.Array) -> jax.Array:
-    """The largest entry of ``magnitude`` that ⌊density · size⌋ are above; TIES keeps it as well."""
+    """Returns the largest entry that ⌊density · size⌋ are above; TIES keeps it as well."""
     return linalg.kth_smallest(magnitude, magnitude.size - _share(size, density, magnitude.dtype))
 
 
 def _share(size: jax.Array, density: float | jax.Array, dtype: Any) -> jax.Array:
-    """``⌊density · size⌋``."""
+    """Returns ``⌊density · size⌋``."""
     return jnp.floor(size.astype(dtype) * jnp.asarray(density, dtype)).astype(size.dtype)
 
 

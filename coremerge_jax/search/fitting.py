@@ -42,7 +42,7 @@ class Fit:
     history: tuple[Mapping[str, float], ...]
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """The losses by step, as a figure of matplotlib, which has to be installed.
+        """Returns the losses by step, as a figure of matplotlib, which has to be installed.
 
         Args:
             path: where to write it, if anywhere; its ending tells the format.
@@ -123,7 +123,7 @@ def fit(
 
 
 def _groups(paths: Sequence[str], per: str | Sequence[str]) -> dict[str, str]:
-    """The name of each module's group."""
+    """Returns the name of each module's group."""
     if per == "module":
         return {path: path for path in paths}
     if per == "adapter":
@@ -177,14 +177,14 @@ class _Descent:
         self._loss, self._update = jax.jit(of_table), jax.jit(update)
 
     def start(self, table: np.ndarray) -> jax.Array:
-        """The table as JAX knows it."""
+        """Returns the table as JAX knows it."""
         with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
             first = jnp.asarray(table, self._projected.dtype)
             self._state = self._optimizer.init(first)
         return first
 
     def step(self, table: jax.Array, batch: Any) -> tuple[jax.Array, float]:
-        """The next table, and the loss before."""
+        """Returns the next table, and the loss before."""
         with jax.transfer_guard("allow"):
             table, self._state, value = self._update(table, self._state, self._projected, batch)
             self._steps += 1
@@ -248,7 +248,7 @@ def _descend(
 def _steps(
     descent: _Descent, table: jax.Array, batches: Iterable[Any], every: int
 ) -> Iterator[tuple[int, jax.Array, list[float]]]:
-    """The step, the table and the losses since the last time: every few steps, and at the end."""
+    """Yields step, table and the losses since the last time: every few steps, and at the end."""
     yield 0, table, []
     step, losses = 0, list[float]()
     for step, batch in enumerate(batches, 1):

@@ -55,7 +55,7 @@ class Log:
             self._file.close()
 
     def find(self, name: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The metrics and seconds of a candidate, if they are known."""
+        """Returns the metrics and seconds of a candidate, if they are known."""
         return self._known.get(identity(name, parameters))
 
     def add(

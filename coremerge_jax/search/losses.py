@@ -6,7 +6,7 @@ import optax
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Mean entropy of the predictions, for inputs without labels (AdaMerging, arXiv 2310.02575).
+    """Returns the mean entropy of predictions: needs no labels (AdaMerging, arXiv 2310.02575).
 
     Args:
         logits: ``(..., classes)``.
@@ -19,7 +19,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the predictions.
+    """Returns the mean cross-entropy of the predictions.
 
     Args:
         logits: ``(..., classes)``.

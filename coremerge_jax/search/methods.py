@@ -34,7 +34,7 @@ class Grid:
     """Every combination."""
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """See `Method`; scales change fastest, as all scales share one merge."""
+        """Proposes as `Method` says; scales change fastest, as all scales share one merge."""
         names = sorted(values, key=lambda name: name == SCALE)
         for row in itertools.product(*(listed(name, values[name]) for name in names)):
             found = dict(zip(names, row, strict=True))
@@ -58,7 +58,7 @@ class Line:
         check_whole("patience", self.patience, 1)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """See `Method`."""
+        """Proposes as `Method` says."""
         best: dict[str, Any] = {}
         for name, choices in values.items():
             top, chosen, worse = -math.inf, None, 0
@@ -92,7 +92,7 @@ class Random:
         check_whole("seed", self.seed, 0)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """See `Method`."""
+        """Proposes as `Method` says."""
         rng = np.random.default_rng(self.seed)
         if any(hasattr(choices, "rvs") for choices in values.values()):
             for _ in range(self.trials):
@@ -106,7 +106,7 @@ class Random:
 
 
 def listed(name: str, choices: Any) -> list[Any]:
-    """The values as Python numbers and words.
+    """Returns the values as Python numbers and words.
 
     Raises:
         RecipeError: there is none, or they are a distribution.

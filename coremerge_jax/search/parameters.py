@@ -13,7 +13,7 @@ SCALE = "scale"
 
 
 def parameters(rule: Any) -> dict[str, Any]:
-    """The parameters of a rule and their values, by name.
+    """Returns the parameters of a rule and their values, by name.
 
     A name is that of the rule and of its field, ``"ties.density"``; where a chain has a rule
     twice, ``"flatten[0].power"`` and ``"flatten[1].power"``.
@@ -23,7 +23,7 @@ def parameters(rule: Any) -> dict[str, Any]:
 
 
 def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
-    """The rule with other values of some parameters.
+    """Returns the rule with other values of some parameters.
 
     Args:
         rule: as in `merge`.
@@ -48,7 +48,7 @@ def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
 
 
 def label(rule: Chain) -> str:
-    """``"ties + isotropize"``."""
+    """Returns ``"ties + isotropize"``."""
     return " + ".join(part.name() for part in rule.rules)
 
 

@@ -69,7 +69,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 @_styled
 def draw_sweep(sweep: "Sweep") -> Any:
-    """One panel a parameter."""
+    """Draws one panel a parameter."""
     rules = list(dict.fromkeys(record.name for record in sweep))
     names = list(dict.fromkeys(name for record in sweep for name in record.parameters))
     varied = [name for name in names if len(_values(sweep, name)) > 1]
@@ -95,7 +95,7 @@ def draw_sweep(sweep: "Sweep") -> Any:
 def _draw_rule(
     panel: Any, points: list[tuple[Any, Any]], sweep: "Sweep", numbers: bool, **style: str
 ) -> None:
-    """All points, and a line through the best at each place."""
+    """Draws all points, and a line through the best at each place."""
     every = [(x, record.metrics[sweep.objective]) for x, record in points]
     shown = [point for point in every if math.isfinite(point[1])]
     if not shown:
@@ -110,7 +110,7 @@ def _draw_rule(
 
 @_styled
 def draw_fit(fit: "Fit") -> Any:
-    """The losses by step."""
+    """Returns the losses by step."""
     figure, (panel,) = _panels(1)
     for name in ("loss", "validation"):
         shown = [(row["step"], row[name]) for row in fit.history if name in row]

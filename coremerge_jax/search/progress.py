@@ -1,4 +1,4 @@
-"""A line on stderr that tells how far long work is."""
+"""Line of progress on stderr."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

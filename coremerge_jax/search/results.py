@@ -79,14 +79,14 @@ class Sweep:
         return best
 
     def top(self, count: int | None = None) -> list[Record]:
-        """The best records, best first."""
+        """Returns the best records, best first."""
         return sorted(self.records, key=self._score, reverse=True)[:count]
 
     def _score(self, record: Record) -> float:
         return score(record.metrics, self.objective, self.maximize)
 
     def summary(self) -> str:
-        """The number of candidates and the best score, in a few words."""
+        """Returns the number of candidates and the best score, in a few words."""
         if not self.objective:
             return f"{len(self)} candidates"
         lost = sum(not math.isfinite(self._score(record)) for record in self)
@@ -105,7 +105,7 @@ class Sweep:
         return [*names, "seconds"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat mapping for each record, as for a data frame."""
+        """Returns a flat mapping for each record, as for a data frame."""
         return [
             {"rule": x.name, **x.parameters, **x.metrics, "seconds": round(x.seconds, 4)}
             for x in self
@@ -134,7 +134,7 @@ class Sweep:
         return text.getvalue()
 
     def table(self, count: int | None = 10) -> Table:
-        """The best records for a terminal, best first."""
+        """Returns the best records for a terminal, best first."""
         one = len({record.name for record in self}) == 1
         title = _text(self.records[0].name) if one else None
         grid = Table(title=title, box=None, pad_edge=False)
@@ -163,7 +163,7 @@ class Sweep:
 
 
 def _text(name: str) -> Text:
-    """A name for a table as it is, though it may look like markup."""
+    """Returns a name for a table as it is, though it may look like markup."""
     return Text(shortened(printable(name), 300))
 
 

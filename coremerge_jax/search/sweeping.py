@@ -72,7 +72,7 @@ def sweep(
 
 
 def measured(evaluate: Callable[[Adapter], Any]) -> Judge:
-    """A user's function as a judge of records, whose results are checked."""
+    """Returns a user's function as a judge of records, whose results are checked."""
 
     def judge(record: Record, merged: Adapter) -> Metrics:
         found = evaluate(merged)
@@ -137,7 +137,7 @@ class Search:
     def run(
         self, judge: Callable[[Record, Adapter], Metrics], log: str | Path | None = None
     ) -> Iterator[Record]:
-        """The records as they come; ``judge`` gets each before it has metrics, and the merge."""
+        """Yields records as they come; ``judge`` gets each before it has metrics, and the merge."""
         subject = {
             "rules": {name: repr(rule) for name, rule in self.rules.items()},
             "space": repr(self.projected.space),
@@ -148,7 +148,7 @@ class Search:
                 yield from self._run_rule(name, judge, known)
 
     def collect(self, records: Iterator[Record], *, progress: bool = False) -> Sweep:
-        """All records, with a line on stderr that tells how far they are."""
+        """Returns all records, with a line on stderr that tells how far they are."""
         found: list[Record] = []
         with progress_line("project", progress) as say:
             for record in records:

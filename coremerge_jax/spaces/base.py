@@ -45,7 +45,7 @@ class Projection:
     spread: jax.Array | None = None
 
     def weighted(self, weights: jax.Array) -> "Projection":
-        """With the updates multiplied by weights ``(T,)``."""
+        """Returns the projection with its updates multiplied by weights ``(T,)``."""
         return dataclasses.replace(self, factors=jax.vmap(scale)(self.factors, weights))
 
     @property
@@ -112,7 +112,7 @@ class Projection:
         return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
 
     def lift(self, merged: jax.Array) -> LoRA:
-        """The update that a matrix of the merge space stands for.
+        """Returns the update that a matrix of the merge space stands for.
 
         Args:
             merged: ``(p, q)``.

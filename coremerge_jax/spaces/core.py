@@ -70,7 +70,7 @@ class Core:
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Projection:
-        """See `Space.project`; elementwise rules get singular vectors, others any basis."""
+        """Projects updates, see `Space.project`; elementwise rules get singular vectors."""
         dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
         rtol = self._rtol(lora_a, dtype)
         balanced = elementwise and self.gauge == "balanced"
@@ -100,7 +100,7 @@ class Core:
 
 
 def _balanced(cores: LoRA, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Stacked factors ``(q, R)`` and ``(p, R)``, balanced up to rotations, which do not matter."""
+    """Balances stacked factors ``(q, R)`` and ``(p, R)``, up to rotations, which do not matter."""
     left, right, inner = orthonormal_factors(jnp.asarray(cores.b), jnp.asarray(cores.a))
     rtol = jnp.asarray(roundoff(right), inner.dtype)
     root, turn = jnp.moveaxis(jax.vmap(lambda x: spectral_map(_root, x, rtol))(inner), 1, 0)

@@ -27,7 +27,7 @@ class Full:
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Projection:
-        """See `Space.project`."""
+        """Projects updates, see `Space.project`."""
         del elementwise
         refuse_axis(self, axis)
         dtype = dtype or widest(lora_a.dtype, lora_b.dtype)

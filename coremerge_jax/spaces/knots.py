@@ -47,7 +47,7 @@ class Knots:
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Projection:
-        """See `Space.project`; elementwise rules see all n columns, others those of core space."""
+        """Projects updates, see `Space.project`; elementwise rules see all n columns."""
         if elementwise:
             refuse_axis(self, axis)
         core = Core().project(
@@ -79,7 +79,7 @@ class Knots:
 
 
 def _by_polar(core: Projection, joined: jax.Array) -> Projection:
-    """The space of the polar decomposition of the cores side by side."""
+    """Returns the space of the polar decomposition of the cores side by side."""
     p, q = core.cores.shape[1:]
     rows = polar(joined)
     size = jnp.round(jnp.sum(rows**2)).astype(core.shape.dtype)

@@ -60,7 +60,7 @@ class Tucker:
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Projection:
-        """See `Space.project`; elementwise rules see the singular vectors of the iteration."""
+        """Projects updates, see `Space.project`; all rules see the iteration's singular vectors."""
         del elementwise
         core = Core().project(
             lora_a, lora_b, ranks, dtype=dtype, elementwise=False, axis=axis, shape=shape
@@ -78,7 +78,7 @@ class Tucker:
         )
 
     def _subspaces(self, cores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """P and Q, with columns of zeros where there is nothing left to keep."""
+        """Returns P and Q, with columns of zeros where there is nothing left to keep."""
         norms = jnp.sqrt(jnp.sum(cores**2, axis=(1, 2)))
         mean = jnp.mean(norms)
         ratio = jnp.where(norms > 0, mean / jnp.where(norms > 0, norms, 1), 0)
@@ -107,7 +107,7 @@ class Tucker:
 
 
 def _leading(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Leading left singular vectors of ``x_1 … x_T`` side by side, and the sum of their squares."""
+    """Returns leading left singular vectors of ``x_1 … x_T`` side by side, and a sum of squares."""
     gram = jnp.einsum("tpk,tqk->pq", x, x, precision="highest")
     squares, vectors = lapack.eigh(gram)
     squares, vectors = squares[:rank], vectors[:, :rank]

@@ -199,7 +199,7 @@ def _values(comparison: Comparison, measured: dict[str, Measured]) -> Iterator[F
 
 
 def _extras(comparison: Comparison) -> Iterator[Finding]:
-    """Tensors that are not low-rank updates."""
+    """Yields the tensors that are not low-rank updates."""
     found, expected = comparison.found.extras, comparison.outline.extras
     for name in dict.fromkeys([*expected, *found]):
         if name not in found:

@@ -75,7 +75,7 @@ class Measured:
         return lost and not self.nothing and (self.differs or self.underflow)
 
     def with_noise(self, noise: float) -> "Measured":
-        """The same, where rounding inside the merge makes so much."""
+        """Returns the same, where rounding inside the merge makes so much."""
         wider = dataclasses.replace(self.tolerance, expected=self.tolerance.expected + noise)
         coarse = self.coarse + noise
         return dataclasses.replace(self, tolerance=wider, coarse=coarse, noise=noise)
@@ -154,7 +154,7 @@ class Comparison:
         recipe: Recipe | None = None,
         adapters: Sequence[Adapter] | None = None,
     ) -> Iterator[tuple[str, LoRA, Expected]]:
-        """Modules as they are, and as they should be; by another recipe or of others, if given."""
+        """Yields modules as they are and should be; by another recipe or of others, if given."""
         recipe, wanted = recipe or self.recipe, set(paths)
         for part in recipe.stream(adapters or self.adapters):
             found = self.read(path for path in part if path in wanted)
@@ -187,12 +187,12 @@ class Comparison:
         return largest
 
     def sources(self, path: str) -> dict[int, LoRA]:
-        """A module of the sources that have it and are merged, by their places."""
+        """Returns a module of the sources that have it and are merged, by their places."""
         having = (t for t, x in enumerate(self.adapters) if path in x.outline and self.weights[t])
         return {t: _on_host(self.adapters[t][path]) for t in having}
 
     def idle(self) -> dict[int, list[str]]:
-        """Modules whose update is zero, by source."""
+        """Returns the modules whose update is zero, by source."""
         found: dict[int, list[str]] = defaultdict(list)
         for path in self.outline:
             for t, lora in self.sources(path).items():
@@ -201,7 +201,7 @@ class Comparison:
         return found
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """Modules of the merge, without those that are broken."""
+        """Returns the modules of the merge, without those that are broken."""
         wanted = [path for path in paths if path not in self.unreadable]
         try:
             return _finite(self.found.read(wanted))
@@ -241,7 +241,7 @@ def _expected(
 
 
 def _settled(expected: Expected, kept: float, energy: float, rank: int) -> Expected:
-    """With the rank that was found, where rounding decides which of two ranks keeps the energy."""
+    """Takes the rank that was found, where rounding decides which rank keeps the energy."""
     if rank == 0 or abs(rank - expected.cut.rank) != 1:
         return expected
     other, shares = truncate(Adapter({"": expected.whole}), rank=rank)
@@ -261,7 +261,7 @@ class _Jittered(AdapterFile):
         self._adapter, self._seed = adapter, seed
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """The modules with these paths."""
+        """Returns the modules with these paths."""
         read = self._adapter.read(paths)
         return {path: self._moved(path, lora) for path, lora in read.items()}
 

@@ -70,7 +70,7 @@ def _scaled(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
 
 
 def _alike(factors: Mapping[str, float]) -> Iterator[list[str]]:
-    """Modules of about the same factor, in their order."""
+    """Yields the modules of about the same factor, in their order."""
     groups: dict[float, list[str]] = {}
     for path, factor in factors.items():
         near = (c for c in groups if abs(factor - c) <= 10 * _SAME * abs(c))
@@ -129,7 +129,7 @@ def _without_one(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
 
 
 def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]:
-    """A recipe and sources, for a merge in which one is missing."""
+    """Returns a recipe and sources, for a merge in which one is missing."""
     weights, adapters = list(comparison.weights), list(comparison.adapters)
     if comparison.recipe.build_rule().needs_key:  # whose numbers depend on places in the list
         del weights[t], adapters[t]
@@ -148,7 +148,7 @@ def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]
 def _fitting(
     comparison: Comparison, rest: Modules, recipe: Recipe, adapters: Sequence[Adapter]
 ) -> Iterator[str]:
-    """The modules that are what another recipe makes, or a multiple of it."""
+    """Yields the modules that are what another recipe makes, or a multiple of it."""
     for path, found, expected in comparison.pairs(rest, recipe, adapters):
         bound = tolerance(found, expected, comparison.dtype, rest[path].noise)
         if bound.fits(distance(found, expected)):

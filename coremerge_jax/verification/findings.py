@@ -95,11 +95,11 @@ class Verification:
         return [finding for finding in self.findings if finding.defect]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-like data."""
+        """Returns plain JSON-like data."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
+    """Returns the first few names, for a message."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, names[:_NAMED])) + more

@@ -73,7 +73,7 @@ def distance(found: LoRA, expected: Expected) -> Distance:
     cut = rest[0] if rest else whole
 
     def off(x: np.ndarray) -> float:
-        """‖x - whole‖² - ‖cut - whole‖², without cancellation where x is near to this cut."""
+        """Returns ‖x - whole‖² - ‖cut - whole‖², without cancellation where x is near the cut."""
         rest = x - cut
         return abs(_inner(rest, rest) - 2 * _inner(rest, whole - cut)) ** 0.5
 
@@ -84,7 +84,7 @@ def distance(found: LoRA, expected: Expected) -> Distance:
 
 
 def cores(*loras: LoRA) -> list[np.ndarray]:
-    """The updates of a module in orthonormal bases that hold all of them: small matrices."""
+    """Returns a module's updates in orthonormal bases that hold all of them: small matrices."""
     ranks = np.cumsum([lora.rank for lora in loras])[:-1]
     b = np.linalg.qr(np.concatenate([wide(lora.b) for lora in loras], axis=1), mode="r")
     a = np.linalg.qr(np.concatenate([wide(lora.a) for lora in loras], axis=0).T, mode="r")
@@ -105,7 +105,7 @@ class Tolerance:
     expected: float
 
     def at(self, factor: float = 1.0) -> float:
-        """For a distance from a multiple of what was expected."""
+        """Returns the tolerance of a distance from a multiple of what was expected."""
         return self.found + abs(factor) * self.expected
 
     def fits(self, apart: Distance) -> bool:
@@ -114,7 +114,7 @@ class Tolerance:
 
 
 def tolerance(found: LoRA, expected: Expected, dtype: str, noise: float = 0.0) -> Tolerance:
-    """A bound of ``error`` for a merge that is right.
+    """Returns a bound of ``error`` for a merge that is right.
 
     The factors of the file have been rounded to its dtype. Those of the merge were, before, to what
     merges have (float32, for files), and so are those that it is compared with.
@@ -139,7 +139,7 @@ def negligible(lora: LoRA) -> float:
 
 
 def roundoff(lora: LoRA, dtype: str, *, underflow: bool = True) -> float:
-    """The most that rounding the factors to a dtype changes the update by, as a norm.
+    """Returns the most that rounding the factors to a dtype changes the update by, as a norm.
 
     An entry x moves by at most u max(|x|, t), u the unit roundoff and t the smallest normal number.
     So ΔW moves by at most 2 u |B||A| in each entry (and u² of it, which (1 + 2 u) covers).
@@ -170,12 +170,12 @@ def _sizes(lora: LoRA, dtype: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coarser(*dtypes: str) -> str:
-    """The dtype with the fewest digits."""
+    """Returns the dtype with the fewest digits."""
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
 def rounding_loss(lora: LoRA, dtype: str) -> float | None:
-    """‖ΔW' - ΔW‖ / ‖ΔW‖ for factors rounded to a dtype; None where it cannot hold them."""
+    """Returns ‖ΔW' - ΔW‖ / ‖ΔW‖ for factors rounded to a dtype; None where it cannot hold them."""
     b, a = wide(lora.b), wide(lora.a)
     new_b, new_a = _rounded(b, dtype), _rounded(a, dtype)
     if not (np.isfinite(new_b).all() and np.isfinite(new_a).all()):
@@ -187,7 +187,7 @@ def rounding_loss(lora: LoRA, dtype: str) -> float | None:
 
 
 def went_through(found: LoRA, expected: LoRA, dtype: str) -> str | None:
-    """A narrower dtype that holds all values of a factor, though not those expected, if any."""
+    """Returns a narrower dtype that holds all values of a factor, not those expected, or None."""
     for narrower in _NARROWER.get(dtype, ()):
         for x, y in ((found.a, expected.a), (found.b, expected.b)):
             if _holds(narrower, wide(x)) and not _holds(narrower, _rounded(wide(y), dtype)):
@@ -211,17 +211,17 @@ def directions(lora: LoRA) -> int:
 
 
 def norm(lora: LoRA) -> float:
-    """‖ΔW‖."""
+    """Returns ‖ΔW‖."""
     return _product_norm(wide(lora.b), wide(lora.a))
 
 
 def _product_norm(b: np.ndarray, a: np.ndarray) -> float:
-    """‖b a‖ from Gram matrices: to half the digits where terms cancel, else to all."""
+    """Returns ‖b a‖ from Gram matrices: to half the digits where terms cancel, else to all."""
     return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
 
 
 def wide(x: Array) -> np.ndarray:
-    """On the host, in float64."""
+    """Brings an array to the host, in float64."""
     return np.asarray(x).astype(np.float64)
 
 

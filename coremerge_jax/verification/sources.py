@@ -51,7 +51,7 @@ class Record:
 
 
 def read_record(merged: Adapter | str | Path) -> Record | None:
-    """The record in the folder of a merge; None if there is none.
+    """Returns the record in the folder of a merge; None if there is none.
 
     Raises:
         FormatError: it is broken.

@@ -115,7 +115,7 @@ class FileFolding(Folding):
             (folder / INDEX).write_text(index)
 
     def _index(self, index: Mapping[str, Any]) -> dict[str, Any]:
-        """The index of the files, with the tensors that the base does not have."""
+        """Returns the index of the files, with the tensors that the base does not have."""
         more, metadata = self._extras.appended, dict(index.get("metadata") or {})
         sizes = {name: math.prod(value.shape) for name, value in more.items()}
         counts = {
@@ -144,7 +144,7 @@ def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: floa
 
 
 def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
-    """The parts of a flat tensor, and where each starts; none of no tensor."""
+    """Yields the parts of a flat tensor, and where each starts; none of no tensor."""
     if value is None:
         return
     if isinstance(value, LazyTensor):

@@ -92,7 +92,7 @@ class BaseModel:
                 )
 
     def tensor(self, name: str) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a tensor.
+        """Returns the shape and dtype of a tensor.
 
         Raises:
             UnsupportedError: NumPy does not know the dtype.
@@ -106,7 +106,7 @@ class BaseModel:
         return reader.tensors[name]
 
     def floating(self, name: str) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a tensor that takes an update.
+        """Returns the shape and dtype of a tensor that takes an update.
 
         Raises:
             UnsupportedError: it has no floating-point dtype that NumPy knows.
@@ -120,7 +120,7 @@ class BaseModel:
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of any dtype."""
+        """Returns the shape of a tensor of any dtype."""
         return self.shards[self.shard[name]].shape(name)
 
     def configured(self, field: str) -> list[Any]:
@@ -240,7 +240,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _download(repo: str, **options: Any) -> Path:
-    """A snapshot without weights in other formats; from the cache if that is whole."""
+    """Returns a snapshot without weights in other formats; from the cache if that is whole."""
     folder = Path(huggingface_hub.snapshot_download(repo, ignore_patterns=_OTHERS, **options))
     if options.get("local_files_only") and not _is_whole(folder):
         raise LocalEntryNotFoundError(f"{folder}: not all files are there")

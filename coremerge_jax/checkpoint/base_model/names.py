@@ -25,7 +25,7 @@ class Prefix:
     added: str = ""
 
     def __call__(self, name: str) -> str:
-        """The name in the checkpoint."""
+        """Returns the name in the checkpoint."""
         return self.added + name.removeprefix(self.lacking)
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Prefix:
 def find_tensors(
     modules: Mapping[str, Kind], tensors: Collection[str], where: str
 ) -> tuple[Prefix, dict[str, str]]:
-    """The tensor that each module adapts.
+    """Returns the tensor that each module adapts.
 
     As in transformers, the checkpoint may lack the name of the inner model (``transformer.``), or
     have it where the adapted model does not: in the same way for all modules.
@@ -82,7 +82,7 @@ def find_tensors(
 
 
 def nearest_tensors(name: str, tensors: Iterable[str]) -> str:
-    """The tensors whose names are most like this one, for messages."""
+    """Returns the tensors whose names are most like this one, for messages."""
     return ", ".join(map(repr, nearest(name, tensors, _SHOWN))) or "nothing: it has no tensors"
 
 

@@ -30,7 +30,7 @@ class Update:
 def place_updates(
     base: BaseModel, outline: Adapter, tensors: Mapping[str, str]
 ) -> dict[str, list[Update]]:
-    """The updates of each tensor.
+    """Returns the updates of each tensor.
 
     Args:
         base: the base model.
@@ -75,7 +75,7 @@ def _place_layer(base: BaseModel, name: str, loras: Mapping[str, LoRA]) -> Updat
 def _place_experts(
     base: BaseModel, name: str, groups: Mapping[str, Mapping[str, LoRA]]
 ) -> list[Update]:
-    """The updates of all experts of a parameter ``(experts, m, n)``, or of one ``(m, n)``."""
+    """Places the updates of all experts of a parameter ``(experts, m, n)``, or of one."""
     shape, loras = base.floating(name).shape, groups[name]
     index = {path: experts.split_path(path)[1] for path in loras}
     (m, n), *others = {lora.shape for lora in loras.values()}

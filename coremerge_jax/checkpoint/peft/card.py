@@ -17,7 +17,7 @@ _MARKUP = re.compile(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www
 
 
 def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The text of README.md and the content of coremerge.json.
+    """Returns the text of README.md and the content of coremerge.json.
 
     Args:
         base_model: the model that is adapted.
@@ -66,7 +66,7 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
 
 
 def _hub_name(base_model: str | None) -> str | None:
-    """The hub takes only names `owner/name`, and refuses a card with a local path."""
+    """Returns the hub takes only names `owner/name`, and refuses a card with a local path."""
     try:
         validate_repo_id(base_model)
     except HFValidationError:
@@ -75,6 +75,6 @@ def _hub_name(base_model: str | None) -> str | None:
 
 
 def _cell(value: Any) -> str:
-    """Text of one line that Markdown shows as it is."""
+    """Returns text of one line that Markdown shows as it is."""
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return _MARKUP.sub(r"\\\g<0>", html.escape(printable(text), quote=False))

@@ -191,16 +191,16 @@ class PeftConfig:
         return bool(self.fields.get("fan_in_fan_out"))
 
     def names(self, field: str) -> list[str]:
-        """A field that is a list of names, or one name."""
+        """Returns a field that is a list of names, or one name."""
         value = self.fields.get(field) or []
         return [value] if isinstance(value, str) else list(value)
 
     def rank(self, path: str) -> int:
-        """The rank of a module by ``rank_pattern``, else ``r``."""
+        """Returns the rank of a module by ``rank_pattern``, else ``r``."""
         return int(self._by_pattern("rank_pattern", path, self.fields["r"]))
 
     def scale(self, path: str) -> float:
-        """The s of ``ΔW = s · B A``: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
+        """Returns the s of ``ΔW = s · B A``: alpha / r; alpha / sqrt(r) if rank-stabilized."""
         if self.is_vera:
             return 1.0
         rank = self.rank(path)

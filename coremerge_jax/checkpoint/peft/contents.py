@@ -61,7 +61,7 @@ class Source:
     scale: float
 
     def read(self, tensor: Read) -> LoRA:
-        """The module in memory.
+        """Returns the module in memory.
 
         Raises:
             FormatError: it has values that are not finite.
@@ -133,7 +133,7 @@ class Contents:
         return self._reader.tensors[key]
 
     def _factor(self, key: str) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a tensor that is part of an update."""
+        """Returns the shape and dtype of a tensor that is part of an update."""
         tensor = self._tensor(key)
         if not _is_float(tensor.dtype):
             raise UnsupportedError(
@@ -177,7 +177,7 @@ class Contents:
             yield from self._experts(owner, levels, experts.target_names(owner, targets))
 
     def _kind(self, path: str, keys: tuple[str, str]) -> Kind:
-        """A linear layer or a two-dimensional convolution."""
+        """Returns a linear layer or a two-dimensional convolution."""
         a, b = (self._factor(key).shape for key in keys)
         if len(a) == len(b) == 2:
             return Kind(transposed=self.config.transposed)
@@ -227,7 +227,7 @@ class Contents:
         keys: tuple[str, ...],
         factors: Callable[..., Factors],
     ) -> Source:
-        """A module whose tensors are its own, and whose rank is that of the configuration."""
+        """Returns a module with tensors of its own, and with the rank of the configuration."""
         self._check_shapes(path, a, b)
         rank = self.config.rank(_pattern_path(path))
         if a[0] != rank:
@@ -277,7 +277,7 @@ class Contents:
             )
 
     def _find_extras(self) -> dict[str, Any]:
-        """Tensors that are not updates, all of which the configuration must account for."""
+        """Finds the tensors that are not updates; the configuration must account for all."""
         modules = self.modules.items()
         embeddings = {path for path, m in modules if m.outline.kind.name == "embedding"}
         extras, unclaimed = {}, []
@@ -329,7 +329,7 @@ def _outline(rank: int, m: int, n: int, kind: Kind) -> LoRA:
 
 
 def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
-    """The factors of a layer; a convolution's are flat."""
+    """Returns the factors of a layer; a convolution's are flat."""
     return a.reshape(len(a), -1), b.reshape(b.shape[:2])
 
 
@@ -346,7 +346,7 @@ def _check_finite(file: Path, key: str, value: np.ndarray) -> None:
 
 
 def _pattern_path(path: str) -> str:
-    """The path that peft matches patterns with: that of the outermost wrapped module."""
+    """Returns the path that peft matches patterns with: that of the outermost wrapped module."""
     return path.partition(WRAPPED)[0]
 
 
@@ -355,7 +355,7 @@ def _is_float(dtype: np.dtype) -> bool:
 
 
 def _float32(value: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """The value times the scale in float32, rounded once."""
+    """Returns the value times the scale in float32, rounded once."""
     with np.errstate(over="ignore", invalid="ignore"):
         if scale == 1.0:
             return value.astype(np.float32, copy=False)

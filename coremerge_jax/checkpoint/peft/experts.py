@@ -22,7 +22,7 @@ LAYOUT_VERSION = "0.19.0"
 
 
 def target_names(module: str, targets: Sequence[str]) -> list[str]:
-    """Names of the parameters of a module that ``target_parameters`` selects."""
+    """Returns the names of the parameters of a module that ``target_parameters`` selects."""
     names = set()
     for target in targets:
         owner, _, name = target.rpartition(".")
@@ -102,14 +102,14 @@ def unpack(a: np.ndarray, b: np.ndarray, *, rank: int, index: int) -> tuple[np.n
 
 
 def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse of `unpack` for all experts of a parameter, which have one rank."""
+    """Returns the inverse of `unpack` for all experts of a parameter, which have one rank."""
     a = np.concatenate([a for a, _ in parts])
     b = np.stack([b for _, b in parts], axis=2)
     return a, b.reshape(len(b), -1)
 
 
 def split_path(path: str) -> tuple[str, int]:
-    """Parameter path and index of an expert's path ``parameter[index]``.
+    """Returns the parameter path and index of an expert's path ``parameter[index]``.
 
     Raises:
         FormatError: the path has no index.

@@ -29,7 +29,7 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shar
 
 
 def split_factor(key: str) -> tuple[str, str] | None:
-    """Module path and factor name (``"lora_A.weight"``) of a key, None for other tensors."""
+    """Splits a key into module path and factor (``"lora_A.weight"``); None for other tensors."""
     for pattern in _FACTORS:
         match = pattern.fullmatch(key.removeprefix(PREFIX))
         if match:
@@ -39,7 +39,7 @@ def split_factor(key: str) -> tuple[str, str] | None:
 
 
 def extra_name(key: str) -> str:
-    """The name of a tensor that is not a factor, as it is in the base model."""
+    """Returns the name of a tensor that is not a factor, as it is in the base model."""
     return unwrapped(_TOKENS.sub("", _SAVED.sub("", key.removeprefix(PREFIX))))
 
 
@@ -49,7 +49,7 @@ def is_copy(name: str, names: Collection[str]) -> bool:
 
 
 def unwrapped(path: str) -> str:
-    """A path or name without peft's wrappers."""
+    """Returns a path or name without peft's wrappers."""
     return re.sub(rf"({re.escape(WRAPPED)})+(?=\.|$)", "", path)
 
 

@@ -93,18 +93,18 @@ class Layout:
         return any(name.endswith(".lora_B.bias") for name in self._outline.extras)
 
     def keys(self, groups: Iterable[str]) -> list[str]:
-        """The names of the tensors of groups."""
+        """Returns the names of the tensors of groups."""
         return [key for group in groups for pair in self._pairs[group] for key in pair.names]
 
     def tensors(
         self, group: str, loras: Mapping[str, LoRA], rank: int
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of a group by key, given its modules and their common rank."""
+        """Yields the tensors of a group by key, given its modules and their common rank."""
         for pair in self._pairs[group]:
             yield from pair.tensors(loras, rank)
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        """The content of adapter_config.json; alpha equals the rank, so that the scaling is 1.
+        """Returns the content of adapter_config.json; alpha is the rank, so that the scaling is 1.
 
         Args:
             ranks: of each group.
@@ -142,7 +142,7 @@ class Layout:
 
 
 def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The experts of each fused parameter, in order."""
+    """Returns the experts of each fused parameter, in order."""
     found: dict[str, dict[int, str]] = {}
     for path in paths:
         parameter, index = experts.split_path(path)
@@ -156,12 +156,12 @@ def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _outer(path: str) -> str:
-    """The layer that contains a module: the output projection of an attention is part of it."""
+    """Returns the layer that a module is part of: an attention has its output projection."""
     return path.partition(WRAPPED)[0]
 
 
 def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors with zeros up to a rank, which does not change the update."""
+    """Returns the factors with zeros up to a rank, which does not change the update."""
     more = rank - lora.rank
     a, b = np.asarray(lora.a), np.asarray(lora.b)
     return (np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))) if more else (a, b)

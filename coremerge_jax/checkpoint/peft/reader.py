@@ -32,7 +32,7 @@ class PeftFile(AdapterFile):
         return (self._reader.file.parent,)
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """The modules with these paths, by one opening of the file.
+        """Returns the modules with these paths, by one opening of the file.
 
         Experts of one parameter, and VeRA's projections, are read once if asked for in a row.
 

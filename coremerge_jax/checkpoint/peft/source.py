@@ -28,7 +28,7 @@ _HUB_ID = re.compile(
 
 
 def locate(source: str | Path) -> Path:
-    """The folder that holds an adapter's files.
+    """Returns the folder that holds an adapter's files.
 
     Args:
         source: a folder, or a Hugging Face id ``owner/name`` or ``owner/name@revision``, which is
@@ -41,7 +41,7 @@ def locate(source: str | Path) -> Path:
 
 
 def find_folder(source: str | Path, download: Callable[..., Path], config: str) -> Path:
-    """A folder, or that of a Hugging Face id.
+    """Returns a folder, or that of a Hugging Face id.
 
     Args:
         source: see `locate`.
@@ -114,7 +114,7 @@ def _line(error: Exception) -> str:
 
 
 def weights_file(folder: Path) -> Path:
-    """The adapter's safetensors file.
+    """Returns the adapter's safetensors file.
 
     Raises:
         FormatError: there are no weights.
@@ -132,7 +132,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def hash_source(source: str | Path) -> dict[str, str]:
-    """SHA-256 of each file that an adapter was read from.
+    """Returns the SHA-256 of each file that an adapter was read from.
 
     Args:
         source: what `load_peft` takes.

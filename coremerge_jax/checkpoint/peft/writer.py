@@ -169,7 +169,7 @@ def _copy(part: Path, file: TensorWriter) -> None:
 
 @contextlib.contextmanager
 def _weights(file: Path, layout: Layout, dtype: np.dtype) -> Iterator[TensorWriter]:
-    """The file of an adapter, for its factors: wider extras come before them, others behind."""
+    """Yields a writer for an adapter's factors: wider extras come before them, others behind."""
     widths = {key: _written_as(value, dtype).itemsize for key, value in layout.extras.items()}
     ordered = sorted(widths, key=lambda key: -widths[key])
     names = [*layout.keys(layout.groups), *ordered]
@@ -189,7 +189,7 @@ def _cut(
     energy: float | None,
     kept: dict[str, float],
 ) -> Iterator[Mapping[str, LoRA]]:
-    """The parts, truncated where that is wanted; notes the energy that each module kept."""
+    """Yields the parts, truncated where that is wanted; notes the energy that each module kept."""
     if rank is None and energy is None:
         return iter(parts)
     from coremerge_jax.truncation import truncate
@@ -254,7 +254,7 @@ def _written_as(value: Array, dtype: np.dtype) -> np.dtype:
 
 
 def _cast(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The tensor in another dtype, if that can hold the largest of its magnitudes."""
+    """Returns the tensor in another dtype, if that can hold the largest of its magnitudes."""
     if _is_whole(dtype):
         return value
     with np.errstate(over="ignore", invalid="ignore"):
