@@ -62,6 +62,7 @@ def test_speed_with_all_peers(run_speed):
     assert "scaled_by" not in rows["llama-3-8b", "ties"]["times"]["torch"]
 
 
+@pytest.mark.nightly
 def test_plot(run_speed, tmp_path):
     plot = pytest.importorskip("plot", exc_type=ImportError)
     run_speed("--only", "vit-b32", "--only", "tasks-[24]", "--rules", "ties", "--peers", "")

@@ -19,7 +19,11 @@ RULES = {
     "isotropize": cm.isotropize(),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-spaces = pytest.mark.parametrize("space", [cm.core(), cm.full(), cm.knots()], ids=str)
+spaces = pytest.mark.parametrize(
+    "space",
+    [cm.core(), *(pytest.param(x, marks=pytest.mark.wide) for x in (cm.full(), cm.knots()))],
+    ids=str,
+)
 
 
 @pytest.fixture

@@ -73,7 +73,14 @@ def choices(name, values):
 
 
 every_ranks = choices("ranks", [RANKS[0], pytest.param(RANKS[1], marks=pytest.mark.wide)])
-every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys(), scope="module")
+every_space = pytest.mark.parametrize(
+    "space",
+    [
+        pytest.param(space, id=name, marks=[] if name == "core" else [pytest.mark.wide])
+        for name, space in SPACES.items()
+    ],
+    scope="module",
+)
 
 
 @every_space

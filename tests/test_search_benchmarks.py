@@ -5,6 +5,7 @@ import json
 import demo_rules
 import fit
 import numpy as np
+import pytest
 import sweep
 
 from coremerge_jax.rules import RULES
@@ -21,6 +22,7 @@ def test_a_sweep_compiles_as_much_as_one_merge(tmp_path):
     assert "| 6: tilt, shear" in (tmp_path / "sweep.md").read_text()
 
 
+@pytest.mark.nightly
 def test_learned_coefficients_beat_the_best_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "SCALES", np.arange(0.4, 0.9, 0.1))
     monkeypatch.setattr(fit, "KINDS", fit.KINDS[:2])

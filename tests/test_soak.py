@@ -14,7 +14,9 @@ def run(tmp_path, *options):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("cores", [1, 2, 4])
+@pytest.mark.parametrize(
+    "cores", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 4))]
+)
 def test_nothing_hangs(tmp_path, cores):
     code, row = run(tmp_path, "--cores", str(cores), "--merges", "300", "--patience", "100")
     assert "error" not in row, f"{row['step']}: {row['error']}"

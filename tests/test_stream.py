@@ -117,7 +117,11 @@ SPACES = {
     ("rule", "space"),
     [
         *((rule, cm.core()) for rule in COSTLY.values()),
-        *((COSTLY[name], space) for space in SPACES.values() for name in ("ties", "sce", "tsv")),
+        *(
+            pytest.param(COSTLY[name], space, marks=pytest.mark.wide)
+            for space in SPACES.values()
+            for name in ("ties", "sce", "tsv")
+        ),
     ],
     ids=[*COSTLY, *(f"{name} in {space}" for space in SPACES for name in ("ties", "sce", "tsv"))],
 )

@@ -48,10 +48,15 @@ MORE = {
     "full": ("tsv", "cart", "flatten", "svc", "pico"),
     "knots": ("tsv", "cart", "flatten", "svc"),
 }
-PLACES = [pytest.param((name, "core"), id=f"{name}-core") for name in CASES] + [
-    pytest.param((name, space), id=f"{name}-{space}", marks=pytest.mark.wide)
-    for space, names in MORE.items()
-    for name in names
+NARROW = {"ties", "tsv", "cart", "isotropize", "flatten", "svc", "pico", "dare|ties"}
+PLACES = [(name, "core") for name in CASES] + [(x, space) for space in MORE for x in MORE[space]]
+PLACES = [
+    pytest.param(
+        (name, space),
+        id=f"{name}-{space}",
+        marks=[] if space == "core" and name in NARROW else [pytest.mark.wide],
+    )
+    for name, space in PLACES
 ]
 
 
