@@ -134,6 +134,7 @@ def test_weight_zero_equals_absence(rule, seed, ranks):
         assert_same(merge(absent, rule, weights=weights[::-1]), merged, 0)
 
 
+@pytest.mark.wide
 @rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM, SINGULAR)
 def test_weights_of_one_equal_none(rule, seed):
     adapters = random_adapters(SHAPES, RANKS[0], seed)

@@ -16,6 +16,7 @@ BUILDS = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_gradients_in_parameters_while_the_adapters_are_constants(build):
     adapters = random_adapters({"x.p": (9, 7), "x.q": (9, 7)}, (2, 3, 3), dtype="float32")

@@ -126,7 +126,9 @@ SPACES = {
     ids=[*COSTLY, *(f"{name} in {space}" for space in SPACES for name in ("ties", "sce", "tsv"))],
 )
 @pytest.mark.parametrize(
-    "shape", [(300, 200), pytest.param((40, 50), marks=pytest.mark.wide)], ids=["tall", "saturated"]
+    "shape",
+    [(300, 200), pytest.param((40, 50), marks=pytest.mark.nightly)],
+    ids=["tall", "saturated"],
 )
 def test_memory_is_not_underestimated(rule, space, shape):
     """Against what XLA says that the compiled program takes."""

@@ -197,6 +197,7 @@ def _lenient():
         yield
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_lenient")
 def test_the_whole_study(made, tmp_path, monkeypatch):
     done, said = made

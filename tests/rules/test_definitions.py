@@ -7,6 +7,8 @@ from helpers import KEY, assert_same, dense, modules, random_adapters
 
 import coremerge_jax as cm
 
+pytestmark = pytest.mark.wide
+
 SHAPES, RANKS = modules((16, 12)), (2, 3, 2)
 
 

@@ -153,6 +153,7 @@ def test_at_random_points(place):
     check(*place, random_point(place[0]))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["ties", "tsv", "isotropize"])
 def test_of_more_directions_than_there_is_space_for(name):
     check(name, "core", random_point(name, (4, 4, 4)), ranks=(4, 4, 4))
@@ -246,6 +247,7 @@ def test_finite_in_every_direction(place):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["tsv-core", "tsv-knots", "iso_cts-core"])
 def test_an_update_of_zero_has_no_directions(name):
     """Nor are those of rounding errors taken for its own."""
