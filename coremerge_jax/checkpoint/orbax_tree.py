@@ -4,12 +4,15 @@ It is imported late, as that takes time which those who merge PEFT folders need 
 """
 
 import contextlib
+import contextvars
 import errno
 import os
 import re
 import stat
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +177,9 @@ def write_tree(
     arrays = jax.tree.map(_spread if jax.process_count() > 1 else put, tree)
     named = {} if item is None else {"checkpointable_name": item}
     with _system_errors(folder):
-        ocp.save(folder / "new", arrays, custom_metadata=dict(custom), **named)
+        _to_its_end(
+            partial(ocp.save, folder / "new", arrays, custom_metadata=dict(custom), **named)
+        )
     if jax.process_index() == 0:
         for path in (folder / "new").iterdir():
             path.rename(folder / path.name)
@@ -221,6 +226,15 @@ def _spread(x: Any) -> Any:
     spec = jax.sharding.PartitionSpec(*names)
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "all"), spec)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _to_its_end(save: Callable[[], None]) -> None:
+    """Saves; the exception of a signal that comes meanwhile is raised once orbax has ended.
+
+    An exception inside of a save leaves threads of orbax that go on to write, or wait for ever.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="coremerge-save") as pool:
+        pool.submit(contextvars.copy_context().run, save).result()
 
 
 def _alone() -> Any:

@@ -30,7 +30,7 @@ from coremerge_jax.cli.merge import EPILOG, merge
 from coremerge_jax.cli.report import EPILOG as REPORT_EPILOG
 from coremerge_jax.cli.report import report
 from coremerge_jax.cli.rules import rules
-from coremerge_jax.cli.signals import unwind_on_signals
+from coremerge_jax.cli.signals import Ended, unwind_on_signals
 from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
 from coremerge_jax.cli.sweep import sweep
 from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
@@ -90,7 +90,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         if not debug:
             _print_warnings()
-        code = _run(args, debug=debug)
+        try:
+            code = _run(args, debug=debug)
+        except Ended as ended:
+            code = ended.status
     end(code)
     sys.exit(code)
 

@@ -1,23 +1,36 @@
 """Signals that end a command."""
 
+import contextlib
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
 
 _PATIENCE = 10.0  # seconds that the tidying up after a signal may take
+_IMPORTS = 5.0  # seconds that imports may take before it begins
 
 
 class Ended(SystemExit):
-    """The end of a command by a signal."""
+    """End of a command by a signal.
+
+    Attributes:
+        status: the exit code.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def unwind_on_signals() -> Callable[[int], None]:
     """Has the first signal to end unwind the command, so that temporary files go.
 
     Those that come meanwhile are ignored; after a few seconds, one ends the process at once. What
-    the shell has had the process ignore, it goes on to ignore.
+    the shell has had the process ignore, it goes on to ignore. During an import, the signal waits:
+    extension modules crash if an exception is raised while they are initialized, or swallow it.
 
     Returns:
         What has any further signal end the process at once, with an exit code: for the end of the
@@ -26,14 +39,22 @@ def unwind_on_signals() -> Callable[[int], None]:
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    since: list[float] = []
+    came: list[float] = []  # when signals came
+    since: list[float] = []  # when the command began to unwind
 
-    def stop(number: int, _: Any) -> None:
-        if since and time.monotonic() - since[0] < _PATIENCE:
+    def stop(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if since and now - since[0] < _PATIENCE:
             return
         if since:
             os._exit(128 + number)
-        since.append(time.monotonic())
+        came.append(now)
+        if now - came[0] < _IMPORTS and _is_importing(frame):
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        since.append(now)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Ended(128 + number)
@@ -41,7 +62,23 @@ def unwind_on_signals() -> Callable[[int], None]:
     def end(code: int) -> None:
         for number in caught:
             signal.signal(number, lambda *_: os._exit(code))
+        others = [x for x in threading.enumerate() if x is not threading.main_thread()]
+        if since and not all(x.daemon for x in others):
+            # Python would wait for them, and some wait for what the signal has cut off.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
 
     for number in caught:
         signal.signal(number, stop)
     return end
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Returns True if a frame, or one that has called it, is of Python's import system."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -279,6 +279,45 @@ def test_a_command_tidies_up_however_often_it_is_told_to_end(number):
     assert err == ("interrupted\n" if number == signal.SIGINT else "")
 
 
+# Imports a module that takes a while; and leaves a thread that nobody ends.
+IMPORTING = """
+import sys, threading
+from coremerge_jax.__main__ import main
+from coremerge_jax import cli
+def command():
+    threading.Thread(target=threading.Event().wait).start()
+    try:
+        import slow_module
+        threading.Event().wait(60)
+    finally:
+        print("tidy", flush=True)
+cli.app.command("wait")(command)
+main()
+"""
+MODULE = """
+import time
+print("here", flush=True)
+try:
+    for _ in range(5):
+        time.sleep(0.1)
+except BaseException:
+    print("an extension module would crash", flush=True)
+print("imported", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_an_import_and_for_no_thread(number, tmp_path):
+    (tmp_path / "slow_module.py").write_text(MODULE)
+    with start(f"import sys; sys.path.append({str(tmp_path)!r})\n" + IMPORTING, "wait") as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "imported\ntidy\n"
+        assert process.stderr.read() == ("interrupted\n" if number == signal.SIGINT else "")
+    assert process.returncode == 128 + number
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_signal_while_the_interpreter_ends_is_silent():
     with start(AT_END, "--version") as process:
