@@ -108,7 +108,7 @@ class MergeStream:
                 self.effects.add(batch, facts)
             yield job.modules(batch, *job.apart(batch, a, b))
         if self._shared:
-            self.effects.add_up(total)
+            self.effects.add_up()
 
     def collect(self) -> Adapter:
         """Collects the whole merge in memory."""
@@ -199,7 +199,7 @@ class Effects:
         """Starts to count anew."""
         self.alive, self.merged, self.modules = [0] * len(self.alive), 0, 0
 
-    def add_up(self, total: Callable[..., Sequence[np.ndarray]]) -> None:
+    def add_up(self) -> None:
         """Adds what other processes have counted."""
         *alive, self.merged, self.modules = map(
             int, total(np.asarray([*self.alive, self.merged, self.modules]))[0]

@@ -93,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             code = _run(args, debug=debug)
         except Ended as ended:
-            code = ended.status
+            code = int(ended.code or 0)
     end(code)
     sys.exit(code)
 

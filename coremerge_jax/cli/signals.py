@@ -14,15 +14,7 @@ _IMPORTS = 5.0  # seconds that imports may take before it begins
 
 
 class Ended(SystemExit):
-    """End of a command by a signal.
-
-    Attributes:
-        status: the exit code.
-    """
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+    """End of a command by a signal."""
 
 
 def unwind_on_signals() -> Callable[[int], None]:
