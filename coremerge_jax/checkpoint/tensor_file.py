@@ -155,9 +155,17 @@ class TensorReader:
 
         Raises:
             FormatError: the file ends before.
+            MemoryError: they do not fit into memory.
         """
         # Not mapped into memory: all that is read of a mapped file counts as the program's memory.
-        value = np.empty(stop - start, self.tensors[key].dtype)
+        dtype = self.tensors[key].dtype
+        try:
+            value = np.empty(stop - start, dtype)
+        except MemoryError as error:
+            size = (stop - start) * dtype.itemsize / 2**30
+            raise MemoryError(
+                f"{self.file}: {size:.1f} GiB of tensor {key!r} do not fit into memory"
+            ) from error
         rest = value.view(np.uint8).data
         try:
             stream.seek(self.position(key, start))

@@ -72,6 +72,8 @@ def _check(output: Path, inputs: list[str], force: bool) -> None:
     from coremerge_jax.diagnosis.page import MARK  # refuses where there is no matplotlib
 
     check_file(output, mark=MARK, inputs=inputs, force=force)
+    if output.suffix.lower() not in ("", ".html", ".htm"):
+        raise RecipeError(f"{output}: the report is an HTML page; give a name that ends in .html")
 
 
 def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":

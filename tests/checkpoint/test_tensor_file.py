@@ -192,6 +192,12 @@ def test_a_file_that_is_cut_while_it_is_open(tmp_path):
             tensor("b")
 
 
+def test_what_does_not_fit_into_memory_is_named(tmp_path):
+    save_file({"x": np.ones(4, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(MemoryError, match=r"x\.safetensors: 1073741824.0 GiB of tensor 'x'"):
+        TensorReader(tmp_path / "x.safetensors").read_part("x", 0, 2**58)
+
+
 def test_a_lazy_tensor_is_read_when_an_array_is_made_of_it():
     reads = []
     values = np.arange(6, dtype=np.int8)

@@ -50,6 +50,7 @@ def test_refusals_write_nothing(coremerge, save, tmp_path):
         ([*paths, "-o", tmp_path], 1, "is a folder; give the name of a file"),
         ([*paths, "-o", out], 1, "--allow-mismatch"),
         ([*paths, "-o", tmp_path / "none" / "x.html"], 1, "there is no such folder"),
+        ([*paths, "-o", tmp_path / "x.pdf"], 2, "give a name that ends in .html"),
         ([tmp_path / "none", "-o", out], 1, "none"),
         (["-o", out], 2, "Missing argument 'ADAPTER...'"),
     ):
