@@ -131,7 +131,7 @@ class TensorReader:
             yield functools.lru_cache(maxsize=4)(functools.partial(self._read, stream))
 
     def read_part(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop`` of the flat tensor.
+        """Returns elements ``start`` to ``stop`` of the flat tensor.
 
         Raises:
             FormatError: the file is not what it was when the reader was made.
@@ -151,7 +151,7 @@ class TensorReader:
         return self.read_from(stream, key, 0, math.prod(shape)).reshape(shape)
 
     def read_from(self, stream: BinaryIO, key: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop`` of the flat tensor, from the opened file.
+        """Returns elements ``start`` to ``stop`` of the flat tensor, from the opened file.
 
         Raises:
             FormatError: the file ends before.
