@@ -4,9 +4,9 @@
 sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.
 """
 
-from coremerge_jax.diagnosis.collecting import diagnose
+from coremerge_jax.diagnosis.collecting import Diagnosis, diagnose
 from coremerge_jax.diagnosis.measures import Contribution, Measures, Pairs, Spectra, measure
-from coremerge_jax.diagnosis.results import Diagnosis, Module, RuleCost
+from coremerge_jax.diagnosis.results import Module, RuleCost
 
 __all__ = [
     "Contribution",

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from coremerge_jax.arguments import as_adapter, as_adapters, refuse_values
+from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.cost import Machine, batch_size, cost, expected_seconds
 from coremerge_jax.diagnosis.measures import measure
-from coremerge_jax.diagnosis.results import Diagnosis, Module, RuleCost
+from coremerge_jax.diagnosis.results import Module, Results, RuleCost
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.grid import implicit
 from coremerge_jax.lora import Adapter
@@ -21,6 +23,32 @@ from coremerge_jax.spaces import core
 from coremerge_jax.stack import Group, group_modules, label
 
 _measure = jax.jit(measure, static_argnames=("ranks", "dtype"))
+
+
+class Diagnosis(Results):
+    """Results of `diagnose`, which can be rendered as a page."""
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Renders one page with plots and their findings; it needs no other file and no network.
+
+        Args:
+            path: the file to write, if any; it appears whole or not at all. A file that is already
+                there is replaced if it is such a page.
+
+        Returns:
+            The HTML text. matplotlib and jinja2 have to be installed.
+
+        Raises:
+            FormatError: the file may not be written.
+        """
+        from coremerge_jax.diagnosis.page import MARK, render
+
+        if path is None:
+            return render(self)
+        with atomic_file(path, mark=MARK, force=True) as file:
+            text = render(self)
+            file.write_text(text, encoding="utf-8")
+        return text
 
 
 def diagnose(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from coremerge_jax.diagnosis.places import arrange
-from coremerge_jax.diagnosis.results import Diagnosis
+from coremerge_jax.diagnosis.results import Results
 
 
-def stack_directions(diagnosis: Diagnosis) -> str:
+def stack_directions(diagnosis: Results) -> str:
     """Says how many directions the B factors span in the median module."""
     stacks = [np.asarray(module.measures.spectra.stack_b) for module in diagnosis]
     ranks, used, most = (
@@ -25,7 +25,7 @@ def stack_directions(diagnosis: Diagnosis) -> str:
     )
 
 
-def fewest_directions(diagnosis: Diagnosis) -> str:
+def fewest_directions(diagnosis: Results) -> str:
     """Names the adapters that need most and fewest directions for 90% of their energy."""
     needed: list[list[int]] = [[] for _ in diagnosis.adapters]
     for module in diagnosis:
@@ -38,7 +38,7 @@ def fewest_directions(diagnosis: Diagnosis) -> str:
     return f"Directions for 90% of the energy: fewest in {text[0]}, most in {text[1]}."
 
 
-def ranks_needed(diagnosis: Diagnosis) -> str:
+def ranks_needed(diagnosis: Results) -> str:
     """Returns the ranks that keep most of the energy."""
     update = "merged" if diagnosis.merged else "total"
     full = len(diagnosis.energy_kept(update))
@@ -46,7 +46,7 @@ def ranks_needed(diagnosis: Diagnosis) -> str:
     return f"Of {full} directions, {ranks[0]} keep 90% and {ranks[1]} keep 99%."
 
 
-def first_direction(diagnosis: Diagnosis) -> str:
+def first_direction(diagnosis: Results) -> str:
     """Says how much of the energy is in one direction."""
     merged, total = (diagnosis.energy_kept(update)[0] for update in ("merged", "total"))
     return (
@@ -87,7 +87,7 @@ def extremes(low: str, high: str, names: Sequence[str], values: np.ndarray) -> s
 
 
 def extreme_module(
-    diagnosis: Diagnosis, values: np.ndarray, what: str = "Highest", sign: int = 1
+    diagnosis: Results, values: np.ndarray, what: str = "Highest", sign: int = 1
 ) -> str:
     """Returns the module with the highest number, or the lowest."""
     if len(values) < 2 or np.isnan(values).all():
@@ -96,7 +96,7 @@ def extreme_module(
     return f"{what}: {diagnosis.modules[best].path} ({values[best]:.3g})."
 
 
-def layers(diagnosis: Diagnosis, kept: np.ndarray) -> str:
+def layers(diagnosis: Results, kept: np.ndarray) -> str:
     """Returns the layers that keep least and most."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
@@ -142,32 +142,32 @@ def two_digits(value: float) -> str:
     return "–" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
-def weighted_mean(diagnosis: Diagnosis, name: str) -> np.ndarray:
+def weighted_mean(diagnosis: Results, name: str) -> np.ndarray:
     """Returns the mean over modules by their energy, for each adapter."""
     values, energy = diagnosis.by_adapter(name), diagnosis.by_adapter("norms") ** 2
     total = np.nansum(energy, axis=0)
     return np.nansum(values * energy, axis=0) / np.where(total > 0, total, 1)
 
 
-def relative_size(diagnosis: Diagnosis) -> np.ndarray:
+def relative_size(diagnosis: Results) -> np.ndarray:
     """Returns the size of each merged module relative to its adapters, NaN where undefined."""
     found = of_merged(diagnosis, "norm")
     norms = np.sqrt(row_means(diagnosis.by_adapter("norms") ** 2))
     return np.where(norms > 0, found / np.where(norms > 0, norms, 1), np.nan)
 
 
-def of_merged(diagnosis: Diagnosis, name: str) -> np.ndarray:
+def of_merged(diagnosis: Results, name: str) -> np.ndarray:
     """Returns a number of each merged module, NaN where there is none."""
     parts = [module.measures.contribution for module in diagnosis]
     return np.asarray([np.nan if part is None else float(getattr(part, name)) for part in parts])
 
 
-def above_chance(diagnosis: Diagnosis, overlap: np.ndarray, field: str = "outputs") -> float:
+def above_chance(diagnosis: Results, overlap: np.ndarray, field: str = "outputs") -> float:
     """Returns the end of a scale on which what is no more than chance looks low."""
     return max(float(np.nan_to_num(overlap).max()), 3 * chance_overlap(diagnosis, field))
 
 
-def chance_overlap(diagnosis: Diagnosis, field: str = "outputs") -> float:
+def chance_overlap(diagnosis: Results, field: str = "outputs") -> float:
     """Returns the mean overlap of random spaces of these ranks."""
     axis = 0 if field == "outputs" else 1
     means = []

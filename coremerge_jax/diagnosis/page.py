@@ -9,7 +9,7 @@ import numpy as np
 from coremerge_jax import __version__
 from coremerge_jax.diagnosis import findings, plots
 from coremerge_jax.diagnosis.plots import Scale, around
-from coremerge_jax.diagnosis.results import Diagnosis
+from coremerge_jax.diagnosis.results import Results
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.foreign_text import printable, shortened
 
@@ -60,7 +60,7 @@ class Section:
     items: Sequence[Plot | Table]
 
 
-def render(diagnosis: Diagnosis) -> str:
+def render(diagnosis: Results) -> str:
     """Returns the page as HTML text."""
     environment = jinja2.Environment(
         autoescape=True,
@@ -80,7 +80,7 @@ def render(diagnosis: Diagnosis) -> str:
     )
 
 
-def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
+def _sections(diagnosis: Results) -> Iterator[Section]:
     yield Section("Spectra", list(_spectra(diagnosis)))
     yield Section("How the adapters relate", list(_relations(diagnosis)))
     yield Section("What the merge has of each adapter", list(_merge(diagnosis)))
@@ -91,7 +91,7 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
 # --- The top -------------------------------------------------------------------------------
 
 
-def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
+def _facts(diagnosis: Results) -> Iterator[tuple[str, str]]:
     """Yields the main numbers, and what they are."""
     several = len(diagnosis.adapters) > 1
     yield f"{len(diagnosis.adapters)}", "adapters" if several else "adapter"
@@ -113,7 +113,7 @@ def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
         yield f"{findings.mean(diagnosis.totals()['kept']):.0%}", "of each adapter kept, on average"
 
 
-def _adapters(diagnosis: Diagnosis) -> Table:
+def _adapters(diagnosis: Results) -> Table:
     norms = np.sqrt(np.nansum(diagnosis.by_adapter("norms") ** 2, axis=0))
     totals = diagnosis.totals()
     overlap, outvoted = (
@@ -148,7 +148,7 @@ def _range(values: Sequence[int]) -> str:
 # --- Sections ------------------------------------------------------------------------------
 
 
-def _spectra(diagnosis: Diagnosis) -> Iterator[Plot]:
+def _spectra(diagnosis: Results) -> Iterator[Plot]:
     yield Plot(
         "Stacks of all adapters",
         plots.stacks(diagnosis),
@@ -173,7 +173,7 @@ def _spectra(diagnosis: Diagnosis) -> Iterator[Plot]:
     )
 
 
-def _relations(diagnosis: Diagnosis) -> Iterator[Plot | Table]:
+def _relations(diagnosis: Results) -> Iterator[Plot | Table]:
     names = diagnosis.adapters
     if len(names) < 2:
         return
@@ -218,7 +218,7 @@ def _relations(diagnosis: Diagnosis) -> Iterator[Plot | Table]:
     yield _closest(diagnosis)
 
 
-def _closest(diagnosis: Diagnosis) -> Table:
+def _closest(diagnosis: Results) -> Table:
     outputs, inputs, cosine, conflict = (
         diagnosis.pairs(x) for x in ("outputs", "inputs", "cosine", "conflict")
     )
@@ -237,7 +237,7 @@ def _closest(diagnosis: Diagnosis) -> Table:
     )
 
 
-def _merge(diagnosis: Diagnosis) -> Iterator[Plot]:
+def _merge(diagnosis: Results) -> Iterator[Plot]:
     totals, names = diagnosis.totals(), diagnosis.adapters
     if not totals:
         return
@@ -290,7 +290,7 @@ def _merge(diagnosis: Diagnosis) -> Iterator[Plot]:
     )
 
 
-def _maps(diagnosis: Diagnosis) -> Iterator[Plot]:
+def _maps(diagnosis: Results) -> Iterator[Plot]:
     norms = np.sqrt(findings.row_means(diagnosis.by_adapter("norms") ** 2))
     yield Plot(
         "Size of updates",
@@ -322,7 +322,7 @@ def _maps(diagnosis: Diagnosis) -> Iterator[Plot]:
         )
 
 
-def _costs(diagnosis: Diagnosis) -> Iterator[Plot | Table]:
+def _costs(diagnosis: Results) -> Iterator[Plot | Table]:
     costs = diagnosis.costs
     dearest = max(costs, key=lambda one: one.products + one.core)
     yield Plot(

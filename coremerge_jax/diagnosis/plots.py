@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coremerge_jax.diagnosis.places import Grid, arrange
-from coremerge_jax.diagnosis.results import Diagnosis, RuleCost
+from coremerge_jax.diagnosis.results import Results, RuleCost
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.foreign_text import printable, shortened
 from coremerge_jax.lora import Array
@@ -166,7 +166,7 @@ def _say(panel: Any, text: str) -> None:
 
 
 @_drawn
-def stacks(diagnosis: Diagnosis) -> tuple[Figure]:
+def stacks(diagnosis: Results) -> tuple[Figure]:
     """Draws singular values of the stacks, a panel for each kind of module."""
     kinds = _by_kind(diagnosis)
     columns = min(2, len(kinds))
@@ -191,7 +191,7 @@ def stacks(diagnosis: Diagnosis) -> tuple[Figure]:
     return (figure,)
 
 
-def _by_kind(diagnosis: Diagnosis) -> dict[str, list[int]]:
+def _by_kind(diagnosis: Results) -> dict[str, list[int]]:
     """Places of modules by kind, those of many kinds together."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
@@ -206,7 +206,7 @@ def _by_kind(diagnosis: Diagnosis) -> dict[str, list[int]]:
 
 
 @_drawn
-def updates(diagnosis: Diagnosis) -> tuple[Figure]:
+def updates(diagnosis: Results) -> tuple[Figure]:
     """Draws singular values of the adapters' updates."""
     figure, panel = _panel(3.6)
     rows: list[list[Array]] = [[] for _ in diagnosis.adapters]
@@ -234,7 +234,7 @@ def _solid(table: np.ndarray) -> np.ndarray:
 
 
 @_drawn
-def results(diagnosis: Diagnosis) -> tuple[Figure]:
+def results(diagnosis: Results) -> tuple[Figure]:
     """Draws singular values of the sum and of the merged update."""
     figure, panel = _panel(3.6)
     for name, label, style in _kept_updates(diagnosis):
@@ -248,7 +248,7 @@ def results(diagnosis: Diagnosis) -> tuple[Figure]:
 
 
 @_drawn
-def energy(diagnosis: Diagnosis) -> tuple[Figure]:
+def energy(diagnosis: Results) -> tuple[Figure]:
     """Returns the share of the energy that a rank budget keeps."""
     figure, panel = _panel(3.6)
     for name, label, style in _kept_updates(diagnosis):
@@ -266,7 +266,7 @@ def energy(diagnosis: Diagnosis) -> tuple[Figure]:
     return (figure,)
 
 
-def _kept_updates(diagnosis: Diagnosis) -> list[tuple[str, str, dict[str, Any]]]:
+def _kept_updates(diagnosis: Results) -> list[tuple[str, str, dict[str, Any]]]:
     total = ("total", "sum of all", {"color": ORANGE, "ls": "--"})
     merged = ("merged", "merged", {"color": BLUE})
     return [merged, total] if diagnosis.merged else [total]
@@ -292,7 +292,7 @@ def pairs(names: Sequence[str], values: np.ndarray, scale: Scale = _SHARE) -> tu
 
 
 @_drawn
-def modules(diagnosis: Diagnosis, values: np.ndarray, scale: Scale = _SHARE) -> tuple[Figure]:
+def modules(diagnosis: Results, values: np.ndarray, scale: Scale = _SHARE) -> tuple[Figure]:
     """Draws a number of each module: layers down and kinds across, or a list of bars."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:
@@ -305,7 +305,7 @@ def modules(diagnosis: Diagnosis, values: np.ndarray, scale: Scale = _SHARE) -> 
 
 
 @_drawn
-def depth(diagnosis: Diagnosis, values: np.ndarray, scale: Scale) -> tuple[Figure]:
+def depth(diagnosis: Results, values: np.ndarray, scale: Scale) -> tuple[Figure]:
     """Draws a number of each module and adapter: layers down, adapters across."""
     grid = arrange([module.path for module in diagnosis])
     if grid is None:

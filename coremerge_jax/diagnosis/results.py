@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,8 +49,8 @@ class RuleCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """Results of `diagnose`.
+class Results:
+    """Measures of adapters, module by module, and their sums.
 
     Attributes:
         adapters: their names.
@@ -179,29 +178,6 @@ class Diagnosis:
                 **_plain(self.totals()),
             },
         }
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """Renders one page with plots and their findings; it needs no other file and no network.
-
-        Args:
-            path: the file to write, if any; it appears whole or not at all. A file that is already
-                there is replaced if it is such a page.
-
-        Returns:
-            The HTML text. matplotlib and jinja2 have to be installed.
-
-        Raises:
-            FormatError: the file may not be written.
-        """
-        from coremerge_jax.checkpoint.atomic import atomic_file
-        from coremerge_jax.diagnosis.page import MARK, render
-
-        if path is None:
-            return render(self)
-        with atomic_file(path, mark=MARK, force=True) as file:
-            text = render(self)
-            file.write_text(text, encoding="utf-8")
-        return text
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ class Fit:
         """
         from coremerge_jax.search.plotting import draw_fit, save
 
-        return save(draw_fit(self), path)
+        return save(draw_fit(self.history, self.step), path)
 
 
 def fit(

@@ -2,18 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from coremerge_jax.checkpoint.atomic import atomic_file
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.foreign_text import printable, shortened
-
-if TYPE_CHECKING:
-    from coremerge_jax.search.fitting import Fit
-    from coremerge_jax.search.results import Sweep
 
 _LEAST_SPAN = 1e-4  # of the largest number
 
@@ -33,6 +29,22 @@ STYLE: Any = {
     "svg.hashsalt": "coremerge",
     "text.parse_math": False,
 }
+
+
+class Candidate(Protocol):
+    """A candidate of a sweep, as far as a figure shows it."""
+
+    @property
+    def name(self) -> str:
+        """The name of the rule."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The values of its parameters."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Its scores."""
 
 
 def save(figure: Any, path: str | Path | None) -> Any:
@@ -68,7 +80,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_styled
-def draw_sweep(sweep: "Sweep") -> Any:
+def draw_sweep(sweep: Sequence[Candidate], objective: str, maximize: bool) -> Any:
     """Draws one panel a parameter."""
     rules = list(dict.fromkeys(record.name for record in sweep))
     names = list(dict.fromkeys(name for record in sweep for name in record.parameters))
@@ -78,45 +90,44 @@ def draw_sweep(sweep: "Sweep") -> Any:
         numbers = all(isinstance(x, int | float) for x in _values(sweep, name))
         for i, rule in enumerate(rules):
             points = [
-                (x.parameters[name] if numbers else str(x.parameters[name]), x)
+                (x.parameters[name] if numbers else str(x.parameters[name]), x.metrics[objective])
                 for x in sweep
                 if x.name == rule and name in x.parameters
             ]
             if points:
-                _draw_rule(panel, points, sweep, numbers, color=f"C{i}", label=_label(rule))
+                _draw_rule(panel, points, maximize, numbers, color=f"C{i}", label=_label(rule))
         panel.set_xlabel(_label(name))
-    panels[0].set_ylabel(_label(sweep.objective))
-    _widen(panels[0], [x.metrics[sweep.objective] for x in sweep if sweep.objective in x.metrics])
+    panels[0].set_ylabel(_label(objective))
+    _widen(panels[0], [x.metrics[objective] for x in sweep if objective in x.metrics])
     if len(rules) > 1 and varied:
         panels[0].legend(frameon=False)
     return figure
 
 
 def _draw_rule(
-    panel: Any, points: list[tuple[Any, Any]], sweep: "Sweep", numbers: bool, **style: str
+    panel: Any, points: list[tuple[Any, float]], maximize: bool, numbers: bool, **style: str
 ) -> None:
     """Draws all points, and a line through the best at each place."""
-    every = [(x, record.metrics[sweep.objective]) for x, record in points]
-    shown = [point for point in every if math.isfinite(point[1])]
+    shown = [point for point in points if math.isfinite(point[1])]
     if not shown:
         return
     panel.plot(*zip(*shown, strict=True), ".", color=style["color"], alpha=0.25)
     best: dict[Any, float] = {}
     for x, y in shown:
-        best[x] = (max if sweep.maximize else min)(best.get(x, y), y)
+        best[x] = (max if maximize else min)(best.get(x, y), y)
     order = sorted(best) if numbers else list(best)
     panel.plot(order, [best[x] for x in order], **style)
 
 
 @_styled
-def draw_fit(fit: "Fit") -> Any:
-    """Returns the losses by step."""
+def draw_fit(history: Sequence[Mapping[str, float]], kept: int) -> Any:
+    """Draws the losses by step, and the step that was kept."""
     figure, (panel,) = _panels(1)
     for name in ("loss", "validation"):
-        shown = [(row["step"], row[name]) for row in fit.history if name in row]
+        shown = [(row["step"], row[name]) for row in history if name in row]
         if shown:
             panel.plot(*zip(*shown, strict=True), label=name)
-    panel.axvline(fit.step, color="gray", linestyle=":", label="kept")
+    panel.axvline(kept, color="gray", linestyle=":", label="kept")
     panel.set_xlabel("step")
     panel.set_ylabel("loss")
     panel.legend(frameon=False)
@@ -154,5 +165,5 @@ def _widen(panel: Any, values: Sequence[float]) -> None:
         panel.set_ylim(middle - least / 2, middle + least / 2)
 
 
-def _values(sweep: "Sweep", name: str) -> list[Any]:
+def _values(sweep: Sequence[Candidate], name: str) -> list[Any]:
     return list(dict.fromkeys(x.parameters[name] for x in sweep if name in x.parameters))

@@ -159,7 +159,7 @@ class Sweep:
         """
         from coremerge_jax.search.plotting import draw_sweep, save
 
-        return save(draw_sweep(self), path)
+        return save(draw_sweep(self.records, self.objective, self.maximize), path)
 
 
 def _text(name: str) -> Text:

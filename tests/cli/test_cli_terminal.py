@@ -23,7 +23,6 @@ from coremerge_jax.diagnosis import plots
 from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.foreign_text import json_escaped, printable, shortened
 from coremerge_jax.search import Sweep
-from coremerge_jax.search.plotting import draw_sweep, save
 from coremerge_jax.search.results import Record
 
 HOSTILE = [
@@ -173,7 +172,7 @@ def test_any_name_can_be_in_a_plot(name):
 @pytest.mark.parametrize("name", ["$x^2_{$", "漢字 😀", "a\x1bb", "_a"])
 def test_any_name_can_be_in_the_plot_of_a_sweep(name, tmp_path):
     records = [Record(r, None, {name: v}, {name: 1.0}, 0.1) for r in (name, "b") for v in (1, 2)]
-    save(draw_sweep(Sweep(tuple(records), name)), tmp_path / "x.svg")
+    Sweep(tuple(records), name).plot(tmp_path / "x.svg")
     assert printable(name) in (tmp_path / "x.svg").read_text()
 
 
@@ -196,7 +195,7 @@ def test_numbers_that_are_not_finite_do_not_stretch_a_color_scale(scale):
 
 def test_rounding_noise_is_a_line_in_the_plot_of_a_sweep():
     records = [Record("r", None, {"x": v}, {"s": 0.7 + v * 1e-15}, 0.1) for v in (1, 2, 3)]
-    low, high = draw_sweep(Sweep(tuple(records), "s")).axes[0].get_ylim()
+    low, high = Sweep(tuple(records), "s").plot().axes[0].get_ylim()
     assert high - low > 1e-5
 
 
