@@ -63,7 +63,7 @@ def write_files(options: argparse.Namespace) -> None:
     import numpy as np
 
     import coremerge_jax as cm
-    from coremerge_jax.checkpoint.tensor_file import TensorWriter
+    from coremerge_jax.io.tensors import TensorWriter
 
     rng = np.random.default_rng(0)
     noise = (rng.standard_normal(1 << 20, np.float32) * 0.02).astype(ml_dtypes.bfloat16)

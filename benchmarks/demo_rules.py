@@ -20,7 +20,7 @@ from publish import Sheet, folder, publish
 
 import coremerge_jax as cm
 from coremerge_jax import search
-from coremerge_jax.demo.merging import parse_chain
+from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
 
 SCALES = np.arange(0.1, 4.01, 0.05)

@@ -28,12 +28,12 @@ from report import RULE_TITLES
 from shapes import SHAPES, Kind, Shape
 
 import coremerge_jax as cm
-from coremerge_jax.cost import cost
 from coremerge_jax.linalg import lapack, matmul
-from coremerge_jax.precision import computing
+from coremerge_jax.merging.cost import cost
+from coremerge_jax.merging.groups import Group, over_modules
+from coremerge_jax.merging.precision import computing
 from coremerge_jax.rules import Chain, Context, Equivariance, chain
 from coremerge_jax.spaces import Projection
-from coremerge_jax.stack import Group, over_modules
 
 NOTES = """\
 Medians after a first run, whose surplus is *compile*; results are waited for. *merge*: `cm.merge`

@@ -22,7 +22,7 @@ from shapes import SHAPES
 from speed import Runner
 
 import coremerge_jax as cm
-from coremerge_jax.cost import Machine, expected_seconds
+from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.rules import RULES, Chain
 from coremerge_jax.spaces import Space
 

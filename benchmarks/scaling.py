@@ -29,8 +29,8 @@ from shapes import SHAPES, Kind, Shape
 from speed import Runner
 
 import coremerge_jax as cm
-from coremerge_jax.cost import Cost, batch_size, cost
-from coremerge_jax.stack import Group
+from coremerge_jax.merging.cost import Cost, batch_size, cost
+from coremerge_jax.merging.groups import Group
 
 SHAPE = SHAPES["llama-3-8b"]
 MEASURED = ("tsv+iso-c", "ties")

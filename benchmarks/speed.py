@@ -28,7 +28,7 @@ from publish import folder, publish
 from shapes import SHAPES, Shape
 
 import coremerge_jax as cm
-from coremerge_jax.cost import Machine, expected_seconds
+from coremerge_jax.merging.cost import Machine, expected_seconds
 
 PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated,
 LEAST = 3  # unless nothing is scaled: then there are as many rounds, so that the median is one

@@ -1,22 +1,12 @@
 from . import (
-    checkpoint,
     demo,
     diagnosis,
-    layouts,
+    io,
     linalg,
     rules,
     search,
     spaces,
     verification,
-)
-from .checkpoint import (
-    apply_adapter,
-    load_peft,
-    open_adapter,
-    open_orbax,
-    open_peft,
-    save_orbax,
-    save_peft,
 )
 from .diagnosis import Diagnosis, diagnose
 from .errors import (
@@ -27,12 +17,20 @@ from .errors import (
     RecipeError,
     UnsupportedError,
 )
-from .folding import fold_tree
-from .layouts import Axes, Layout
+from .io import (
+    apply_adapter,
+    load_peft,
+    open_adapter,
+    open_orbax,
+    open_peft,
+    save_orbax,
+    save_peft,
+)
 from .lora import Adapter, Kind, LoRA, Metadata
-from .merging import merge, merge_stream
-from .models import from_nnx, update_nnx
-from .projected import Projected, project
+from .merging.merge import merge, merge_stream
+from .merging.projected import Projected, project
+from .merging.stream import MergeStream
+from .merging.truncation import truncate
 from .rules import (
     cart,
     chain,
@@ -52,9 +50,11 @@ from .rules import (
     tsv,
 )
 from .spaces import core, full, knots, tucker
-from .streaming import MergeStream
-from .trees import TreeFormat, from_tree, to_tree
-from .truncation import truncate
+from .trees.adapters import TreeFormat, from_tree, to_tree
+from .trees.axes import Axes
+from .trees.fold import fold_tree
+from .trees.layouts import Layout
+from .trees.nnx import from_nnx, update_nnx
 from .verification import Verification, verify
 
 __version__: str
@@ -80,7 +80,6 @@ __all__ = [
     "apply_adapter",
     "cart",
     "chain",
-    "checkpoint",
     "core",
     "dare",
     "dc_merge",
@@ -93,10 +92,10 @@ __all__ = [
     "from_nnx",
     "from_tree",
     "full",
+    "io",
     "iso_cts",
     "isotropize",
     "knots",
-    "layouts",
     "linalg",
     "load_peft",
     "mean",

@@ -52,3 +52,11 @@ def hint(name: str, names: Iterable[str]) -> str:
 
 def _general(name: str) -> str:
     return re.sub(r"\d+", "0", name)
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
+    """Returns the error for a name not among ``known``: it suggests the nearest, or lists all."""
+    known, shown = list(known), f"{name!s:.100}"
+    near = difflib.get_close_matches(shown, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+    return RecipeError(f"unknown {what} {shown!r}; {hint}")

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from coremerge_jax.errors import FormatError
 
 Array = jax.Array | np.ndarray
+
 # A module's path, the lengths of the axes of its inputs, and of those of its outputs.
 Lengths = tuple[str, tuple[int, ...], tuple[int, ...]]
 
@@ -289,3 +290,9 @@ class AdapterFile(Adapter):
     def outline(self) -> Adapter:
         """The adapter with shapes and dtypes in place of its factors."""
         return Adapter(self._modules, metadata=self.metadata, extras=self.extras)
+
+
+# Dtypes of weights that take an update.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+DTYPES = ("float32", "bfloat16", "float16")

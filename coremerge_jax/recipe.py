@@ -6,7 +6,6 @@ line: ``ties:density=0.2,elect=count``.
 """
 
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -17,26 +16,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
-from coremerge_jax import untrusted
-from coremerge_jax.errors import FormatError, RecipeError
-from coremerge_jax.untrusted import is_number, is_whole
+from coremerge_jax.errors import FormatError, RecipeError, unknown
+from coremerge_jax.io import untrusted
+from coremerge_jax.io.untrusted import is_number, is_whole
+from coremerge_jax.lora import DTYPES
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from coremerge_jax.lora import Adapter
+    from coremerge_jax.merging.stream import MergeStream
     from coremerge_jax.rules import Chain, Rule
-    from coremerge_jax.search.methods import Method
     from coremerge_jax.spaces import Space
-    from coremerge_jax.streaming import MergeStream
 
-DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "float64")
+
 EXTRAS = ("error", "first", "mean", "keep=NAME")
 
 _LARGEST = 1e15  # of a range: all whole numbers below are exact
+
 # The most values that a list may have, and that a sweep may try.
 MOST = 10_000
+
 _MOST_RULES = 100
 
 
@@ -47,17 +48,7 @@ def _load_yaml(text: str, label: str) -> Any:
         raise RecipeError(str(error)) from error
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> RecipeError:
-    """Returns the error for a name not among ``known``: it suggests the nearest, or lists all."""
-    known, shown = list(known), f"{name!s:.100}"
-    near = difflib.get_close_matches(shown, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
-    return RecipeError(f"unknown {what} {shown!r}; {hint}")
-
-
 # --- Rules and spaces as text ---------------------------------------------------------------
-
-
 def parse_rule(text: str) -> "Rule":
     """Returns the rule that ``NAME[:key=value,...]`` describes; values are YAML scalars or lists.
 
@@ -88,13 +79,6 @@ def format_space(space: "Space") -> str:
     from coremerge_jax.spaces import SPACES
 
     return _describe("space", space, SPACES)
-
-
-def parse_method(text: str) -> "Method":
-    """Returns the way to search that ``NAME[:key=value,...]`` describes."""
-    from coremerge_jax.search.methods import METHODS
-
-    return _build("method", text, METHODS)
 
 
 def _build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
@@ -160,8 +144,6 @@ def _format_value(value: Any) -> str:
 
 
 # --- Recipes --------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that determines a merge. The defaults here are those of the command line.
@@ -304,7 +286,7 @@ class Recipe:
         """
         import jax
 
-        from coremerge_jax.merging import merge_stream
+        from coremerge_jax.merging.merge import merge_stream
 
         return merge_stream(
             adapters,

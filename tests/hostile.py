@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import coremerge_jax as cm
-from coremerge_jax.checkpoint import save_orbax, save_peft
 from coremerge_jax.cli import main
+from coremerge_jax.io.orbax import save_orbax
+from coremerge_jax.io.peft.writer import save_peft
 
 MODULES = {"layers.0.q": (4, 6), "layers.0.v": (3, 6)}
 CONFIG = {

@@ -57,10 +57,11 @@ def environment(devices: int, **more: str) -> Mapping[str, str]:
 
 def pytest_command(file: str, folder: Path, first: str = "pass") -> list[str]:
     """Runs a file of tests, which pytest does not collect by itself, after a first statement."""
-    here = Path(__file__).parent
+    tests = Path(__file__).parent
     code = f"import sys, pytest; {first}; sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(here.parent)]
-    return [sys.executable, "-c", code, *options, "--basetemp", str(folder), str(here / file)]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tests.parent)]
+    options += ["--basetemp", str(folder), str(tests / "laws" / file)]
+    return [sys.executable, "-c", code, *options]
 
 
 def run_on_eight(file: str, folder: Path, **more: str) -> None:

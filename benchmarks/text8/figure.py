@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coremerge_jax.search.plotting import STYLE, save
+from coremerge_jax.search.plot import STYLE, save
 from text8.results import Row
 
 COLOURS = {"full": "#8a8a8a", "knots": "#b3a125", "core": "#9c2f6f", "learned": "#2f6f9c"}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import coremerge_jax as cm
-from coremerge_jax.demo.merging import parse_chain
+from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
 from text8 import methods, scoring
 from text8.methods import Method

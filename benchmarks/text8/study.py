@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import coremerge_jax as cm
-from coremerge_jax.demo.merging import parse_chain
+from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
 from text8 import scoring
 from text8.methods import Method

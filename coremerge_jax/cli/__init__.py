@@ -19,22 +19,22 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from coremerge_jax import __version__
-from coremerge_jax.cli.apply import EPILOG as APPLY_EPILOG
-from coremerge_jax.cli.apply import apply
+from coremerge_jax.cli.apply_command import EPILOG as APPLY_EPILOG
+from coremerge_jax.cli.apply_command import apply
 from coremerge_jax.cli.console import say
-from coremerge_jax.cli.convert import EPILOG as CONVERT_EPILOG
-from coremerge_jax.cli.convert import convert
-from coremerge_jax.cli.demo import demo
-from coremerge_jax.cli.inspect import inspect
-from coremerge_jax.cli.merge import EPILOG, merge
-from coremerge_jax.cli.report import EPILOG as REPORT_EPILOG
-from coremerge_jax.cli.report import report
-from coremerge_jax.cli.rules import rules
+from coremerge_jax.cli.convert_command import EPILOG as CONVERT_EPILOG
+from coremerge_jax.cli.convert_command import convert
+from coremerge_jax.cli.demo_command import demo
+from coremerge_jax.cli.inspect_command import inspect
+from coremerge_jax.cli.merge_command import EPILOG, merge
+from coremerge_jax.cli.report_command import EPILOG as REPORT_EPILOG
+from coremerge_jax.cli.report_command import report
+from coremerge_jax.cli.rules_command import rules
 from coremerge_jax.cli.signals import Ended, unwind_on_signals
-from coremerge_jax.cli.sweep import EPILOG as SWEEP_EPILOG
-from coremerge_jax.cli.sweep import sweep
-from coremerge_jax.cli.verify import EPILOG as VERIFY_EPILOG
-from coremerge_jax.cli.verify import verify
+from coremerge_jax.cli.sweep_command import EPILOG as SWEEP_EPILOG
+from coremerge_jax.cli.sweep_command import sweep
+from coremerge_jax.cli.verify_command import EPILOG as VERIFY_EPILOG
+from coremerge_jax.cli.verify_command import verify
 from coremerge_jax.errors import CoreMergeError, CoreMergeWarning, RecipeError
 
 app = typer.Typer(

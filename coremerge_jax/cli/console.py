@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from coremerge_jax.foreign_text import json_escaped, printable, shortened
+from coremerge_jax.text import json_escaped, printable, shortened
 
 _LONGEST = 4000  # characters of a line that is not in a table
 

@@ -1,16 +1,11 @@
 """The devices of a command: those of this process, or of all processes of a job."""
 
 import os
-import re
 from functools import partial
-from typing import TYPE_CHECKING
 
 import typer
 
 from coremerge_jax.errors import RecipeError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 devices_option = partial(typer.Option, show_default=False, rich_help_panel="Devices")
 
@@ -52,30 +47,3 @@ def join_job(patience: int) -> None:
             "(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment, "
             "or start on TPU or by Slurm, which tell them"
         ) from error
-
-
-def make_mesh(shape: str | None) -> "Mesh | None":
-    """Returns all devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
-
-    Returns:
-        The mesh; None where there is one device.
-
-    Raises:
-        RecipeError: there are not as many devices.
-    """
-    import jax
-    import numpy as np
-
-    devices = np.asarray(jax.devices())
-    sizes = [len(devices)]
-    if shape is not None:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape):
-            raise RecipeError(f"mesh must be like 8 or 4x2, got {shape!r}")
-        sizes = [int(size) for size in shape.split("x")]
-    if np.prod(sizes) != len(devices):
-        raise RecipeError(
-            f"mesh {shape} has {np.prod(sizes)} devices, but there are {len(devices)} "
-            f"({devices[0].device_kind})"
-        )
-    names = ("modules", "features")[: len(sizes)]
-    return jax.sharding.Mesh(devices.reshape(sizes), names) if len(devices) > 1 else None

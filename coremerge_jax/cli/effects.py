@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from coremerge_jax.errors import MismatchError
 
 if TYPE_CHECKING:
-    from coremerge_jax.streaming import MergeStream
+    from coremerge_jax.merging.stream import MergeStream
 
 
 def idle_adapters(stream: "MergeStream") -> Iterator[str]:
     """Says of each adapter that has no effect why, once they are merged."""
-    from coremerge_jax.stack import label
+    from coremerge_jax.merging.groups import label
 
     for t in stream.effects.idle:
         cause = "all its updates are zero, as of one that was never trained"

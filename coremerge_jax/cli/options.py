@@ -11,13 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.recipe import DTYPES, EXTRAS, PRECISIONS, Recipe, parse_scale, parse_weights
+from coremerge_jax.lora import DTYPES
+from coremerge_jax.recipe import EXTRAS, PRECISIONS, Recipe, parse_scale, parse_weights
 
 SPACES = ("core", "full", "knots", "tucker")  # those of spaces.SPACES, which would need JAX
 
 _method = partial(typer.Option, show_default=False, rich_help_panel="Method")
+
 _result = partial(typer.Option, show_default=False, rich_help_panel="Result")
+
 search_option = partial(typer.Option, show_default=False, rich_help_panel="Search")
+
 run_option = partial(typer.Option, show_default=False, rich_help_panel="Run")
 
 

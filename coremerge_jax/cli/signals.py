@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 _PATIENCE = 10.0  # seconds that the tidying up after a signal may take
+
 _IMPORTS = 5.0  # seconds that imports may take before it begins
 
 

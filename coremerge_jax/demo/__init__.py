@@ -11,21 +11,21 @@ with one head.
     >>> demo.evaluate(merged)  # doctest: +SKIP
     {'tilt': 0.8, ...}
 
-`train.py` made all files in ``data``. The images are from the test set of E. Alpaydin and
-C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998,
-https://doi.org/10.24432/C50P49, licensed under CC BY 4.0, as scikit-learn distributes it; they are
-unchanged but for their order.
+`benchmarks/demo_train.py` made all files in ``data``. The images are from the test set of E.
+Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
+1998, https://doi.org/10.24432/C50P49, licensed under CC BY 4.0, as scikit-learn distributes it;
+they are unchanged but for their order.
 """
 
 from coremerge_jax.demo.data import adapters, base, images
-from coremerge_jax.demo.merging import METHODS, Record, evaluate, merge, run, table
+from coremerge_jax.demo.evaluation import METHODS, Score, evaluate, merge, run, table
 from coremerge_jax.demo.model import fold, forward
 from coremerge_jax.demo.tasks import TASKS
 
 __all__ = [
     "METHODS",
     "TASKS",
-    "Record",
+    "Score",
     "adapters",
     "base",
     "evaluate",

@@ -13,6 +13,7 @@ from flax import nnx, traverse_util
 from coremerge_jax.lora import Adapter
 
 SIZE, PATCH, CLASSES = 8, 2, 10
+
 WIDTH, DEPTH, HEADS = 80, 2, 4
 
 Params = Mapping[str, jax.Array]

@@ -4,7 +4,7 @@
 sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.
 """
 
-from coremerge_jax.diagnosis.collecting import Diagnosis, diagnose
+from coremerge_jax.diagnosis.diagnose import Diagnosis, diagnose
 from coremerge_jax.diagnosis.measures import Contribution, Measures, Pairs, Spectra, measure
 from coremerge_jax.diagnosis.results import Module, RuleCost
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import in_range, inverse, lapack, matmul, orthonormal_factors
 from coremerge_jax.lora import Array, LoRA, widest
-from coremerge_jax.rules.base import fold_rows, side_by_side
+from coremerge_jax.rules.rule import fold_rows, side_by_side
 from coremerge_jax.spaces import Projection, core
 
 # Directions of the merged update count up to this error, as in the paper that `alignment` is of.
 _ERROR = 0.05
+
 _ROWS = 16  # of all cores that are there at once
 
 

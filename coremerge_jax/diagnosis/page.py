@@ -7,17 +7,17 @@ from importlib import resources
 import numpy as np
 
 from coremerge_jax import __version__
-from coremerge_jax.diagnosis import findings, plots
+from coremerge_jax.diagnosis import plots
+from coremerge_jax.diagnosis import sentences as findings
 from coremerge_jax.diagnosis.plots import Scale, around
 from coremerge_jax.diagnosis.results import Results
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.foreign_text import printable, shortened
+from coremerge_jax.text import printable, shortened
 
 _LONG = 1000  # letters of a name or sentence
 
 # What tells a page of ours from any other.
 MARK = b'<meta name="generator" content="coremerge-jax">'
-
 try:
     import jinja2
 except ImportError as error:
@@ -89,8 +89,6 @@ def _sections(diagnosis: Results) -> Iterator[Section]:
 
 
 # --- The top -------------------------------------------------------------------------------
-
-
 def _facts(diagnosis: Results) -> Iterator[tuple[str, str]]:
     """Yields the main numbers, and what they are."""
     several = len(diagnosis.adapters) > 1
@@ -146,8 +144,6 @@ def _range(values: Sequence[int]) -> str:
 
 
 # --- Sections ------------------------------------------------------------------------------
-
-
 def _spectra(diagnosis: Results) -> Iterator[Plot]:
     yield Plot(
         "Stacks of all adapters",

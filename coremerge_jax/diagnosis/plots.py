@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coremerge_jax.diagnosis.places import Grid, arrange
-from coremerge_jax.diagnosis.results import Results, RuleCost
+from coremerge_jax.diagnosis.results import Arrangement, Results, RuleCost, arrange
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.foreign_text import printable, shortened
 from coremerge_jax.lora import Array
+from coremerge_jax.text import printable, shortened
 
 try:
     import matplotlib as mpl
@@ -27,7 +26,9 @@ except ImportError as error:
 BLUE, ORANGE, GREEN, PINK, GOLD, SKY, RED, VIOLET = COLORS = (
     "#3f83c4", "#dd7a1c", "#1f9a76", "#c9699f", "#b8921f", "#3fa7d6", "#d1495b", "#8a72c9",
 )  # fmt: skip
+
 _INK, _MUTED = "#010203", "#040506"  # replaced by the colors of the page
+
 _STYLE: Any = {
     "axes.edgecolor": _MUTED,
     "axes.grid": True,
@@ -57,12 +58,18 @@ _STYLE: Any = {
     "ytick.labelcolor": _INK,
     "ytick.labelsize": 11.5,
 }
+
 # Of the largest number: colors of numbers that differ by less, as by rounding, are alike.
 _LEAST_SPAN = 0.05
+
 _WIDTH = 5.0  # inches of 72 units
+
 _BARS = 24  # more than these are cut to the highest and the lowest
+
 _LABEL = 16  # letters
+
 _TICKS = 14  # names along a map
+
 _PANELS = 6  # kinds of modules with a panel of their own
 
 
@@ -121,8 +128,6 @@ def clip(name: str, length: int = _LABEL) -> str:
 
 
 # --- Curves --------------------------------------------------------------------------------
-
-
 def _curves(rows: Sequence[Array]) -> np.ndarray:
     """Returns rows of different lengths below each other, each relative to its first; NaN for 0."""
     size = max(map(len, rows))
@@ -279,8 +284,6 @@ def _legend(figure: Figure, panel: Any, columns: int) -> None:
 
 
 # --- Maps ----------------------------------------------------------------------------------
-
-
 @_drawn
 def pairs(names: Sequence[str], values: np.ndarray, scale: Scale = _SHARE) -> tuple[Figure]:
     """Returns a color for every two adapters; not for each with itself."""
@@ -322,7 +325,7 @@ def _map_height(rows: int) -> float:
     return 1.6 + min(4.0, 0.42 * rows)
 
 
-def _cells(grid: Grid, values: np.ndarray) -> np.ndarray:
+def _cells(grid: Arrangement, values: np.ndarray) -> np.ndarray:
     """Means of the modules in each cell, NaN where there is none."""
     members: dict[tuple[int, int], list[float]] = {}
     for cell, value in zip(grid.cells, values, strict=True):
@@ -409,8 +412,6 @@ def around(middle: float, values: np.ndarray, least: float = 0.05, form: str = "
 
 
 # --- Bars ----------------------------------------------------------------------------------
-
-
 @_drawn
 def bars(names: Sequence[str], values: np.ndarray, mark: float | None = None) -> tuple[Figure]:
     """Returns a bar for each name, and a line at what to compare with."""

@@ -11,17 +11,10 @@ In float32, where κ² would cost too much, the slower way is the only one.
 """
 
 from coremerge_jax.linalg import lapack
-from coremerge_jax.linalg.basic import (
-    in_loop,
-    in_range,
-    inverse,
-    kth_smallest,
-    matmul,
-    rounding,
-    roundoff,
-)
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
-from coremerge_jax.linalg.spectral import (
+from coremerge_jax.linalg.numerics import in_loop, in_range, inverse, matmul, rounding, roundoff
+from coremerge_jax.linalg.order import kth_smallest
+from coremerge_jax.linalg.singular import (
     Factored,
     flattened,
     isotropic,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.linalg import lapack
-from coremerge_jax.linalg.basic import (
+from coremerge_jax.linalg.numerics import (
     GRAM_CONDITION,
     complement,
     fast_or_robust,

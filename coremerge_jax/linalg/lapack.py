@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg.blas import use_one_thread
+from coremerge_jax.linalg.threads import use_one_thread
 
 use_one_thread()  # here, so that no program can come to decompositions without it
 

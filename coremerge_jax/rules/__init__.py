@@ -15,22 +15,13 @@ finite, and leave out how coinciding directions mix.
 
 from collections.abc import Callable
 
-from coremerge_jax.rules.base import (
-    Chain,
-    Context,
-    Equivariance,
-    Rule,
-    Step,
-    as_rule,
-    chain,
-    from_function,
-)
 from coremerge_jax.rules.calibration import pico, svc
-from coremerge_jax.rules.dc_merge import dc_merge
-from coremerge_jax.rules.iso_cts import iso_cts
+from coremerge_jax.rules.chain import Chain, Step, as_rule, chain, from_function
 from coremerge_jax.rules.linear import mean, task_arithmetic
+from coremerge_jax.rules.rule import Context, Equivariance, Rule
 from coremerge_jax.rules.sparse import Ties, TiesAbove, dare, prune, sce, ties
 from coremerge_jax.rules.spectral import cart, flatten, isotropize, tsv
+from coremerge_jax.rules.subspace import dc_merge, iso_cts
 
 RULES: dict[str, Callable[..., Rule]] = {
     "mean": mean,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import Factored, basis, inverse, matmul, rounding, roundoff, spectral_map
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Step, check, dense, fold
+from coremerge_jax.rules.chain import Step
+from coremerge_jax.rules.rule import Context, Cores, Equivariance, check, dense, fold
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -118,4 +119,5 @@ def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
 
 
 svc = Svc
+
 pico = Pico

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import matmul
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import Context, Cores, Equivariance, Rule, check_weights
+from coremerge_jax.rules.rule import Context, Cores, Equivariance, Rule, check_weights
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -71,4 +71,5 @@ def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Arra
 
 
 mean = Mean
+
 task_arithmetic = TaskArithmetic

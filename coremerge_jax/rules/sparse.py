@@ -8,18 +8,18 @@ import jax.numpy as jnp
 
 from coremerge_jax import linalg
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.rules.base import (
+from coremerge_jax.rules.chain import Step
+from coremerge_jax.rules.linear import by_task
+from coremerge_jax.rules.rule import (
     Context,
     Cores,
     Equivariance,
     Rule,
-    Step,
     check,
     check_weights,
     dense,
     fold,
 )
-from coremerge_jax.rules.linear import by_task
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -237,6 +237,9 @@ def _share(size: jax.Array, density: float | jax.Array, dtype: Any) -> jax.Array
 
 
 ties = Ties
+
 sce = Sce
+
 dare = Dare
+
 prune = Prune

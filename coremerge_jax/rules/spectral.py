@@ -20,18 +20,18 @@ from coremerge_jax.linalg import (
     truncate,
 )
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import (
+from coremerge_jax.rules.chain import Step
+from coremerge_jax.rules.linear import total
+from coremerge_jax.rules.rule import (
     Context,
     Cores,
     Equivariance,
     Rule,
-    Step,
     check,
     fold,
     side_by_side,
     thin,
 )
-from coremerge_jax.rules.linear import total
 
 
 @flax.struct.dataclass(kw_only=True, repr=False)
@@ -190,6 +190,9 @@ class Flatten(_Spectrum):
 
 
 tsv = Tsv
+
 cart = Cart
+
 isotropize = Isotropize
+
 flatten = Flatten

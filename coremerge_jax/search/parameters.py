@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from coremerge_jax.errors import RecipeError
-from coremerge_jax.recipe import unknown
+from coremerge_jax.errors import RecipeError, unknown
 from coremerge_jax.rules import Chain, as_rule, chain
 
 SCALE = "scale"

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from coremerge_jax.spaces.base import Projection, Space
 from coremerge_jax.spaces.core import Core
 from coremerge_jax.spaces.full import Full
 from coremerge_jax.spaces.knots import Knots
+from coremerge_jax.spaces.space import Projection, Space
 from coremerge_jax.spaces.tucker import Tucker
 
 core = Core

@@ -19,8 +19,8 @@ from coremerge_jax.linalg import (
     spectral_map,
 )
 from coremerge_jax.lora import LoRA, widest
-from coremerge_jax.rules.base import side_by_side
-from coremerge_jax.spaces.base import Projection, check_static, split
+from coremerge_jax.rules.rule import side_by_side
+from coremerge_jax.spaces.space import Projection, check_static, split
 
 
 @dataclasses.dataclass(frozen=True)

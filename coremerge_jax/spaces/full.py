@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from coremerge_jax.lora import widest
-from coremerge_jax.spaces.base import Projection, refuse_axis, split
+from coremerge_jax.spaces.space import Projection, refuse_axis, split
 
 
 @dataclasses.dataclass(frozen=True)

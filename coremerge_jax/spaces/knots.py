@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import basis, inverse, matmul, polar, roundoff
-from coremerge_jax.spaces.base import Projection, refuse_axis
 from coremerge_jax.spaces.core import Core
+from coremerge_jax.spaces.space import Projection, refuse_axis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from coremerge_jax.linalg import lapack, matmul
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.base import dense
-from coremerge_jax.spaces.base import Projection, check_static
+from coremerge_jax.rules.rule import dense
 from coremerge_jax.spaces.core import Core
+from coremerge_jax.spaces.space import Projection, check_static
 
 
 @dataclasses.dataclass(frozen=True)

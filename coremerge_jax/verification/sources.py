@@ -1,89 +1,18 @@
 """The record of a merge, and the sources that it names."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coremerge_jax import untrusted
-from coremerge_jax.checkpoint.outputs import RECORD
-from coremerge_jax.checkpoint.source import hash_source, open_adapter
-from coremerge_jax.errors import FormatError, MismatchError, RecipeError
+from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.io.formats import hash_source, open_adapter
 from coremerge_jax.lora import Adapter
-from coremerge_jax.recipe import PRECISIONS, Recipe
+from coremerge_jax.record import MergeRecord, Source
 from coremerge_jax.verification.findings import Finding, some
-
-_FIELDS = {
-    "recipe": untrusted.OBJECT,
-    "precision": (lambda value: value in PRECISIONS, " or ".join(PRECISIONS)),
-    "sources": (lambda value: isinstance(value, list), "a list"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An adapter that was merged, as its record says or as it is found.
-
-    Attributes:
-        name: of the adapter.
-        path: where it is; None in memory.
-        sha256: of its files by name, if known.
-    """
-
-    name: str | None
-    path: str | None
-    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """Record of how a merge was made.
-
-    Attributes:
-        recipe: how.
-        sources: of what, in the order of the recipe.
-        precision: that it was computed in, if known.
-    """
-
-    recipe: Recipe
-    sources: tuple[Source, ...]
-    precision: str | None = None
-
-
-def read_record(merged: Adapter | str | Path) -> Record | None:
-    """Returns the record in the folder of a merge; None if there is none.
-
-    Raises:
-        FormatError: it is broken.
-        RecipeError: its recipe is none that this version knows.
-    """
-    if isinstance(merged, Adapter) or not untrusted.is_regular(file := Path(merged) / RECORD):
-        return None
-    content = untrusted.read_json(file, "a merged adapter")
-    if content.get("recipe") is None:  # written by `save_peft`, not by a recipe
-        return None
-    untrusted.check_kinds(file, content, _FIELDS)
-    try:
-        recipe = Recipe.from_dict(content["recipe"])
-    except RecipeError as error:
-        raise RecipeError(f"{file}: {error}") from error
-    found = content.get("sources") or []
-    if not all(map(_is_source, found)):
-        raise FormatError(f"{file}: expected sources with name, path and sha256 by file")
-    sources = (Source(source["name"], source["path"], source["sha256"]) for source in found)
-    return Record(recipe, tuple(sources), content.get("precision"))
-
-
-def _is_source(found: Any) -> bool:
-    if not isinstance(found, dict) or not {"name", "path", "sha256"} <= found.keys():
-        return False
-    texts = all(found[key] is None or untrusted.is_text(found[key]) for key in ("name", "path"))
-    digests = found["sha256"]
-    return texts and isinstance(digests, dict) and all(map(untrusted.is_text, digests.values()))
 
 
 def match_sources(
-    record: Record, given: Sequence[Adapter | str | Path] | None
+    record: MergeRecord, given: Sequence[Adapter | str | Path] | None
 ) -> tuple[list[Adapter], list[Finding]]:
     """Puts sources in the order of the record: by hash, else by name, else as they come.
 

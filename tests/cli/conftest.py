@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import coremerge_jax as cm
-from coremerge_jax.checkpoint import save_peft
+from coremerge_jax.io.peft.writer import save_peft
 
 MODULES = {"layer.0.query": (6, 8), "layer.0.value": (6, 8), "layer.0.dense": (8, 5)}
 

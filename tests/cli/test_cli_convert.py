@@ -13,8 +13,8 @@ from helpers import assert_same, random_adapters
 from orbax.checkpoint import v1 as ocp
 
 import coremerge_jax as cm
-from coremerge_jax.cli.convert import LAYOUTS, NAMES
-from coremerge_jax.names import NAME_MAPS
+from coremerge_jax.cli.convert_command import LAYOUTS, NAMES
+from coremerge_jax.trees.families import NAME_MAPS
 
 HEADS, HEAD_DIM, WIDTH = 2, 4, 8
 
@@ -159,7 +159,7 @@ def test_inspect_of_a_checkpoint(coremerge, tmp_path, tunix):
 def test_help_lists_all_names_and_layouts():
     """It is text of its own, as help does not wait for JAX."""
     assert NAMES.split("|") == list(NAME_MAPS)
-    assert LAYOUTS.split("|") == list(cm.layouts.LAYOUTS)
+    assert LAYOUTS.split("|") == list(cm.trees.layouts.LAYOUTS)
 
 
 def maxtext(axis, names=("stack",)):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from coremerge_jax.checkpoint import load_peft
+from coremerge_jax.io.peft.reader import load_peft
 
 
 def test_one_adapter(coremerge, save):

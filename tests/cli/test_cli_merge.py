@@ -9,7 +9,8 @@ import yaml
 from helpers import assert_same
 
 import coremerge_jax as cm
-from coremerge_jax.checkpoint import hash_source, load_peft
+from coremerge_jax.io.formats import hash_source
+from coremerge_jax.io.peft.reader import load_peft
 from coremerge_jax.recipe import Recipe
 
 

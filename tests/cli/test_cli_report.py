@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from coremerge_jax.checkpoint import load_peft
-from coremerge_jax.cost import Machine
+from coremerge_jax.io.peft.reader import load_peft
+from coremerge_jax.merging.cost import Machine
 
 
 @pytest.fixture(autouse=True)

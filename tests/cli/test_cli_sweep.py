@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_same
 
 import coremerge_jax as cm
-from coremerge_jax.checkpoint import load_peft
+from coremerge_jax.io.peft.reader import load_peft
 from coremerge_jax.recipe import Recipe, parse_values
 
 TASK = """

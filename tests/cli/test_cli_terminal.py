@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coremerge_jax as cm
-from coremerge_jax.checkpoint.orbax_tree import _system_errors
-from coremerge_jax.checkpoint.peft.card import model_card
 from coremerge_jax.cli.console import show
 from coremerge_jax.diagnosis import plots
 from coremerge_jax.errors import CoreMergeWarning
-from coremerge_jax.foreign_text import json_escaped, printable, shortened
+from coremerge_jax.io.card import model_card
+from coremerge_jax.io.orbax_tree import _system_errors
 from coremerge_jax.search import Sweep
-from coremerge_jax.search.results import Record
+from coremerge_jax.search.sweep import Record
+from coremerge_jax.text import json_escaped, printable, shortened
 
 HOSTILE = [
     "\x1b[31mred",
@@ -102,7 +102,7 @@ def test_warnings_of_libraries_stay_inside_and_ours_are_notes(coremerge, monkeyp
         warnings.warn("take\ncare", CoreMergeWarning, stacklevel=1)
         return cm.load_peft(save("math"))
 
-    monkeypatch.setattr("coremerge_jax.checkpoint.open_adapter", warn)
+    monkeypatch.setattr("coremerge_jax.io.formats.open_adapter", warn)
     with warnings.catch_warnings(record=True, action="always") as shown:
         result = coremerge("inspect", "x")
     assert result.code == 0

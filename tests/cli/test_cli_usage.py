@@ -110,7 +110,7 @@ def test_debug_shows_the_traceback(coremerge, monkeypatch):
 
 
 def test_bug_is_not_hidden(coremerge, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.checkpoint.open_adapter", lambda source: len(source) / 0)
+    monkeypatch.setattr("coremerge_jax.io.formats.open_adapter", lambda source: len(source) / 0)
     result = coremerge("inspect", "a")
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
     assert "unexpected ZeroDivisionError (division by zero)" in result.err

@@ -1,0 +1,238 @@
+"""``coremerge convert``."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+from coremerge_jax.cli.console import (
+    describe_paths,
+    describe_ranks,
+    folder_size,
+    print_json,
+    print_table,
+    say,
+)
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.lora import Adapter
+
+EPILOG = """[bold]Examples[/]
+
+coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
+
+coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
+
+coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
+
+_source = partial(
+    typer.Option, show_default=False, rich_help_panel="How the source, or --like, is stored"
+)
+
+_target = partial(typer.Option, show_default=False, rich_help_panel="Result")
+
+NAMES = "tunix|tunix-gemma|gemma|maxtext-llama3.1|maxtext-qwen"
+
+LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="An orbax checkpoint (or a folder of steps), a PEFT adapter folder or a Hugging "
+            "Face id.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DST", help="Folder to write.")],
+    to: Annotated[
+        str,
+        _target(
+            metavar=f"peft|orbax|{NAMES}",
+            help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
+            "one that this implementation of a model family restores.",
+        ),
+    ] = "peft",
+    names: Annotated[
+        str | None,
+        _target(
+            metavar=NAMES,
+            help="Translate module names between Hugging Face and this implementation of a model "
+            "family, whichever they are not.",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None, _target(metavar="D", help="Size of an attention head, for names that ask.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        _target(
+            metavar="CHECKPOINT",
+            help="Orbax checkpoint whose keys, axes and dtypes to write.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, _target(metavar="DTYPE", help="Of a PEFT adapter. Default: float32.")
+    ] = None,
+    force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
+    layout: Annotated[
+        str | None, _source(metavar=LAYOUTS, help="Default: found out by the keys.")
+    ] = None,
+    alpha: Annotated[
+        float | None, _source(metavar="NUMBER", help="LoRA's alpha, where nothing tells it.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        _source(
+            metavar="R", help="The rank that alpha is divided by. Default: that of the factors."
+        ),
+    ] = None,
+    scan_axis: Annotated[
+        str | None,
+        _source(metavar="0|1|none", help="Axis of stacked layers. Default: found out by shapes."),
+    ] = None,
+    axes: Annotated[
+        list[str] | None,
+        _source(
+            metavar="PATTERN=A,B",
+            help="Axes of the factors of some modules: i input, o output, r rank, l stacked layers "
+            "or experts, e experts of each layer; such as '*/moe=lir,lro'.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        _source(metavar="PATTERN", help="Keys that are not LoRA factors; several may be given."),
+    ] = None,
+    item: Annotated[
+        str | None, _source(metavar="NAME", help="Which tree of a checkpoint with several.")
+    ] = None,
+    step: Annotated[int | None, _source(metavar="N", help="Which step. Default: the last.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.orbax import save_orbax
+    from coremerge_jax.io.outputs import ADAPTER, CHECKPOINT, check_output
+    from coremerge_jax.io.peft.writer import save_peft
+    from coremerge_jax.trees.families import NAME_MAPS, translate
+
+    known = ("peft", "orbax", *NAME_MAPS)
+    if to not in known:
+        raise RecipeError(f"--to {to!r}: expected one of {', '.join(known)}")
+    if like is not None and to != "orbax":
+        raise RecipeError("--like is for --to orbax")
+    if dtype is not None and to != "peft":
+        raise RecipeError("--dtype is for --to peft")
+    if names is not None and to in NAME_MAPS:
+        raise RecipeError(f"--names is not for --to {to}, which has names of its own")
+    told: dict[str, Any] = {
+        "layout": layout,
+        "alpha": alpha,
+        "rank": rank,
+        "axes": parse_axes(axes, "PATTERN=A,B", "*/moe=lir,lro"),
+        "ignore": ignore,
+        "item": item,
+        "step": step,
+    }
+    options = {key: value for key, value in told.items() if value is not None}
+    if scan_axis is not None:
+        options["scan_axis"] = _parse_scan_axis(scan_axis)
+    inputs: list[str | Path] = [source, *([like] if like else [])]
+    kind = ADAPTER if to == "peft" else CHECKPOINT
+    check_output(output, kind=kind, inputs=inputs, force=force)
+    given, like_options = _share(source, like, options)
+    adapter = open_adapter(source, **given)
+    if names is not None:
+        adapter = translate(adapter, names, head_dim=head_dim)
+    if to == "peft":
+        save_peft(adapter, output, dtype=dtype or "float32", force=force)
+    elif to == "orbax":
+        save_orbax(adapter, output, like=like, force=force, **like_options)
+    else:
+        save_orbax(adapter, output, to=to, head_dim=head_dim, force=force)
+    _show(source, adapter.outline, output, to, as_json)
+
+
+_OF_TREES = ("layout", "scan_axis", "axes", "ignore")
+
+
+def _share(
+    source: str, like: Path | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the source, and for the checkpoint to be like: that may need them as well.
+
+    Where both are orbax checkpoints, a pattern is for the one, or both, in which it matches.
+    """
+    if like is None:
+        return options, {}
+    from coremerge_jax.io.orbax_tree import is_orbax, open_tree
+    from coremerge_jax.trees.adapters import flatten, matches
+    from coremerge_jax.trees.layouts import LAYOUTS
+
+    target = {key: x for key, x in options.items() if key in _OF_TREES}
+    if not is_orbax(source):
+        return {key: x for key, x in options.items() if key not in target}, target
+    there = open_tree(source, item=options.get("item"), step=options.get("step"))
+    keys = [list(flatten(tree.tree)) for tree in (there, open_tree(like))]
+    layouts = LAYOUTS.values()
+    modules = [
+        [factor.module for key in tree for x in layouts if (factor := x.match(key))]
+        for tree in keys
+    ]
+    given = dict(options)
+    known = LAYOUTS.get(options.get("layout", ""))
+    if known and not any(map(known.match, keys[1])):
+        target.pop("layout")
+    for option, found in (("ignore", keys), ("axes", modules)):
+        for pattern in options.get(option, ()):
+            hits = [any(matches(key, [pattern]) for key in tree) for tree in found]
+            for kept, hit in ((given, hits[0] or not hits[1]), (target, hits[1])):
+                if not hit:
+                    kept[option] = _without(kept[option], pattern)
+    return given, target
+
+
+def _without(patterns: Any, pattern: str) -> Any:
+    if isinstance(patterns, dict):
+        return {key: x for key, x in patterns.items() if key != pattern}
+    return [x for x in patterns if x != pattern]
+
+
+def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:
+    """Axes by pattern, from texts of a form."""
+    parsed = {}
+    for text in texts or []:
+        pattern, separator, letters = text.rpartition("=")
+        if not separator or letters.count(",") != example.count(","):
+            raise RecipeError(f"--axes {text!r}: expected {form}, such as {example!r}")
+        parsed[pattern] = letters
+    return parsed or None
+
+
+def _parse_scan_axis(text: str) -> int | None:
+    if text not in ("0", "1", "none"):
+        raise RecipeError(f"--scan-axis {text!r}: expected 0, 1 or none")
+    return None if text == "none" else int(text)
+
+
+def _show(source: str, adapter: "Adapter", output: Path, to: str, as_json: bool) -> None:
+    size = folder_size(output)
+    ranks = {path: lora.rank for path, lora in adapter.items()}
+    if as_json:
+        report = {"source": source, "output": str(output), "to": to, "bytes": size, "ranks": ranks}
+        return print_json(report)
+    shapes = Counter(lora.shape for lora in adapter.values())
+    rows = []
+    for shape in shapes:
+        paths = [path for path, lora in adapter.items() if lora.shape == shape]
+        rank = describe_ranks({ranks[path] for path in paths})
+        rows.append([describe_paths(paths), "{} × {}".format(*shape), rank])
+    print_table(["modules", "m × n", "ranks"], rows, right=("m × n", "ranks"))
+    say(f"wrote {output} ({to}, {decimal(size)})")
+    return None

@@ -1,0 +1,94 @@
+"""``coremerge report``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+
+from coremerge_jax.cli.console import Stages, print_json, say
+from coremerge_jax.cli.options import run_option
+from coremerge_jax.errors import RecipeError
+
+if TYPE_CHECKING:
+    from coremerge_jax.diagnosis import Diagnosis
+
+EPILOG = """[bold]Examples[/]
+
+coremerge report adapters/* -o report.html
+
+coremerge report adapters/* --merged merged -o report.html
+
+coremerge report adapters/* --json > numbers.json"""
+
+
+def report(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
+            show_default=False,
+        ),
+    ],
+    merged: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER", help="What was made of them, by any method.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT.html", help="File for the page.", show_default=False
+        ),
+    ] = None,
+    allow_mismatch: Annotated[
+        bool,
+        run_option(
+            "--allow-mismatch", help="Go on even if base models differ or no module is common."
+        ),
+    ] = False,
+    force: Annotated[bool, run_option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, run_option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show what adapters share, where they conflict, and what a merge kept of each."""
+    if output is None and not as_json:
+        raise RecipeError("no output: give -o OUT.html, or --json to print the numbers")
+    if output is not None:
+        _check(output, [*sources, *([merged] if merged else [])], force)
+    diagnosis = _diagnose(sources, merged, allow_mismatch)
+    if output is not None:
+        diagnosis.to_html(output)
+    if as_json:
+        return print_json(diagnosis.to_dict())
+    assert output is not None
+    return say(f"wrote {output} ({decimal(output.stat().st_size)})")
+
+
+def _check(output: Path, inputs: list[str], force: bool) -> None:
+    """Refuses, before there is any work, what could not be written in the end."""
+    from coremerge_jax.diagnosis.page import MARK  # refuses where there is no matplotlib
+    from coremerge_jax.io.outputs import check_file
+
+    check_file(output, mark=MARK, inputs=inputs, force=force)
+    if output.suffix.lower() not in ("", ".html", ".htm"):
+        raise RecipeError(f"{output}: the report is an HTML page; give a name that ends in .html")
+
+
+def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":
+    from coremerge_jax.cli.runtime import keep_compiled_programs
+    from coremerge_jax.diagnosis import diagnose
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.linalg.threads import processors
+    from coremerge_jax.merging.cost import Machine
+
+    keep_compiled_programs()
+    stage = Stages()
+    with stage("open"):
+        adapters = [open_adapter(source) for source in sources]
+        result = open_adapter(merged) if merged else None
+    with stage("measure the machine"):
+        machine = Machine.measure(processors())
+    with stage("measure the adapters"):
+        return diagnose(adapters, result, machine=machine, allow_mismatch=allow_mismatch)

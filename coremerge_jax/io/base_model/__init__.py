@@ -1,0 +1,1 @@
+"""Base models in files, and adapters folded into them."""

@@ -1,0 +1,80 @@
+"""README.md and coremerge.json: where a merged adapter comes from."""
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from coremerge_jax.text import printable
+
+# What Markdown acts on within a line: emphasis, links, images, code, cells, math.
+_MARKUP = re.compile(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www)\.")
+
+
+def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the text of README.md and the content of coremerge.json.
+
+    Args:
+        base_model: the model that is adapted.
+        card: what is written and how it was made; ``"recipe"`` says by which options,
+            ``"sources"`` of what.
+    """
+    content = {"base_model": base_model, **card}
+    data = ModelCardData(
+        base_model=_hub_name(base_model),
+        library_name="peft",
+        tags=["lora", "merge", "coremerge"],
+    )
+    sources = content.get("sources", ())
+    details = [
+        f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |"
+        for name, value in content.items()
+        if name not in ("recipe", "sources") and value is not None
+    ]
+    text = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {'Merged LoRA adapter' if sources else 'LoRA adapter'}",
+        "",
+        "Written by coremerge-jax, which merges LoRA adapters in core space "
+        "([arXiv 2509.17786](https://arxiv.org/abs/2509.17786)).",
+        "",
+        "| | |",
+        "|---|---|",
+        *details,
+    ]
+    if recipe := content.get("recipe"):
+        # Paths tell nothing that the sources below do not, and are nobody else's business.
+        options = {name: value for name, value in recipe.items() if name != "adapters"}
+        dumped, fence = yaml.safe_dump(options, sort_keys=False), "```"
+        while fence in dumped:
+            fence += "`"
+        text += ["", "## Recipe", "", fence + "yaml", dumped + fence]
+    if sources:
+        text += ["", "## Sources", "", "| adapter | file | SHA-256 |", "|---|---|---|"]
+        for source in sources:
+            for file, digest in source.get("sha256", {"": ""}).items():
+                text.append(f"| {_cell(source.get('name'))} | {_cell(file)} | {_cell(digest)} |")
+    return "\n".join(text) + "\n", content
+
+
+def _hub_name(base_model: str | None) -> str | None:
+    """Returns the hub takes only names `owner/name`, and refuses a card with a local path."""
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return None
+    return base_model if base_model and base_model.isprintable() else None
+
+
+def _cell(value: Any) -> str:
+    """Returns text of one line that Markdown shows as it is."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return _MARKUP.sub(r"\\\g<0>", html.escape(printable(text), quote=False))

@@ -1,0 +1,456 @@
+"""PEFT adapter folder to `Adapter`."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from coremerge_jax.errors import FormatError, UnsupportedError, nearest
+from coremerge_jax.io.peft import experts
+from coremerge_jax.io.peft.config import (
+    RETRAIN,
+    WRAPPED,
+    PeftConfig,
+    extra_name,
+    is_copy,
+    is_extra,
+    split_factor,
+)
+from coremerge_jax.io.peft.files import CONFIG, locate, weights_file
+from coremerge_jax.io.tensors import LazyTensor, TensorReader
+from coremerge_jax.lora import Adapter, AdapterFile, Kind, LoRA, Metadata
+
+Read = Callable[[str], np.ndarray]
+
+Factors = tuple[np.ndarray, np.ndarray]
+
+# Tensors of methods that a configuration may not mention.
+_METHODS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_E": "AdaLoRA",
+    "lora_diag": "KaSA",
+    "lora_monteclora": "MonteCLoRA",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorSource:
+    """Recipe to make one module of tensors of the file.
+
+    Attributes:
+        file: for messages.
+        path: the module's path in the file.
+        outline: the module, with shapes in place of its factors.
+        keys: names of the tensors.
+        factors: gives A and B, given the tensors.
+        scale: of B.
+    """
+
+    file: Path
+    path: str
+    outline: LoRA
+    keys: tuple[str, ...]
+    factors: Callable[..., Factors]
+    scale: float
+
+    def read(self, tensor: Read) -> LoRA:
+        """Returns the module in memory.
+
+        Raises:
+            FormatError: it has values that are not finite.
+        """
+        a, b = self.factors(*map(tensor, self.keys))
+        a, b = _float32(a), _float32(b, self.scale)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            for key in self.keys:
+                _check_finite(self.file, key, tensor(key))
+            raise FormatError(
+                f"{self.file}: module {self.path!r}: B times the scaling {self.scale:g} (or a "
+                "value of a wider dtype) overflows float32"
+            )
+        return dataclasses.replace(self.outline, a=a, b=b)
+
+
+class Contents:
+    """Tensors of one file sorted into modules and extras.
+
+    Args:
+        reader: the file.
+        config: the configuration beside it.
+
+    Attributes:
+        modules: how each module is made, by its path in the base model, in the order of the file.
+        extras: tensors that are not low-rank updates, by their name in the base model.
+        dtype: of the first factor.
+
+    Raises:
+        FormatError: something is missing, or contradicts something else.
+        UnsupportedError: there is more than low-rank updates and extras.
+    """
+
+    def __init__(self, reader: TensorReader, config: PeftConfig) -> None:
+        self.file, self.config, self._reader = reader.file, config, reader
+        # Module path to names of factors to their keys, and names of other tensors to their keys.
+        self._groups: dict[str, dict[str, str]] = {}
+        self._others: dict[str, str] = {}
+        self._sort()
+        self._shared = self._groups.pop("base_model", {})
+        self.dtype = next(
+            (str(self._tensor(key).dtype) for g in self._groups.values() for key in g.values()),
+            None,
+        )
+        self._biases: dict[str, tuple[str, float]] = {}
+        self.modules = dict(self._find_modules())
+        if not self.modules:
+            keys = ", ".join(map(repr, itertools.islice(reader.tensors, 2))) or "no tensors"
+            raise FormatError(
+                f"{self.file}: no LoRA factors in it; expected keys like 'x.lora_A.weight', "
+                f"found {keys}"
+            )
+        self.extras = self._find_extras()
+
+    def _sort(self) -> None:
+        origin: dict[tuple[str, str], str] = {}
+        for key in self._reader.tensors:
+            found = split_factor(key)
+            path, part = found or ("", extra_name(key))
+            if (path, part) in origin:
+                raise FormatError(
+                    f"{self.file}: {origin[path, part]!r} and {key!r} are both "
+                    f"{'.'.join(filter(None, (path, part)))!r}; expected one adapter a file"
+                )
+            origin[path, part] = key
+            (self._groups.setdefault(path, {}) if found else self._others)[part] = key
+
+    def _tensor(self, key: str) -> jax.ShapeDtypeStruct:
+        return self._reader.tensors[key]
+
+    def _factor(self, key: str) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype of a tensor that is part of an update."""
+        tensor = self._tensor(key)
+        if not _is_float(tensor.dtype):
+            raise UnsupportedError(
+                f"{self.file}: tensor {key!r} has dtype {tensor.dtype}, so the factors are "
+                "quantized, or no weights; save the adapter in float32, bfloat16 or float16"
+            )
+        return tensor
+
+    def _find_modules(self) -> Iterator[tuple[str, FactorSource]]:
+        targets = self.config.names("target_parameters")
+        packed: dict[str, dict[str, tuple[str, str]]] = {}
+        for path, parts in self._groups.items():
+            bias = parts.pop("lora_B.bias", None)
+            if bias is not None:
+                if not self.config.fields.get("lora_bias"):
+                    raise FormatError(
+                        f"{self.file}: module {path!r} has a lora_B.bias, but lora_bias is false"
+                    )
+                scale = self.config.scale(_pattern_path(path))
+                self._biases[f"{path}.lora_B.bias"] = bias, scale
+            owner = path
+            while owner.endswith(WRAPPED):
+                owner = owner.removesuffix(WRAPPED)
+            if set(parts) == {"vera_lambda_b", "vera_lambda_d"}:
+                yield path, self._vera(path, parts["vera_lambda_b"], parts["vera_lambda_d"])
+            elif set(parts) == {"lora_embedding_A", "lora_embedding_B"}:
+                keys = parts["lora_embedding_A"], parts["lora_embedding_B"]
+                yield path, self._layer(path, keys, Kind("embedding", transposed=True))
+            elif set(parts) != {"lora_A.weight", "lora_B.weight"}:
+                raise FormatError(
+                    f"{self.file}: module {path!r} has {' and '.join(sorted(parts))} only; "
+                    "expected an A and a B factor"
+                )
+            else:
+                keys = parts["lora_A.weight"], parts["lora_B.weight"]
+                if experts.target_names(owner, targets):
+                    packed.setdefault(owner, {})[path] = keys
+                else:
+                    yield path, self._layer(path, keys, self._kind(path, keys))
+        for owner, levels in packed.items():
+            yield from self._experts(owner, levels, experts.target_names(owner, targets))
+
+    def _kind(self, path: str, keys: tuple[str, str]) -> Kind:
+        """Returns a linear layer or a two-dimensional convolution."""
+        a, b = (self._factor(key).shape for key in keys)
+        if len(a) == len(b) == 2:
+            return Kind(transposed=self.config.transposed)
+        self._refuse_empty(path, a, b)
+        if len(a) != 4 or len(b) != 4:
+            raise UnsupportedError(
+                f"{self.file}: module {path!r} has factors of shapes {a} and {b}; "
+                "only linear layers, embeddings and two-dimensional convolutions are supported"
+            )
+        if 0 < b[1] < a[0] and a[0] % b[1] == 0:
+            raise UnsupportedError(
+                f"{self.file}: module {path!r} is a convolution with "
+                f"{a[0] // b[1]} groups, whose update is not of low rank"
+            )
+        if b[2:] != (1, 1):
+            raise FormatError(f"{self.file}: module {path!r}: B has shape {b}; expected 1 x 1")
+        return Kind("conv2d", kernel=a[1:])
+
+    def _layer(self, path: str, keys: tuple[str, str], kind: Kind) -> FactorSource:
+        a, b = (self._factor(key).shape for key in keys)
+        if kind.name == "conv2d":
+            a, b = (a[0], int(np.prod(a[1:]))), b[:2]
+        return self._whole(path, a, b, kind, keys, _matrices)
+
+    def _vera(self, path: str, key_rows: str, key_inner: str) -> FactorSource:
+        if set(self._shared) != {"vera_A", "vera_B"}:
+            raise FormatError(
+                f"{self.file}: no base_model.vera_A and base_model.vera_B; "
+                "save the adapter again with save_projection=True"
+            )
+        keys = key_rows, key_inner, self._shared["vera_A"], self._shared["vera_B"]
+        rows, inner, a, b = (self._factor(key).shape for key in keys)
+        if not (inner == a[:1] == b[1:] and len(rows) == 1 and rows <= b[:1]):
+            raise FormatError(
+                f"{self.file}: module {path!r}: lambda_b {rows} and lambda_d {inner} "
+                f"do not fit the projections A {a} and B {b}"
+            )
+        kind = Kind(transposed=self.config.transposed)
+        return self._whole(path, a, (*rows, *b[1:]), kind, keys, _vera)
+
+    def _whole(
+        self,
+        path: str,
+        a: tuple[int, ...],
+        b: tuple[int, ...],
+        kind: Kind,
+        keys: tuple[str, ...],
+        factors: Callable[..., Factors],
+    ) -> FactorSource:
+        """Returns a module with tensors of its own, and with the rank of the configuration."""
+        self._check_shapes(path, a, b)
+        rank = self.config.rank(_pattern_path(path))
+        if a[0] != rank:
+            raise FormatError(
+                f"{self.file}: module {path!r} has rank {a[0]}, but {CONFIG} says {rank}; "
+                "take both files from one checkpoint, or correct r and rank_pattern"
+            )
+        scale = self.config.scale(_pattern_path(path))
+        return FactorSource(self.file, path, _outline(rank, b[0], a[1], kind), keys, factors, scale)
+
+    def _experts(
+        self, owner: str, levels: Mapping[str, tuple[str, str]], names: list[str]
+    ) -> Iterator[tuple[str, FactorSource]]:
+        shapes = {
+            path: (self._factor(a).shape, self._factor(b).shape) for path, (a, b) in levels.items()
+        }
+        for path, (a, b) in shapes.items():
+            self._check_shapes(path, a, b)
+        version = str(self.config.fields.get("peft_version") or "")
+        named = experts.name_levels(str(self.file), owner, shapes, names, version)
+        for path, parameter in named.items():
+            (rows, n), (m, _) = shapes[path]
+            rank, scale = self.config.rank(parameter), self.config.scale(parameter)
+            try:
+                count = experts.count(rows, rank)
+            except FormatError as error:
+                raise FormatError(f"{self.file}: module {path!r}: {error}") from error
+            outline = _outline(rank, m, n, Kind("expert"))
+            for e in range(count):
+                factors = partial(experts.unpack, rank=rank, index=e)
+                source = FactorSource(self.file, path, outline, levels[path], factors, scale)
+                yield f"{parameter}[{e}]", source
+
+    def _refuse_empty(self, path: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+        if 0 in (*a, *b):
+            raise FormatError(
+                f"{self.file}: module {path!r}: A has shape {a} and B has shape {b}: empty; of a "
+                "model that is sharded (DeepSpeed ZeRO-3, FSDP), gather the weights and save again"
+            )
+
+    def _check_shapes(self, path: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+        self._refuse_empty(path, a, b)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise FormatError(
+                f"{self.file}: module {path!r}: A has shape {a} and B has shape {b}; "
+                "expected (r, inputs) and (outputs, r) of one rank r"
+            )
+
+    def _find_extras(self) -> dict[str, Any]:
+        """Finds the tensors that are not updates; the configuration must account for all."""
+        modules = self.modules.items()
+        embeddings = {path for path, m in modules if m.outline.kind.name == "embedding"}
+        extras, unclaimed = {}, []
+        for name, key in self._others.items():
+            method = next((_METHODS[part] for part in _METHODS if f".{part}" in name), None)
+            if method:
+                raise UnsupportedError(
+                    f"{self.file}: tensor {name!r} belongs to {method}, whose update is not a "
+                    f"plain low-rank one; {RETRAIN}"
+                )
+            if ".lora_velora_embed" in name or is_copy(name, self._others):  # not used by peft
+                continue
+            if is_extra(name, self.config.fields, embeddings):
+                extras[name] = self._extra(key)
+            else:
+                unclaimed.append(name)
+        if unclaimed:
+            factors = [key for key in self._reader.tensors if split_factor(key)]
+            near = nearest(unclaimed[0], factors)
+            told = f"; {unclaimed[0]!r} is nearest to {near[0]!r}" if near else ""
+            raise FormatError(
+                f"{self.file}: {len(unclaimed)} tensors that {CONFIG} does not account for: "
+                f"{', '.join(map(repr, unclaimed[:3]))}{told}"
+            )
+        return extras | {name: self._extra(*bias) for name, bias in self._biases.items()}
+
+    def _extra(self, key: str, scale: float = 1.0) -> LazyTensor:
+        tensor = self._tensor(key)
+        dtype = np.dtype(np.float32) if _is_float(tensor.dtype) else tensor.dtype
+        read = partial(_read_extra, self._reader, key, scale)
+        return LazyTensor(tensor.shape, dtype, read)
+
+
+def _read_extra(reader: TensorReader, key: str, scale: float, start: int, stop: int) -> np.ndarray:
+    value = reader.read_part(key, start, stop)
+    if not _is_float(value.dtype):
+        return value
+    _check_finite(reader.file, key, value)
+    result = _float32(value, scale)
+    if not np.isfinite(result).all():
+        raise FormatError(f"{reader.file}: tensor {key!r} overflows float32")
+    return result
+
+
+def _outline(rank: int, m: int, n: int, kind: Kind) -> LoRA:
+    a: Any = jax.ShapeDtypeStruct((rank, n), np.float32)
+    b: Any = jax.ShapeDtypeStruct((m, rank), np.float32)
+    return LoRA(a, b, kind)
+
+
+def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
+    """Returns the factors of a layer; a convolution's are flat."""
+    return a.reshape(len(a), -1), b.reshape(b.shape[:2])
+
+
+def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> Factors:
+    """VeRA's shared projections, scaled by the vectors of a module."""
+    rows, inner, a, b = map(_float32, (rows, inner, a, b))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return a * inner[:, None], b[: len(rows)] * rows[:, None]
+
+
+def _check_finite(file: Path, key: str, value: np.ndarray) -> None:
+    if not np.isfinite(value).all():
+        raise FormatError(f"{file}: tensor {key!r} has NaN or infinite values")
+
+
+def _pattern_path(path: str) -> str:
+    """Returns the path that peft matches patterns with: that of the outermost wrapped module."""
+    return path.partition(WRAPPED)[0]
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return not np.issubdtype(dtype, np.integer) and dtype != np.bool_
+
+
+def _float32(value: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Returns the value times the scale in float32, rounded once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if scale == 1.0:
+            return value.astype(np.float32, copy=False)
+        if value.dtype == np.float64 or float(np.float32(scale)) != scale:
+            return (value.astype(np.float64) * scale).astype(np.float32)
+        scaled = value.astype(np.float32)
+        scaled *= np.float32(scale)
+        return scaled
+
+
+# Fields that writing the extras of an adapter back needs.
+_EXTRA_FIELDS = ("bias", "modules_to_save", "revision", "trainable_token_indices")
+
+
+class PeftFile(AdapterFile):
+    """An adapter whose factors are still in its file, see `open_peft`.
+
+    Threads may read from it at once.
+    """
+
+    def __init__(self, reader: TensorReader, contents: Contents, metadata: Metadata) -> None:
+        outlines = {path: source.outline for path, source in contents.modules.items()}
+        super().__init__(outlines, metadata=metadata, extras=contents.extras)
+        self._reader, self._sources = reader, contents.modules
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the adapter."""
+        return (self._reader.file.parent,)
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """Returns the modules with these paths, by one opening of the file.
+
+        Experts of one parameter, and VeRA's projections, are read once if asked for in a row.
+
+        Raises:
+            FormatError: a module has values that are not finite, or the file has changed.
+        """
+        with self._reader.opened() as tensor:
+            return {path: self._sources[path].read(tensor) for path in paths}
+
+
+def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
+    """Opens a PEFT adapter, whose factors stay in the file; the scaling becomes part of ``b``.
+
+    The configuration and the header of the file are read and checked. Factors, float32 NumPy
+    arrays, are read when a module is asked for, and not kept; whether they are finite is checked
+    then. So are extras, when ``np.asarray`` makes an array of one.
+
+    Module paths are those of the base model, except that the output projection of a
+    ``torch.nn.MultiheadAttention`` keeps peft's ``.base_layer.out_proj``, and that the experts of
+    a fused parameter are modules ``parameter[index]``. A VeRA module gets the input width of the
+    shared projections, as the file does not hold its own.
+
+    Args:
+        source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
+            Hugging Face id ``owner/name`` or ``owner/name@revision``.
+        name: a name for messages and tables; the name of the folder or repository by default.
+
+    Raises:
+        FormatError: the files are missing, broken or inconsistent.
+        UnsupportedError: the adapter is more than a low-rank update of the base model.
+    """
+    folder = locate(source)
+    config = PeftConfig.read(folder / CONFIG)
+    reader = TensorReader(weights_file(folder))
+    contents = Contents(reader, config)
+    metadata = Metadata(
+        name=name or _name(source, folder),
+        base_model=config.fields.get("base_model_name_or_path") or None,
+        task_type=config.fields.get("task_type") or None,
+        rank=int(config.fields["r"]),
+        alpha=config.fields.get("lora_alpha"),
+        dtype=contents.dtype,
+        config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
+    )
+    return PeftFile(reader, contents, metadata)
+
+
+def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
+    """Reads a PEFT adapter into memory: all of what `open_peft` gives.
+
+    Args:
+        source: see `open_peft`.
+        name: see `open_peft`.
+
+    Raises:
+        FormatError: the files are missing, broken or inconsistent, or a value is not finite.
+        UnsupportedError: the adapter is more than a low-rank update of the base model.
+    """
+    opened = open_peft(source, name=name)
+    return Adapter(
+        opened.read(opened),
+        metadata=opened.metadata,
+        extras={key: np.asarray(value) for key, value in opened.extras.items()},
+    )
+
+
+def _name(source: str | Path, folder: Path) -> str:
+    return (folder.resolve() if Path(source).is_dir() else Path(str(source).split("@")[0])).name

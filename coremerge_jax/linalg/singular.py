@@ -1,0 +1,352 @@
+"""Functions of the singular values."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from coremerge_jax.linalg import lapack
+from coremerge_jax.linalg.numerics import (
+    GRAM_CONDITION,
+    GRAM_SIZE,
+    complement,
+    fast_or_robust,
+    gram_pays,
+    in_range,
+    inverse,
+    matmul,
+    rounding,
+    roundoff,
+)
+
+
+@flax.struct.dataclass
+class Factored:
+    """The matrix ``u @ blockdiag(blocks) @ vᵀ``.
+
+    Attributes:
+        u: ``(p, T r)``.
+        blocks: ``(T, r, r)``.
+        v: ``(q, T r)``.
+    """
+
+    u: jax.Array
+    blocks: jax.Array
+    v: jax.Array
+
+    def dense(self) -> jax.Array:
+        """Returns the matrix itself."""
+        return matmul(_times_blocks(self.u, self.blocks), self.v.T)
+
+
+def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Returns ``x @ blockdiag(blocks)``."""
+    tasks, rank, _ = blocks.shape
+    columns = x.reshape(len(x), tasks, rank)
+    product = jnp.einsum("pti,tij->ptj", columns, blocks, precision="highest")
+    return product.reshape(x.shape)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> jax.Array:
+    """Maps ``x = u @ diag(s) @ vᵀ`` to ``u @ diag(f) @ vᵀ`` for each row f of ``fn(s, *params)``.
+
+    The derivative is exact also where singular values coincide: Daleckii and Krein's divided
+    differences, in the form for singular values (Noferini, "A formula for the Fréchet derivative
+    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017). What ``fn`` keeps and
+    drops counts as constant, so where it keeps the numerical range, null directions stay null: the
+    part of a change that is between left and right null vectors has no effect.
+
+    Args:
+        fn: maps the descending singular values ``(k,)`` to ``(c, k)``, c replacements for them; it
+            must send numerically zero values to zero.
+        x: ``(p, q)``. Nearly free where it is factored and the columns of its u and v that
+            matter are orthonormal, which is found out here.
+        *params: what else ``fn`` depends on.
+
+    Returns:
+        ``(c, p, q)``.
+    """
+    if isinstance(x, Factored):
+        return _map_factored(fn, x, params)
+    u, s, v = _decompose(x)
+    return _reassemble(u, fn(s, *params), v)
+
+
+def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ``u (p, k)``, descending ``s`` and ``v (q, k)`` with ``x = u @ diag(s) @ vᵀ``."""
+    if not gram_pays(x):
+        return lapack.svd(x)
+    return fast_or_robust(_by_gram, lapack.svd)(x)
+
+
+def _by_gram(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    if x.shape[0] < x.shape[1]:
+        (v, s, u), exact = _by_gram(x.T)
+        return (u, s, v), exact
+    squares, v = lapack.eigh(matmul(x.T, x))
+    s = jnp.sqrt(jnp.abs(squares))
+    exact = squares[-1] * GRAM_CONDITION**2 > squares[0]
+    return (matmul(x, v) * inverse(s)[None, :], s, v), exact
+
+
+def _map_factored(fn: Callable, x: Factored, params: tuple) -> jax.Array:
+    def of_blocks(x: Factored, params: tuple) -> tuple[jax.Array, jax.Array]:
+        left, s, right = jax.vmap(lapack.svd)(x.blocks)
+        u, v = _times_blocks(x.u, left), _times_blocks(x.v, right)
+        order = jnp.argsort(-s.ravel())
+        u, s, v = u[:, order], s.ravel()[order], v[:, order]
+        live = in_range(s, roundoff(u)).astype(s.dtype)
+        error = [matmul(w.T, w) * jnp.outer(live, live) - jnp.diag(live) for w in (u, v)]
+        tolerance = max(1e-8, 64 * float(jnp.finfo(s.dtype).eps))
+        orthonormal = jnp.max(jnp.abs(jnp.stack(error))) < tolerance
+        return _reassemble(u, fn(s, *params), v), orthonormal
+
+    def of_dense(x: Factored, params: tuple) -> jax.Array:
+        return _map_by_svd(fn, x.dense(), *params)
+
+    return fast_or_robust(of_blocks, of_dense)(x, params)
+
+
+def _map_by_svd(fn: Callable, x: jax.Array, *params: jax.Array) -> jax.Array:
+    u, s, v = lapack.svd(x)
+    return _reassemble(u, fn(s, *params), v)
+
+
+def _reassemble(u: jax.Array, f: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.vmap(lambda f: matmul(u * f[None, :], v.T))(f)
+
+
+@spectral_map.defjvp
+def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+    x, *params = primals
+    dx, *dparams = tangents
+    if isinstance(x, Factored):
+        x, dx = jax.jvp(Factored.dense, (x,), (dx,))
+    parts = _parts(fn, x, *params)
+    return parts[0], _tangent(fn, parts[1:], params, dx, dparams)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _parts(fn: Callable, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns `spectral_map` of a matrix, and its ``u``, ``s`` and ``v``.
+
+    All that a derivative needs, with derivatives of its own, so that there are second ones: here
+    vectors of coinciding singular values, which have none, do not turn.
+    """
+    u, s, v = lapack.svd(x)
+    return _reassemble(u, fn(s, *params), v), u, s, v
+
+
+@_parts.defjvp
+def _parts_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+    x, *params = primals
+    dx, *dparams = tangents
+    value, *frames = _parts(fn, x, *params)
+    u, s, v = frames
+    dxv, dxu = matmul(dx, v), matmul(dx.T, u)
+    dp = matmul(u.T, dxv)
+    largest = jnp.maximum(s[:, None], s[None, :])
+    fixed = _close(s) | (largest <= rounding(x))
+    gap = s[None, :] ** 2 - s[:, None] ** 2
+    inverted = jnp.where(fixed, 0, 1 / jnp.where(fixed, 1, gap))
+    columns, rows = dp * s[None, :], dp * s[:, None]
+    turn_u, turn_v = inverted * (columns + columns.T), inverted * (rows + rows.T)
+    reciprocal = inverse(s)[None, :]
+    du = matmul(u, turn_u) + complement(u, dxv * reciprocal)
+    dv = matmul(v, turn_v) + complement(v, dxu * reciprocal)
+    tangent = _tangent(fn, frames, params, dx, dparams)
+    return (value, *frames), (tangent, du, jnp.diagonal(dp), dv)
+
+
+def _close(s: jax.Array) -> jax.Array:
+    """Finds the pairs for which a difference quotient has more rounding error than its limit."""
+    eps = float(jnp.finfo(s.dtype).eps)
+    return (s[:, None] - s[None, :]) ** 2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
+
+
+def _tangent(
+    fn: Callable, frames: Sequence[jax.Array], params: Sequence, dx: jax.Array, dparams: Sequence
+) -> jax.Array:
+    """Returns the derivative of `spectral_map`."""
+    u, s, v = frames
+    dxv, dxu = matmul(dx, v), matmul(dx.T, u)
+    dp = matmul(u.T, dxv)
+    f, df = jax.jvp(fn, (s, *params), (jnp.diagonal(dp), *dparams))
+    slope = jax.jacfwd(fn)(s, *params)
+    gap, close = s[:, None] - s[None, :], _close(s)
+
+    def tangent(f: jax.Array, df: jax.Array, slope: jax.Array) -> jax.Array:
+        limit = jnp.diagonal(slope)[:, None] - slope
+        limit = (limit + limit.T) / 2
+        even = jnp.where(close, limit, (f[:, None] - f[None, :]) / jnp.where(close, 1, gap))
+        odd = (f[:, None] + f[None, :]) * inverse(s[:, None] + s[None, :])
+        inner = (even * (dp + dp.T) + odd * (dp - dp.T)) / 2
+        inner = inner - jnp.diag(jnp.diagonal(inner)) + jnp.diag(df)
+        ratio = (f * inverse(s))[None, :]
+        outer = matmul(complement(u, dxv) * ratio, v.T)
+        outer += matmul(u * ratio, complement(v, dxu).T)
+        return matmul(matmul(u, inner), v.T) + outer
+
+    return jax.vmap(tangent)(f, df, slope)
+
+
+def truncate(
+    x: jax.Array, rank: jax.Array, noise: jax.Array | float = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Cuts ``x`` to its leading singular directions.
+
+    Directions whose singular value equals the last one kept are kept too: which of them to drop
+    would be an arbitrary choice. For derivatives, how many are kept is constant; they are large
+    where singular values at the cut are close.
+
+    Args:
+        x: ``(p, q)``.
+        rank: how many; may be traced.
+        noise: singular values up to this are null as well; not differentiated.
+
+    Returns:
+        The best approximation of ``x`` of that rank, and its partial isometry: the same with
+        every nonzero singular value replaced by one. Both ``(p, q)``.
+    """
+    params = [jnp.asarray(value, x.dtype) for value in (rank, roundoff(x), noise)]
+    update, frame = spectral_map(_leading, x, *params)
+    return update, frame
+
+
+def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array, noise: jax.Array) -> jax.Array:
+    first = jnp.arange(s.shape[0], dtype=s.dtype) < rank
+    last = jnp.min(jnp.where(first, s, jnp.inf))
+    kept = (s >= last * (1 - rtol)) & in_range(s, rtol) & (s > noise)
+    return jnp.stack([jnp.where(kept, s, 0), kept.astype(s.dtype)])
+
+
+@jax.custom_jvp
+def polar(x: jax.Array) -> jax.Array:
+    """Returns ``x`` with each of its (numerically) nonzero singular values replaced by one.
+
+    By Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
+    Matrices, 2008, section 8.3), where the singular values are near enough for it. Derivatives, as
+    of `spectral_map`, are exact along changes that keep the rank.
+    """
+    if max(x.shape) <= GRAM_SIZE:
+        return _polar_by_svd(x)
+    return fast_or_robust(_polar_by_products, _polar_by_svd)(x)
+
+
+@polar.defjvp
+def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
+    (value, *_), (tangent, *_) = _isometry_jvp(primals, tangents)
+    return value, tangent
+
+
+@jax.custom_jvp
+def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the polar factor of a matrix that is not wide, singular values and right vectors."""
+    u, s, v = lapack.svd(x)
+    s = jnp.where(in_range(s, roundoff(x)), s, 0)
+    return _reassemble(u, jnp.sign(s)[None], v)[0], s, v
+
+
+@_isometry.defjvp
+def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """Derives W, with x = W H; H = W^T x solves what would divide by singular values.
+
+    W and H are smooth where singular values coincide, their vectors are not. So the solutions are
+    differentiated by what they solve, and vectors only find them.
+    """
+    (x,), (dx,) = primals, tangents
+    if x.shape[0] < x.shape[1]:
+        flipped = _isometry_jvp((x.T,), (dx.T,))
+        return tuple((w.T, *rest) for w, *rest in flipped)
+    w, s, v = parts = _isometry(x)
+    null = jnp.eye(len(v), dtype=x.dtype) - matmul(w.T, w)
+    live = jnp.eye(len(v), dtype=x.dtype) - null
+    filler = jnp.where(s[0] > 0, s[0], 1)  # of null directions; whatever is positive does
+    h = matmul(w.T, x) + filler * null
+    along, filled = matmul(w.T, dx), jnp.where(s > 0, s, filler)
+    sums = filled[:, None] + filled[None, :]
+    solve = partial(jax.lax.custom_linear_solve, symmetric=True)
+    skew = matmul(along, live)
+    turn = solve(
+        lambda z: matmul(h, z) + matmul(z, h),
+        skew - skew.T,
+        lambda _, c: matmul(v, matmul(matmul(matmul(v.T, c), v) / sums, v.T)),
+    )
+    rest = jnp.concatenate([matmul(complement(w, dx), live).T, matmul(along, null)], axis=1)
+    rest = solve(
+        lambda z: matmul(h, z),
+        rest,
+        lambda _, c: matmul(v / filled[None, :], matmul(v.T, c)),
+    )
+    rows, columns = rest[:, : len(x)], rest[:, len(x) :]
+    tangent = matmul(w, turn + columns) + rows.T
+    return parts, (tangent, jnp.zeros_like(s), jnp.zeros_like(v))
+
+
+def _polar_by_svd(x: jax.Array) -> jax.Array:
+    return _map_by_svd(_ones, x, jnp.asarray(roundoff(x), x.dtype))[0]
+
+
+def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if x.shape[0] > x.shape[1]:
+        value, exact = _polar_by_products(x.T)
+        return value.T, exact
+    gram = matmul(x, x.T)
+    # At least the largest eigenvalue, at most a few times it; the iteration converges below 3.
+    bound = jnp.sqrt(jnp.linalg.norm(matmul(gram, gram)))
+    small = float(jnp.finfo(x.dtype).eps) ** 0.5
+
+    def step(state: tuple) -> tuple:
+        x, _, count = state
+        gram = matmul(x, x.T)
+        error = jnp.max(jnp.abs(gram - jnp.eye(len(x), dtype=x.dtype)))
+        return 1.5 * x - 0.5 * matmul(gram, x), error, count + 1
+
+    def goes_on(state: tuple) -> jax.Array:
+        return (state[1] > small) & (state[2] < 12)
+
+    start = x * jnp.sqrt(1.9 / bound), jnp.full_like(bound, jnp.inf), jnp.asarray(0, jnp.int32)
+    value, error, _ = jax.lax.while_loop(goes_on, step, start)
+    return value, error <= small  # before the last step, which squares it
+
+
+def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:
+    return in_range(s, rtol).astype(s.dtype)[None]
+
+
+def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
+    """Raises the singular values of ``x`` to a power, and scales them to the sum they had.
+
+    With power 0, each (numerically) nonzero one becomes their mean.
+    """
+    dtype = jax.tree.leaves(x)[0].dtype
+    rtol = roundoff(x.u if isinstance(x, Factored) else x)
+    return spectral_map(_flat, x, jnp.asarray(rtol, dtype), jnp.asarray(power, dtype))[0]
+
+
+@jax.custom_jvp
+def isotropic(x: jax.Array | Factored) -> jax.Array:
+    """Replaces each (numerically) nonzero singular value of ``x`` by their mean."""
+    return flattened(x, 0)
+
+
+@isotropic.defjvp
+def _isotropic_jvp(primals: tuple, tangents: tuple) -> tuple:
+    def by_polar(x: jax.Array | Factored) -> jax.Array:
+        x = x.dense() if isinstance(x, Factored) else x
+        isometry = polar(x)
+        rank = jax.lax.stop_gradient(jnp.round(jnp.sum(isometry**2)))
+        return jnp.sum(isometry * x) / jnp.maximum(rank, 1) * isometry
+
+    return jax.jvp(by_polar, primals, tangents)
+
+
+def _flat(s: jax.Array, rtol: jax.Array, power: jax.Array) -> jax.Array:
+    live = in_range(s, rtol)
+    raised = jnp.where(live, jnp.where(live, s, 1) ** power, 0)
+    total = jnp.sum(raised)
+    factor = jnp.sum(jnp.where(live, s, 0)) / jnp.where(total > 0, total, 1)
+    return (raised * factor)[None]

@@ -1,0 +1,317 @@
+"""Checks of a merge's arguments, and of adapters that belong together."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coremerge_jax.errors import FormatError, MismatchError, RecipeError, hint
+from coremerge_jax.lora import Adapter, Lengths, Metadata
+from coremerge_jax.merging.groups import label
+from coremerge_jax.rules import Chain
+from coremerge_jax.rules.chain import validated
+from coremerge_jax.spaces import SPACES, Space, core
+
+
+def as_adapters(adapters: Any) -> Sequence[Adapter]:
+    """Checks that these are adapters, in a sequence.
+
+    Raises:
+        RecipeError: they are something else.
+    """
+    if isinstance(adapters, Adapter):
+        raise RecipeError("adapters: got a single adapter; expected a list, such as [adapter]")
+    if isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable):
+        raise RecipeError(f"adapters: expected a list of adapters, got {short(adapters)}")
+    found = adapters if isinstance(adapters, Sequence) else list(adapters)
+    for i, adapter in enumerate(found):
+        as_adapter(adapter, f"adapters[{i}]")
+    return found
+
+
+def as_adapter(adapter: Any, name: str) -> Adapter:
+    """Checks that this is an adapter.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    if not isinstance(adapter, Adapter):
+        raise RecipeError(
+            f"{name}: expected an adapter, got {short(adapter)}; read files with open_adapter or "
+            "load_peft, and trees of parameters with from_tree"
+        )
+    return adapter
+
+
+def as_space(space: Any) -> Space:
+    """Returns a merge space as it is; core space for None.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    if space is None:
+        return core()
+    if isinstance(space, str):
+        name = space.partition(":")[0]
+        told = f"write it as an object, {name}()" if name in SPACES else hint(name, SPACES)[2:]
+        raise RecipeError(f"space={space!r} is text; {told}")
+    if isinstance(space, type) or not callable(getattr(space, "project", None)):
+        told = "; call it, with ()" if isinstance(space, type) else ""
+        raise RecipeError(f"space: expected a merge space such as core(), got {short(space)}{told}")
+    return space
+
+
+def as_weights(weights: Any, adapters: int, name: str = "weights") -> Any:
+    """Checks that there is one number for each adapter. They may be traced.
+
+    Raises:
+        MismatchError: there is another number of them.
+        RecipeError: they are no numbers, or not finite.
+    """
+    if weights is None:
+        return None
+    expected = "expected a list of numbers, one for each adapter in their order"
+    if isinstance(weights, jax.core.Tracer):
+        if weights.ndim != 1:
+            raise MismatchError(f"{name} of shape {weights.shape}: {expected}")
+        _check_length(len(weights), adapters, name)
+        return weights
+    if isinstance(weights, jax.Array):
+        weights = jax.device_get(weights)
+    if isinstance(weights, int | float) or getattr(weights, "shape", None) == ():
+        raise MismatchError(f"{name}={weights}: {expected}")
+    if isinstance(weights, str | bytes | Mapping | set) or not isinstance(
+        weights, Collection | np.ndarray
+    ):
+        raise RecipeError(f"{name}: got {short(weights)}; {expected}")
+    _check_length(len(weights), adapters, name)
+    for i, weight in enumerate(weights):
+        check_number(f"{name}[{i}]", weight)
+    return weights
+
+
+def _check_length(found: int, adapters: int, name: str) -> None:
+    if found != adapters:
+        raise MismatchError(f"{found} {name} for {adapters} adapters; expected one each")
+
+
+def check_scale(scale: Any) -> None:
+    """Checks that a scale is a number, or numbers by pattern. They may be traced.
+
+    Raises:
+        RecipeError: it is not, or not finite.
+    """
+    if not isinstance(scale, Mapping):
+        check_number("scale", scale, ", or numbers by pattern of module paths")
+        return
+    for pattern, value in scale.items():
+        if not isinstance(pattern, str):
+            raise RecipeError(f"scale of {pattern!r}: expected a pattern of module paths as text")
+        check_number(f"scale of {pattern!r}", value)
+
+
+def check_number(name: str, value: Any, more: str = "") -> None:
+    """Checks that a value is a finite real number. It may be traced.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if isinstance(value, jax.core.Tracer):
+        if value.ndim:
+            raise RecipeError(f"{name} of shape {value.shape}: expected a number{more}")
+        return
+    if isinstance(value, jax.Array):
+        value = jax.device_get(value)
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    is_real = isinstance(value, int | float | np.integer | np.floating)
+    if not is_real or isinstance(value, bool):
+        raise RecipeError(f"{name}={short(value)}: expected a number{more}")
+    if not is_finite(value):
+        raise RecipeError(f"{name}={value}: expected a finite number{more}")
+
+
+def is_finite(value: Any) -> bool:
+    """Tells whether a number is finite as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Checks that a value is a whole number of at least ``least``.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise RecipeError(f"{name}={short(value)}: expected a whole number of at least {least}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Checks that a value can be called.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if not callable(value):
+        raise RecipeError(f"{name}: expected a function, got {short(value)}")
+
+
+def check_key(key: Any) -> None:
+    """Checks that a PRNG key is one.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    if key is None:
+        return
+    is_key = isinstance(key, jax.Array | np.ndarray) and (
+        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
+    )
+    if not is_key:
+        raise RecipeError(f"key: expected jax.random.key(seed), got {short(key)}")
+
+
+def refuse_values(adapters: Sequence[Adapter], paths: Iterable[str], describe: Callable) -> None:
+    """Names the first factor with values that are not finite, if there is one.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for path in paths:
+        for t, adapter in enumerate(adapters):
+            if path not in adapter:
+                continue
+            lora = adapter[path]
+            for name, factor in (("A", lora.a), ("B", lora.b)):
+                if not np.isfinite(np.asarray(jax.device_get(factor), np.float64)).all():
+                    raise FormatError(
+                        f"{describe(adapters, t)}, module {path!r}: {name} has NaN or infinite "
+                        "values; leave this adapter out, or train it again"
+                    )
+
+
+def short(value: Any) -> str:
+    """Returns a value for a message: briefly."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str | int | float | complex | bool | None):
+        shown = repr(value)
+        return shown if len(shown) <= 60 else f"{shown[:60]} …"
+    return f"{type(value).__name__}"
+
+
+def _is_zero(weights: Any, t: int) -> bool:
+    if weights is None or isinstance(weights, jax.core.Tracer):
+        return False
+    return not isinstance(weights[t], jax.core.Tracer) and float(weights[t]) == 0
+
+
+def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array | None:
+    """Checks that a rule has what it needs: a key, one weight per adapter, sound parameters.
+
+    Returns:
+        The key; None if the rule draws no random numbers, as a program with a key is another one
+        to compile.
+
+    Raises:
+        MismatchError: naming the number of weights and of adapters.
+        RecipeError: there is no key for a rule that draws random numbers, or a parameter is out
+            of range.
+    """
+    check_key(key)
+    if rule.needs_key and key is None:
+        raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
+    for part in validated(rule).rules:
+        as_weights(getattr(part, "weights", None), adapters)
+    return key if rule.needs_key else None
+
+
+def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
+    """Returns the places of the adapters that take part in a merge: of a weight other than 0.
+
+    Raises:
+        MismatchError: there is none, or they do not belong together.
+    """
+    if not adapters:
+        raise MismatchError("no adapters to merge; expected at least one")
+    tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
+    if not tasks:
+        raise MismatchError("all weights are 0: nothing to merge")
+    if not allow_mismatch:
+        check_compatible([adapters[t] for t in tasks])
+    return tasks
+
+
+def check_compatible(adapters: Sequence[Adapter]) -> None:
+    """Checks that adapters belong to one base model, as far as they tell.
+
+    Raises:
+        MismatchError: two name different base models, or one shares no module with the others.
+    """
+    bases: dict[str, int] = {}
+    for t, adapter in enumerate(adapters):
+        if adapter.metadata.base_model:
+            bases.setdefault(adapter.metadata.base_model.rstrip("/"), t)
+    if len(bases) > 1:
+        (x, i), (y, j) = list(bases.items())[:2]
+        raise MismatchError(
+            f"{label(adapters, i)} was trained on base model {x!r}, {label(adapters, j)} on {y!r};"
+            " if they are the same model, allow it with allow_mismatch (--allow-mismatch)"
+        )
+    for t, adapter in enumerate(adapters):
+        others = [other for other in adapters if other is not adapter]
+        if others and not any(path in other for other in others for path in adapter):
+            raise MismatchError(
+                f"{label(adapters, t)} has no module in common with the others (its first is "
+                f"{next(iter(adapter))!r}, theirs {next(iter(others[0]))!r}); if that is meant, "
+                "allow it with allow_mismatch (--allow-mismatch)"
+            )
+
+
+def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> list[Any]:
+    """Returns the scale of each module.
+
+    Raises:
+        MismatchError: a pattern matches no module.
+        RecipeError: the scale is no number.
+    """
+    check_scale(scale)
+    if not isinstance(scale, Mapping):
+        return [scale] * len(paths)
+    for pattern in scale:
+        if not fnmatch.filter(paths, pattern):
+            raise MismatchError(
+                f"scale pattern {pattern!r} matches no module; module paths look like {paths[0]!r}"
+            )
+    return [next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths]
+
+
+def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:
+    """Returns the metadata on which all sources agree."""
+
+    def common(field: str) -> Any:
+        values = {getattr(adapter.metadata, field) for adapter in adapters} - {None}
+        return values.pop() if len(values) == 1 else None
+
+    base = next((a.metadata.base_model for a in adapters if a.metadata.base_model), None)
+    return Metadata(
+        base_model=base,
+        task_type=common("task_type"),
+        config=config,
+        lengths=_common_lengths(adapters),
+    )
+
+
+def _common_lengths(adapters: Sequence[Adapter]) -> tuple[Lengths, ...]:
+    """Returns the lengths of the modules on which all adapters agree."""
+    told = [entry for adapter in adapters for entry in adapter.metadata.lengths]
+    found: dict[str, set[Lengths]] = {}
+    for entry in told:
+        found.setdefault(entry[0], set()).add(entry)
+    return tuple(next(iter(entries)) for entries in found.values() if len(entries) == 1)

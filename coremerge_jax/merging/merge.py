@@ -1,0 +1,179 @@
+"""Merging adapters: a space and a rule over all modules."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from coremerge_jax.errors import RecipeError
+from coremerge_jax.lora import Adapter, Array
+from coremerge_jax.merging.checks import (
+    as_adapters,
+    as_space,
+    as_weights,
+    check_rule,
+    common_metadata,
+    module_scales,
+    present_adapters,
+)
+from coremerge_jax.merging.extras import merge_extras
+from coremerge_jax.merging.groups import group_modules
+from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
+from coremerge_jax.merging.stream import Job, MergeStream
+from coremerge_jax.rules import Rule, as_rule, chain
+from coremerge_jax.spaces import Space
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    rule: Rule | Callable[[jax.Array], jax.Array],
+    *,
+    space: Space | None = None,
+    weights: Sequence[float] | Array | None = None,
+    scale: float | Mapping[str, float] = 1.0,
+    key: jax.Array | None = None,
+    precision: str | None = None,
+    extras: str = "error",
+    allow_mismatch: bool = False,
+    mesh: Mesh | None = None,
+) -> Adapter:
+    """Merges adapters of one base model into one adapter.
+
+    Modules of equal signature are merged by one compiled program. A module that only some
+    adapters have is merged from those. May be called inside a jitted or differentiated function
+    with traced factors.
+
+    Args:
+        adapters: at least one.
+        rule: how to merge, see `coremerge_jax.rules`; or a function ``(T, p, q) -> (p, q)``.
+        space: where to merge, see `coremerge_jax.spaces`; core space by default. Linear rules give
+            the same in every lossless space and are computed without any.
+        weights: one per adapter, multiplies its updates before anything else. An adapter of
+            weight 0 counts as absent.
+        scale: multiplies the merged updates. A mapping from patterns (as in `fnmatch`) of module
+            paths to scales takes, for each module, the first pattern that matches, else 1.
+        key: PRNG key, for rules that draw random numbers.
+        precision: ``"float64"`` or ``"float32"`` for the computation. By default float64, except
+            on TPU and for traced factors, which keep their precision (at least float32). JAX's
+            global x64 switch is neither needed nor changed.
+        extras: what to do with tensors that are not low-rank updates: ``"error"``, ``"first"``,
+            ``"mean"`` or ``"keep=NAME"``.
+        allow_mismatch: merge also adapters that name different base models or share no module.
+        mesh: devices to share the work. Modules are spread over its first axis; along a second
+            one, for modules or ranks too large for one device, so are the columns of A and the
+            rows of B. May have devices of several processes (`jax.distributed`), which then all
+            have to call this.
+
+    Returns:
+        The merged adapter, its rank at most the sum of the ranks (and at most m and n). Factors
+        have the widest dtype of the sources', and are NumPy arrays where all of theirs are. With
+        a mesh, others are where those of the first adapter are.
+
+    Raises:
+        MismatchError: the adapters do not belong together; or what is merged of finite values
+            is none, as it is too large.
+        FormatError: a factor has NaN or infinite values.
+        ProcessError: another process has failed.
+        RecipeError: an argument is of another kind, or a parameter is out of range.
+        UnsupportedError: adapters have extras and no policy for them was given; or the mesh has
+            other axes, or the space cannot spread a module over devices.
+    """
+    return merge_stream(
+        adapters,
+        rule,
+        space=space,
+        weights=weights,
+        scale=scale,
+        key=key,
+        precision=precision,
+        extras=extras,
+        allow_mismatch=allow_mismatch,
+        mesh=mesh,
+    ).collect()
+
+
+def merge_stream(
+    adapters: Sequence[Adapter],
+    rule: Rule | Callable[[jax.Array], jax.Array],
+    *,
+    space: Space | None = None,
+    weights: Sequence[float] | Array | None = None,
+    scale: float | Mapping[str, float] = 1.0,
+    key: jax.Array | None = None,
+    precision: str | None = None,
+    extras: str = "error",
+    allow_mismatch: bool = False,
+    mesh: Mesh | None = None,
+    max_memory: int | None = None,
+) -> "MergeStream":
+    """Merges adapters part by part, for those that are larger than memory.
+
+    With adapters from `open_peft` and the stream given to `save_peft`, modules are read, merged
+    and written in batches, at the same time, and memory does not grow with their number.
+
+    Args:
+        adapters: as in `merge`.
+        rule: as in `merge`.
+        space: as in `merge`.
+        weights: as in `merge`.
+        scale: as in `merge`.
+        key: as in `merge`.
+        precision: as in `merge`.
+        extras: as in `merge`.
+        allow_mismatch: as in `merge`.
+        mesh: as in `merge`. Of adapters in files or on the host, each process reads and merges a
+            share of its own, given to `save_peft`.
+        max_memory: bytes that the batches on their way may take together; by default, batches
+            are as large as is good for speed.
+
+    Raises:
+        MemoryError: a single module needs more than ``max_memory``.
+    """
+    adapters = as_adapters(adapters)
+    parts = chain(as_rule(rule))
+    key = check_rule(parts, key, len(adapters))
+    weights = as_weights(weights, len(adapters))
+    tasks = present_adapters(adapters, weights, allow_mismatch)
+    present = [adapters[t] for t in tasks]
+    merged_extras, config = merge_extras(present, extras)
+    groups = group_modules(present)
+    paths = [path for group in groups for path in group.paths]
+    grid, processes = _devices(mesh, present, (parts, weights, scale))
+    job = Job(
+        adapters=present,
+        places=np.asarray(tasks, np.int32),
+        rule=parts,
+        space=as_space(space),
+        weights=weights,
+        scales=dict(zip(paths, module_scales(paths, scale), strict=True)),
+        key=key,
+        precision=precision,
+        grid=grid,
+    )
+    metadata = common_metadata(present, config)
+    return MergeStream(job, groups, max_memory, metadata, merged_extras, processes)
+
+
+def _devices(
+    mesh: Mesh | None, adapters: Sequence[Adapter], parameters: Any
+) -> tuple[Devices | None, Mapping[int, int]]:
+    """Returns the devices that this process merges with, and the processes that have shares.
+
+    What is on the host, or in files, each process can read for itself.
+    """
+    factors = jax.tree.leaves([dict(x) for x in adapters if type(x) is Adapter])
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise RecipeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if mesh is None:
+        refuse_explicit(factors)
+        return None, {}
+    grid, processes = Devices(mesh), {}
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parameters))
+    if traced or not all(map(is_host, factors)):
+        return grid, {}
+    if len(grid.processes) > 1:
+        grid, processes = grid.local(), grid.processes
+    # On its one device, a process does better with batches side by side.
+    return None if grid.is_default else grid, processes

@@ -1,0 +1,299 @@
+"""Devices that share a merge: rows of a mesh take modules, its columns parts of m and n."""
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from coremerge_jax.errors import RecipeError, UnsupportedError
+from coremerge_jax.lora import Adapter, LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """A mesh of one or two axes, as a merge uses it.
+
+    The first axis takes modules, which never have to do with each other. Along the second, if
+    there is one, every module is spread: its A by columns, its B by rows.
+
+    Raises:
+        UnsupportedError: the mesh has more axes, or devices of some processes only.
+    """
+
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        if len(self.mesh.axis_names) > 2:
+            raise UnsupportedError(
+                f"mesh with axes {self.mesh.axis_names}: expected one, for modules, or a second, "
+                "for their rows and columns; make one of its devices: "
+                "jax.sharding.Mesh(mesh.devices.reshape(...), ('modules', 'features'))"
+            )
+        there = self.processes
+        if len(there) not in (1, jax.process_count()) or jax.process_index() not in there:
+            raise UnsupportedError(
+                f"mesh with devices of processes {sorted(there)}, in process "
+                f"{jax.process_index()} of {jax.process_count()}: expected devices of this "
+                "process, or of all"
+            )
+
+    @property
+    def devices(self) -> np.ndarray:
+        """``(rows, columns)``."""
+        return self.mesh.devices.reshape(len(self.mesh.devices), -1)
+
+    @property
+    def rows(self) -> int:
+        """The number of modules that are merged at once."""
+        return self.devices.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """The number of parts into which a module is split."""
+        return self.devices.shape[1]
+
+    @property
+    def axis(self) -> str | None:
+        """The axis that modules are spread over, if they are."""
+        return self.mesh.axis_names[1] if self.columns > 1 else None
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The processes that have devices here, and how many."""
+        return dict(collections.Counter(d.process_index for d in self.mesh.devices.flat))
+
+    @property
+    def is_default(self) -> bool:
+        """True if this is the one device that JAX uses anyway."""
+        return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.devices.size == 1
+
+    def local(self) -> "Devices":
+        """Returns the rows of this process.
+
+        Raises:
+            UnsupportedError: a row has devices of other processes as well.
+        """
+        here = np.vectorize(lambda device: device.process_index == jax.process_index())
+        mine = here(self.devices)
+        if (mine.any(axis=1) != mine.all(axis=1)).any():
+            raise UnsupportedError(
+                "mesh whose second axis leads from one process to another: adapters on the host "
+                "or in files are read by the process that merges them; order the devices so that "
+                "each row has those of one process"
+            )
+        return Devices(Mesh(self.mesh.devices[mine.all(axis=1)], self.mesh.axis_names))
+
+    # --- Where factors are ---------------------------------------------------------------------
+
+    @property
+    def specs(self) -> tuple[P, P, P]:
+        """Specs for stacks of A ``(L, R, n)``, of B ``(L, m, R)``, and of one value per module."""
+        modules = self.mesh.axis_names[0]
+        return P(modules, None, self.axis), P(modules, self.axis, None), P(modules)
+
+    def place(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Stacks spread over the devices, n and m filled up with zeros.
+
+        Arrays that are on these devices already go straight from each to where they belong.
+        """
+        a, b = self._fill_up(a, 2), self._fill_up(b, 1)
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a, b
+        if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+            return self._reshard(a, self.specs[0]), self._reshard(b, self.specs[1])
+        shardings = [NamedSharding(self.mesh, spec) for spec in self.specs[:2]]
+        return tuple(jax.device_put([a, b], shardings))
+
+    def _fill_up(self, x: Any, axis: int) -> Any:
+        missing = -x.shape[axis] % self.columns
+        if not missing:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            shape = [n + missing * (i == axis) for i, n in enumerate(x.shape)]
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+        xp: Any = np if isinstance(x, np.ndarray) else jnp
+        return xp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def _reshard(self, x: Any, spec: P) -> Any:
+        """Reshards an array in a traced function, where JAX does not do so itself."""
+        if not _is_explicit(self.mesh):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+
+    def take_apart(
+        self, a: jax.Array, b: jax.Array, shape: tuple[int, int]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Returns the modules of stacks in a traced function, without what only fills up."""
+        m, n = shape
+        return (
+            [x[:, :n] for x in self._whole(a, 2, n)],
+            [x[:m] for x in self._whole(b, 1, m)],
+        )
+
+    def _whole(self, x: jax.Array, axis: int, size: int) -> jax.Array:
+        """Gathers an array over modules, and over features where their number is cut."""
+        cut = x.shape[axis] != size
+        if cut and not _is_explicit(self.mesh):
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
+        spec = P(*[None if cut or i != axis else self.axis for i in range(3)])
+        return self._reshard(x, spec)
+
+    def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
+        """Returns ``fn(shared, stacks)`` on each device, of its part of the stacks."""
+        stacks = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda x: self._reshard(x, spec), part),
+            specs,
+            stacks,
+            is_leaf=lambda x: isinstance(x, P),
+        )
+        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), specs), out_specs=out_specs)
+        return mapped(shared, stacks)
+
+
+def is_host(x: Any) -> bool:
+    """Returns True if a factor is on the host (or in a file), and not on a device or traced."""
+    return not isinstance(x, jax.Array)
+
+
+def refuse_explicit(factors: Sequence[Any]) -> None:
+    """Refuses factors that JAX keeps sharded as their type says, without a mesh.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for x in factors:
+        spec = () if is_host(x) else jax.typeof(x).sharding.spec
+        if any(spec):
+            raise UnsupportedError(
+                f"factors are sharded as {spec} over a mesh with explicit axes: say with mesh= "
+                "which devices shall merge them"
+            )
+
+
+def implicit(adapter: Adapter) -> Adapter:
+    """Returns an adapter with no sharding in its types, for programs that spread work themselves.
+
+    Factors stay where they are; their mesh has axes of another kind.
+
+    Raises:
+        UnsupportedError: factors that are sharded as their types say are traced.
+    """
+    if type(adapter) is not Adapter:
+        return adapter
+    typed = [x for x in jax.tree.leaves(dict(adapter)) if _is_typed(x)]
+    if any(isinstance(x, jax.core.Tracer) for x in typed):
+        refuse_explicit(typed)
+    return jax.tree.map(_untyped, adapter) if typed else adapter
+
+
+def placed_like(lora: LoRA, like: LoRA) -> LoRA:
+    """Returns the factors where those of the same module are, of whichever rank."""
+    where = _without(like.a, 0), _without(like.b, 1)
+    a, b = jax.device_put((lora.a, lora.b), where)
+    return dataclasses.replace(lora, a=a, b=b)
+
+
+def _is_typed(x: Any) -> bool:
+    if is_host(x):
+        return False
+    return any(jax.typeof(x).sharding.spec)
+
+
+def _untyped(x: Any) -> Any:
+    if not _is_typed(x):
+        return x
+    mesh = Mesh(x.sharding.mesh.devices, x.sharding.mesh.axis_names)
+    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+
+
+def is_spread(x: Any) -> bool:
+    """Returns True if an array is on devices of several processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:
+    """Returns the modules of stacks, each where factors of the same module are.
+
+    Args:
+        a: ``(L, r, n)``, or more columns.
+        b: ``(L, m, r)``, or more rows.
+        like: for each of the first modules, factors ``(…, n)`` and ``(m, …)``.
+    """
+    shapes = tuple(lora.shape for lora in like)
+    places = [(_without(lora.a, 0), _without(lora.b, 1)) for lora in like]
+    there = tuple(zip(*places, strict=True))
+    every = NamedSharding(a.sharding.mesh, P())  # type: ignore[attr-defined]
+    near = all(_is_near(place, every) for pair in places for place in pair)
+    out = there if near else ((every,) * len(like),) * 2
+    return jax.device_put(_split(shapes, out)(a, b), there)
+
+
+def _is_near(place: jax.sharding.Sharding, every: NamedSharding) -> bool:
+    """Returns True if a program on all devices of a mesh can have its results there."""
+    if _is_explicit(every.mesh):
+        return isinstance(place, NamedSharding) and place.mesh == every.mesh
+    return place.device_set == every.device_set
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+@functools.lru_cache
+def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
+    """Returns a program that takes stacks apart, and cuts what only fills up."""
+
+    def split(a: jax.Array, b: jax.Array) -> tuple[tuple, tuple]:
+        return (
+            tuple(a[i, :, :n] for i, (_, n) in enumerate(shapes)),
+            tuple(b[i, :m] for i, (m, _) in enumerate(shapes)),
+        )
+
+    if _is_explicit(out[0][0].mesh):
+        return jax.jit(jax.sharding.auto_axes(split, out_sharding=out))
+    return jax.jit(split, out_shardings=out)
+
+
+def _without(factor: Any, axis: int) -> jax.sharding.Sharding:
+    """Returns the sharding of a factor for one of another rank, which is along the axis."""
+    sharding = factor.sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [*sharding.spec, None, None][:2]
+    spec[axis] = None
+    return NamedSharding(sharding.mesh, P(*spec))
+
+
+def make_mesh(shape: str | None) -> "Mesh | None":
+    """Returns all devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
+
+    Returns:
+        The mesh; None where there is one device.
+
+    Raises:
+        RecipeError: there are not as many devices.
+    """
+    import jax
+    import numpy as np
+
+    devices = np.asarray(jax.devices())
+    sizes = [len(devices)]
+    if shape is not None:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape):
+            raise RecipeError(f"mesh must be like 8 or 4x2, got {shape!r}")
+        sizes = [int(size) for size in shape.split("x")]
+    if np.prod(sizes) != len(devices):
+        raise RecipeError(
+            f"mesh {shape} has {np.prod(sizes)} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind})"
+        )
+    names = ("modules", "features")[: len(sizes)]
+    return jax.sharding.Mesh(devices.reshape(sizes), names) if len(devices) > 1 else None

@@ -1,0 +1,116 @@
+"""The record of a merge, coremerge.json: how it was made, of which files."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coremerge_jax import __version__
+from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.io import untrusted
+from coremerge_jax.io.outputs import RECORD
+from coremerge_jax.lora import Adapter
+from coremerge_jax.recipe import PRECISIONS, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[dict[str, Any]]:
+    """Returns the adapters of a recipe, with hashes of their files: each process hashes some."""
+    import jax
+
+    from coremerge_jax.io.formats import hash_source
+    from coremerge_jax.merging.processes import exchange, failing_together
+
+    with failing_together():
+        own = range(jax.process_index(), len(adapters), jax.process_count())
+        hashes = [(t, hash_source(recipe.adapters[t])) for t in own]
+    found = dict(pair for pairs in exchange(hashes) for pair in pairs)
+    return [
+        {"name": adapter.metadata.name, "path": source, "sha256": found[t]}
+        for t, (source, adapter) in enumerate(zip(recipe.adapters, adapters, strict=True))
+    ]
+
+
+def provenance(recipe: "Recipe", sources: "Sequence[dict[str, Any]]") -> dict[str, Any]:
+    """Returns the record of a merge by a recipe."""
+    from coremerge_jax.merging.precision import computing
+
+    with computing(recipe.precision) as dtype:
+        precision = dtype.name
+    return {
+        "coremerge_version": __version__,
+        "precision": precision,
+        "recipe": recipe.explicit().to_dict(),
+        "sources": list(sources),
+    }
+
+
+_FIELDS = {
+    "recipe": untrusted.OBJECT,
+    "precision": (lambda value: value in PRECISIONS, " or ".join(PRECISIONS)),
+    "sources": (lambda value: isinstance(value, list), "a list"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An adapter that was merged, as its record says or as it is found.
+
+    Attributes:
+        name: of the adapter.
+        path: where it is; None in memory.
+        sha256: of its files by name, if known.
+    """
+
+    name: str | None
+    path: str | None
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeRecord:
+    """Record of how a merge was made.
+
+    Attributes:
+        recipe: how.
+        sources: of what, in the order of the recipe.
+        precision: that it was computed in, if known.
+    """
+
+    recipe: Recipe
+    sources: tuple[Source, ...]
+    precision: str | None = None
+
+
+def read_record(merged: Adapter | str | Path) -> MergeRecord | None:
+    """Returns the record in the folder of a merge; None if there is none.
+
+    Raises:
+        FormatError: it is broken.
+        RecipeError: its recipe is none that this version knows.
+    """
+    if isinstance(merged, Adapter) or not untrusted.is_regular(file := Path(merged) / RECORD):
+        return None
+    content = untrusted.read_json(file, "a merged adapter")
+    if content.get("recipe") is None:  # written by `save_peft`, not by a recipe
+        return None
+    untrusted.check_kinds(file, content, _FIELDS)
+    try:
+        recipe = Recipe.from_dict(content["recipe"])
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    found = content.get("sources") or []
+    if not all(map(_is_source, found)):
+        raise FormatError(f"{file}: expected sources with name, path and sha256 by file")
+    sources = (Source(source["name"], source["path"], source["sha256"]) for source in found)
+    return MergeRecord(recipe, tuple(sources), content.get("precision"))
+
+
+def _is_source(found: Any) -> bool:
+    if not isinstance(found, dict) or not {"name", "path", "sha256"} <= found.keys():
+        return False
+    texts = all(found[key] is None or untrusted.is_text(found[key]) for key in ("name", "path"))
+    digests = found["sha256"]
+    return texts and isinstance(digests, dict) and all(map(untrusted.is_text, digests.values()))

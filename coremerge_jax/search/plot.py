@@ -1,0 +1,170 @@
+"""Figures of sweeps and fits. Needs matplotlib."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.io.atomic import atomic_file
+from coremerge_jax.text import printable, shortened
+
+_LEAST_SPAN = 1e-4  # of the largest number
+
+# What tells a figure of ours from any other, and no date, so that equal figures are equal files.
+_CREATOR = "coremerge-jax"
+
+_METADATA: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": _CREATOR},
+    "png": {"Software": _CREATOR},
+}
+
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "coremerge",
+    "text.parse_math": False,
+}
+
+
+class Candidate(Protocol):
+    """A candidate of a sweep, as far as a figure shows it."""
+
+    @property
+    def name(self) -> str:
+        """The name of the rule."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The values of its parameters."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Its scores."""
+
+
+def save(figure: Any, path: str | Path | None) -> Any:
+    """Writes a figure, if there is a path for it, and returns it."""
+    if path is not None:
+        import matplotlib as mpl
+
+        path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
+        form = path.suffix.removeprefix(".").lower()
+        metadata = _METADATA.get(form)
+        with (
+            atomic_file(path, mark=_CREATOR.encode(), force=True) as file,
+            mpl.rc_context(STYLE),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "Glyph|.*[Ff]ont family")
+            figure.savefig(file, format=form, bbox_inches="tight", dpi=150, metadata=metadata)
+    return figure
+
+
+def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draws in our style: matplotlib asks for some of it when it makes each text."""
+
+    @wraps(draw)
+    def run(*args: Any) -> Any:
+        _need_matplotlib()
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            return draw(*args)
+
+    return run
+
+
+@_styled
+def draw_sweep(sweep: Sequence[Candidate], objective: str, maximize: bool) -> Any:
+    """Draws one panel a parameter."""
+    rules = list(dict.fromkeys(record.name for record in sweep))
+    names = list(dict.fromkeys(name for record in sweep for name in record.parameters))
+    varied = [name for name in names if len(_values(sweep, name)) > 1]
+    figure, panels = _panels(max(1, len(varied)))
+    for panel, name in zip(panels, varied, strict=False):
+        numbers = all(isinstance(x, int | float) for x in _values(sweep, name))
+        for i, rule in enumerate(rules):
+            points = [
+                (x.parameters[name] if numbers else str(x.parameters[name]), x.metrics[objective])
+                for x in sweep
+                if x.name == rule and name in x.parameters
+            ]
+            if points:
+                _draw_rule(panel, points, maximize, numbers, color=f"C{i}", label=_label(rule))
+        panel.set_xlabel(_label(name))
+    panels[0].set_ylabel(_label(objective))
+    _widen(panels[0], [x.metrics[objective] for x in sweep if objective in x.metrics])
+    if len(rules) > 1 and varied:
+        panels[0].legend(frameon=False)
+    return figure
+
+
+def _draw_rule(
+    panel: Any, points: list[tuple[Any, float]], maximize: bool, numbers: bool, **style: str
+) -> None:
+    """Draws all points, and a line through the best at each place."""
+    shown = [point for point in points if math.isfinite(point[1])]
+    if not shown:
+        return
+    panel.plot(*zip(*shown, strict=True), ".", color=style["color"], alpha=0.25)
+    best: dict[Any, float] = {}
+    for x, y in shown:
+        best[x] = (max if maximize else min)(best.get(x, y), y)
+    order = sorted(best) if numbers else list(best)
+    panel.plot(order, [best[x] for x in order], **style)
+
+
+@_styled
+def draw_fit(history: Sequence[Mapping[str, float]], kept: int) -> Any:
+    """Draws the losses by step, and the step that was kept."""
+    figure, (panel,) = _panels(1)
+    for name in ("loss", "validation"):
+        shown = [(row["step"], row[name]) for row in history if name in row]
+        if shown:
+            panel.plot(*zip(*shown, strict=True), label=name)
+    panel.axvline(kept, color="gray", linestyle=":", label="kept")
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    panel.legend(frameon=False)
+    return figure
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        text = "plots need matplotlib: pip install 'coremerge-jax[plot]'"
+        raise UnsupportedError(text) from error
+
+
+def _label(name: str) -> str:
+    return shortened(printable(name), 60)
+
+
+def _widen(panel: Any, values: Sequence[float]) -> None:
+    """Gives an axis a least span, on which numbers that differ by rounding are in one line."""
+    found = [value for value in values if math.isfinite(value)]
+    if not found:
+        return
+    low, high = min(found), max(found)
+    least = _LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        panel.set_ylim(middle - least / 2, middle + least / 2)
+
+
+def _values(sweep: Sequence[Candidate], name: str) -> list[Any]:
+    return list(dict.fromkeys(x.parameters[name] for x in sweep if name in x.parameters))

@@ -1,0 +1,251 @@
+"""Interface of merge spaces: projecting the updates of one module, and lifting the result."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
+from coremerge_jax.linalg import Basis, Factored, matmul
+from coremerge_jax.lora import LoRA
+from coremerge_jax.rules import Chain, Context, Rule, chain
+from coremerge_jax.rules.linear import scale
+from coremerge_jax.rules.rule import Cores, check, dense
+
+# Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
+# values; beyond it, rounding of the merged B would show, and A is made orthonormal.
+_SPREAD = 4.0
+
+
+@flax.struct.dataclass
+class Projection:
+    """The adapters' updates of one module in a merge space: ``ΔW_t = u gain cores_t vᵀ``.
+
+    ``u`` and ``v`` have orthonormal columns, up to columns of zeros behind the numerical shape.
+
+    Attributes:
+        factors: the cores, ``(T, p, q)`` or as low-rank factors.
+        shape: int32 ``(2,)``, the numerical shape: rows and columns of the cores beyond it are
+            zero.
+        left: the basis of ``u: (m, p)``, or None for the identity.
+        right: the basis of ``v: (n, q)``, or None for the identity.
+        gain: ``(p,)``, the diagonal of a matrix; that matrix ``(p, p)``; or None for the identity.
+        spread: that of the singular values of the stacked A factors, see `linalg.basis`.
+    """
+
+    factors: Cores
+    shape: jax.Array
+    left: Basis | None = None
+    right: Basis | None = None
+    gain: jax.Array | None = None
+    spread: jax.Array | None = None
+
+    def weighted(self, weights: jax.Array) -> "Projection":
+        """Returns the projection with its updates multiplied by weights ``(T,)``."""
+        return dataclasses.replace(self, factors=jax.vmap(scale)(self.factors, weights))
+
+    @property
+    def cores(self) -> jax.Array:
+        """``(T, p, q)``, the updates in the merge space."""
+        return dense(self.factors)
+
+    @property
+    def squares(self) -> jax.Array:
+        """``(T,)``, the squared Frobenius norms of the updates."""
+        return jnp.sum(dense(self._weighed_cores()) ** 2, axis=(1, 2))
+
+    @property
+    def u(self) -> jax.Array | None:
+        """``(m, p)``, or None for the identity."""
+        return None if self.left is None else self.left.columns()
+
+    @property
+    def v(self) -> jax.Array | None:
+        """``(n, q)``, or None for the identity."""
+        return None if self.right is None else self.right.columns()
+
+    @property
+    def keeps_a(self) -> bool | jax.Array:
+        """True if merged factors can have the A factors of the adapters as their A.
+
+        That is exact, and cheaper than any other, unless rounding errors of the merged B would
+        grow too much with it.
+        """
+        rows, columns = jax.eval_shape(dense, self.factors).shape[1:]
+        if self.spread is None or self.right is None or self.right.x is None or columns > rows:
+            return False
+        if columns < len(self.right.frame):  # the factors' rank, which is more than n
+            return False
+        return self.spread <= _SPREAD
+
+    def merge(
+        self,
+        rule: Rule,
+        *,
+        key: jax.Array | None = None,
+        tasks: jax.Array | None = None,
+        keep_a: bool | None = None,
+    ) -> LoRA:
+        """Merges the cores and lifts the result.
+
+        Steps of the rule behind the merge act on ``gain @ merged``, whose singular values
+        are those of the merged update.
+
+        Args:
+            rule: the merge rule.
+            key: PRNG key, for rules that draw random numbers.
+            tasks: int32 ``(T,)``, which adapters these are; by default 0 to T - 1.
+            keep_a: whether the result has the A factors of the adapters; by default, where it
+                should: see `keeps_a`.
+        """
+        if tasks is None:
+            tasks = jnp.arange(len(jax.tree.leaves(self.factors)[0]), dtype=jnp.int32)
+        context = Context(shape=self.shape, tasks=tasks)
+        rule = rule if isinstance(rule, Chain) else chain(rule)
+        merged = rule.combine(self.factors, key=key, context=context)
+        context = dataclasses.replace(context, cores=self._weighed_cores())
+        merged = rule.finish(self._weigh(merged), key=key, context=context)
+        return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
+
+    def lift(self, merged: jax.Array) -> LoRA:
+        """Returns the update that a matrix of the merge space stands for.
+
+        Args:
+            merged: ``(p, q)``.
+
+        Returns:
+            Factors of rank ``min(p, q)``.
+        """
+        return self._expand(self._weigh(merged), self.keeps_a)
+
+    def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
+        if self.gain is None:
+            return merged
+        core = dense(merged)
+        return self.gain[:, None] * core if self.gain.ndim == 1 else matmul(self.gain, core)
+
+    def _weighed_cores(self) -> Cores:
+        if self.gain is None:
+            return self.factors
+        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]
+
+    def _expand(self, merged: jax.Array | Factored, keep_a: bool | jax.Array) -> LoRA:
+        core = dense(merged)
+        p, q = core.shape
+        u, v = self.left, self.right
+        if q > p:
+            a = core if v is None else v.times(core.T).columns().T
+            return LoRA(a=a, b=jnp.eye(p, dtype=core.dtype) if u is None else u.columns())
+        if v is None or v.x is None or keep_a is False:
+            a = jnp.eye(q, dtype=core.dtype) if v is None else v.columns().T
+            return LoRA(a=a, b=core if u is None else u.times(core).columns())
+        assert u is not None
+        kept, on_a = v.x.T, matmul(core, v.frame.T)
+        if keep_a is True:
+            return LoRA(a=kept, b=u.times(on_a).columns())
+
+        def orthonormal() -> jax.Array:
+            return matmul(v.frame.T, kept.astype(core.dtype)).astype(kept.dtype)
+
+        a = jax.lax.cond(keep_a, lambda: kept, orthonormal)
+        return LoRA(a=a, b=u.times(jnp.where(keep_a, on_a, core)).columns())
+
+
+class Space(Protocol):
+    """A merge space: a hashable object with one pure method.
+
+    Attributes:
+        lossless: whether the projected updates are the updates, so that linear rules give the same
+            as without a space.
+    """
+
+    lossless: ClassVar[bool]
+
+    def project(
+        self,
+        lora_a: jax.Array,
+        lora_b: jax.Array,
+        ranks: tuple[int, ...],
+        *,
+        dtype: Any = None,
+        elementwise: bool = True,
+        axis: str | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> Projection:
+        """Brings the updates of one module into the merge space.
+
+        Args:
+            lora_a: ``(R, n)``, the A factors of all adapters below each other.
+            lora_b: ``(m, R)``, the B factors side by side.
+            ranks: the rank of each adapter, ``sum(ranks) == R``; static.
+            dtype: what to compute in; by default that of the factors. Directions within rounding
+                errors of the factors as they are given are dropped from the bases.
+            elementwise: whether the rule looks at single entries; for other rules the space may
+                choose cheaper coordinates that give the same merged update.
+            axis: a mapped axis (of `jax.shard_map`) that the columns of A and the rows of B are
+                spread over, for modules too large for one device. So are those of what is lifted.
+            shape: ``(m, n)`` of the module, where some of these only fill up, with zeros.
+
+        Raises:
+            UnsupportedError: the space has matrices as large as the module, and there is an axis.
+        """
+        ...
+
+
+def check_static(
+    name: str, value: Any, ok: Callable[[Any], bool], expected: str, *, whole: bool = False
+) -> None:
+    """Validates a parameter of a space, which is never traced.
+
+    Raises:
+        RecipeError: naming the parameter, its value and what is expected.
+    """
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise RecipeError(f"{name}={value!r}: expected {expected}")
+    check(name, value, ok, expected)
+
+
+def refuse_axis(space: "Space", axis: str | None) -> None:
+    """Refuses modules that are spread over devices.
+
+    Raises:
+        UnsupportedError: there is an axis.
+    """
+    if axis is not None:
+        raise UnsupportedError(
+            f"{space!r} merges matrices with the rows or columns of the module, which cannot be "
+            "spread over devices; merge in core space, or spread modules alone"
+        )
+
+
+def split(a: jax.Array, b: jax.Array, ranks: tuple[int, ...]) -> LoRA:
+    """Splits stacked factors ``(R, q)`` and ``(p, R)`` by adapter.
+
+    Returns:
+        Factors ``(T, max(ranks), q)`` and ``(T, p, max(ranks))``, padded with zeros.
+
+    Raises:
+        MismatchError: the ranks are not those of the factors, or one is 0.
+    """
+    if not ranks or min(ranks) < 1 or sum(ranks) != a.shape[0]:
+        raise MismatchError(
+            f"ranks {ranks} of stacked factors of rank {a.shape[0]}: expected ranks of at least 1 "
+            "that add up to it"
+        )
+    width, starts = max(ranks), np.cumsum((0, *ranks))
+    if len(set(ranks)) == 1:
+        a_parts, b_parts = a.reshape(-1, width, a.shape[1]), b.reshape(len(b), -1, width)
+    else:
+        places = [
+            [start + i if i < rank else sum(ranks) for i in range(width)]
+            for start, rank in zip(starts[:-1], ranks, strict=True)
+        ]
+        index = np.asarray(places)
+        a_parts = jnp.pad(a, ((0, 1), (0, 0)))[index]
+        b_parts = jnp.pad(b, ((0, 0), (0, 1)))[:, index]
+    return LoRA(a=a_parts, b=jnp.moveaxis(b_parts, 1, 0))

@@ -1,0 +1,1 @@
+"""Adapters in trees of parameters: layouts, names, axes, and kernels of JAX models."""

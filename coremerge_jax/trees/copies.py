@@ -1,0 +1,198 @@
+"""The model's parameters in a tree that holds other trees by the same keys beside them.
+
+An optimizer's moments, gradients and averages have the keys and shapes of what they belong to.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+
+from coremerge_jax.errors import FormatError
+from coremerge_jax.trees.axes import container, is_numbered
+from coremerge_jax.trees.layouts import Factor
+
+# Names of subtrees, matched in whole, without regard to case.
+_MODEL = re.compile(
+    r"(train_?|model_?|lora_?|trainable_?)*(params|parameters|model|state|variables|lora|weights)"
+    r"(_?[a-z0-9])?",
+    re.IGNORECASE,
+)
+
+_OPTIMIZER = re.compile(
+    r"(.*_)?(opt|optim|optimizer|tx)s?_?(states?)|(.*_)?optimizers?|optim", re.IGNORECASE
+)
+
+# Names that a module may have as well: they count beside parameters with the same keys.
+_MOMENTS = re.compile(
+    r"opt|mu|nu|trace|(first_|second_)?moments?|momentums?|exp_avg(_sq)?|v_row|v_col|velocit(y|ies)"
+    r"|adam(w|ax)?|sgd|lion|lamb|muon|adafactor|adagrad|rmsprop|slots?|(acc(umulated)?_?)?grad(ient)?s?|inner_states?",
+    re.IGNORECASE,
+)
+
+_AVERAGES = re.compile(
+    r"(.*_)?(ema|avg|average|averages|averaged|polyak|swa|shadow)(_.*)?", re.IGNORECASE
+)
+
+_OTHERS = re.compile(
+    r"((.*_)?(teacher|student|target|reference|ref|backup|copy|snapshot|frozen|actor|critic)"
+    r"|online|base|orig|original|merged|old|new|init|initial|best|prev|previous|last)(_(params|model|state|network|net))?",
+    re.IGNORECASE,
+)
+
+_CHAIN = re.compile(_OPTIMIZER.pattern + r"|opt|adam\w*|sgd|lion|inner_states?", re.IGNORECASE)
+
+_COUNTERS = ("step", "count", "global_step", "gradient_step", "mini_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The place of a factor.
+
+    Attributes:
+        key: of the factor.
+        sorts: of the trees that it is in.
+        root: the path of the one of these that is not the model's; of moments, the outermost.
+        tail: the module's path in the innermost of them, and which factor it is.
+        inner: the tail, below what is above all of them: alike in copies.
+        trees: names of the trees that it is in.
+    """
+
+    key: str
+    sorts: frozenset[str]
+    root: str
+    tail: tuple[str, ...]
+    inner: tuple[str, ...]
+    trees: tuple[str, ...]
+
+    @property
+    def is_parameter(self) -> bool:
+        """Tells whether a tree that holds it is called parameters."""
+        return any("param" in name.lower() for name in self.trees)
+
+
+def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str]:
+    """Returns the keys of a tree that are an optimizer's, or belong to an average of the model.
+
+    Args:
+        factors: by key, what the keys of LoRA factors say.
+        keys: all of them.
+
+    Raises:
+        FormatError: several trees have the same factors, and which is the model's is not certain;
+            or none is.
+    """
+    places = [_place(key, factor) for key, factor in factors.items()]
+    groups: dict[tuple[str, ...], list[_Place]] = {}
+    for place in places:
+        groups.setdefault(place.inner, []).append(place)
+    roots = {place.root for place in places if "optimizer" in place.sorts}
+    for group in groups.values():
+        group = [place for place in group if "optimizer" not in place.sorts]
+        if len(group) > 1:
+            roots |= {place.root for place in group if place is not _model(group)}
+    kept = [place for place in places if not _is_below(place.key, roots)]
+    if places and not kept:
+        raise FormatError(
+            f"{places[0].key!r} belongs to an optimizer's state, and so do all LoRA factors; give "
+            "the model's parameters"
+        )
+    _refuse_unknown_copies(kept)
+    found = {key for key in keys if _is_below(key, roots) or _is_optimizer(key)}
+    train_state = bool(found) or {"step", "opt_state"} & {key.split("/")[0] for key in keys}
+    if train_state and any(place.key.startswith("params/") for place in kept):
+        found |= {key for key in keys if not key.startswith("params/")}
+    if found:
+        found |= {key for key in keys if key.rpartition("/")[2] in _COUNTERS}
+    return found
+
+
+def _place(key: str, factor: Factor) -> _Place:
+    parts = factor.module.split("/")
+    sorts = [_sort(part, parts[i + 1 : i + 2]) for i, part in enumerate(parts)]
+    # Names of trees are above all numbers and lists of layers, and a module's own name is none.
+    end = next((i for i, part in enumerate(parts) if _is_inside(parts[:i], part)), len(parts) - 1)
+    first = next((i for i in range(end) if sorts[i]), end)
+    last = first
+    while last < end and (sorts[last] or parts[last].isdigit()):
+        last += 1
+    found = {sort for sort in sorts[first:last] if sort}
+    if "optimizer" in sorts:
+        found.add("optimizer")
+    if "optimizer" in found:
+        depth = max(i for i, sort in enumerate(sorts) if sort == "optimizer") + 1
+    else:
+        depth = next((i + 1 for i in range(first, last) if sorts[i] not in ("model", None)), last)
+    return _Place(
+        key,
+        frozenset(found - {"model"}),
+        "/".join(parts[:depth]),
+        (*parts[last:], factor.param, factor.factor),
+        (*parts[:first], *parts[last:], factor.param, factor.factor),
+        tuple(parts[first:last]),
+    )
+
+
+def _is_inside(above: list[str], part: str) -> bool:
+    """Tells whether a part of a path is in the model for certain."""
+    if part.isdigit():  # else a place in a chain of transformations
+        names = [name for name in above if not name.isdigit()]
+        return bool(names) and not _CHAIN.fullmatch(names[-1])
+    return container(part) is not None or is_numbered(part)
+
+
+def _sort(part: str, following: list[str]) -> str | None:
+    """Returns the sort of tree that a name is of; None for a module's name."""
+    if _OPTIMIZER.fullmatch(part):
+        # Optimizers of flax before 0.11 hold the model itself.
+        return "model" if following == ["model"] else "optimizer"
+    named = {"moments": _MOMENTS, "average": _AVERAGES, "other": _OTHERS, "model": _MODEL}
+    return next((sort for sort, names in named.items() if names.fullmatch(part)), None)
+
+
+def _model(group: list[_Place]) -> _Place:
+    """Returns the place in the model, of several with the same factor.
+
+    Raises:
+        FormatError: it is not certain.
+    """
+    models = [place for place in group if not place.sorts]
+    named = len(models) == 1 and models[0].trees
+    if not named or any("other" in place.sorts for place in group):
+        raise _uncertain(*(models + [place for place in group if place not in models])[:2])
+    return models[0]
+
+
+def _refuse_unknown_copies(places: list[_Place]) -> None:
+    """Refuses what may be copies: trees of other names, or below other names."""
+    params = {place.inner: place for place in places if place.is_parameter and not place.sorts}
+    ends = {}
+    for place in places:
+        numbers = next(i for i, part in enumerate(place.inner) if not part.isdigit())
+        starts = range(len(place.inner) - 2 if place.trees else numbers + 1)
+        ends.update({place.inner[i:]: place for i in starts if not place.sorts})
+    for place in places:
+        tails = (place.inner[i:] for i in range(1, len(place.inner) - 2))
+        found = next((params[tail] for tail in tails if tail in params), None)
+        if found is not None and not place.is_parameter:
+            raise _uncertain(found, place)
+        if place.sorts and place.tail in ends:
+            raise _uncertain(ends[place.tail], place)
+
+
+def _uncertain(one: _Place, two: _Place) -> FormatError:
+    return FormatError(
+        f"{one.key!r} and {two.key!r} are one factor in two trees, and which of them is the "
+        "model's is not certain; leave the others out with ignore (coremerge convert --ignore "
+        f"'{two.root or two.key.split('/')[0]}/*')"
+    )
+
+
+def _is_below(key: str, roots: Collection[str]) -> bool:
+    return any(key.startswith(f"{root}/") for root in roots if root)
+
+
+def _is_optimizer(key: str) -> bool:
+    parts = key.split("/")
+    return any(
+        _sort(part, parts[i + 1 : i + 2]) == "optimizer" for i, part in enumerate(parts[:-1])
+    )

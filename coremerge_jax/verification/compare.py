@@ -1,0 +1,281 @@
+"""A merge, and the same merge made again: module by module, in memory that does not grow."""
+
+import dataclasses
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.errors import FormatError
+from coremerge_jax.lora import DTYPES, Adapter, AdapterFile, Array, LoRA
+from coremerge_jax.merging.truncation import truncate
+from coremerge_jax.recipe import PRECISIONS, Recipe
+from coremerge_jax.verification.tolerance import (
+    Distance,
+    Expected,
+    Tolerance,
+    directions,
+    distance,
+    negligible,
+    rounding_loss,
+    roundoff,
+    tolerance,
+    went_through,
+)
+
+# As near as the share of energy that a cut keeps is known, its factors being in float32.
+_SHARE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Measurements of a module, as absolute norms.
+
+    Attributes:
+        distance: between what was found and what was expected.
+        tolerance: how large an error rounding explains.
+        negligible: updates that are not larger are none.
+        underflow: whether its dtype loses more than it does of values that are not too small.
+        through: a dtype with fewer digits that the values of a factor have gone through.
+        coarse: how large an error rounding to that explains.
+        losses: by dtype, the relative error of writing what was expected in it.
+        noise: what of the tolerance is for rounding inside the merge.
+    """
+
+    distance: Distance
+    tolerance: Tolerance
+    negligible: float
+    underflow: bool
+    through: str | None
+    coarse: float
+    losses: Mapping[str, float | None]
+    noise: float = 0.0
+
+    @property
+    def differs(self) -> bool:
+        """True if rounding does not explain the error."""
+        return self.distance.error > self.tolerance.at()
+
+    @property
+    def wrong(self) -> bool:
+        """True if something has happened to it."""
+        return self.differs or self.vanished or self.through is not None
+
+    @property
+    def nothing(self) -> bool:
+        """True if no update is expected."""
+        return self.distance.expected <= self.negligible
+
+    @property
+    def vanished(self) -> bool:
+        """True if there is no update where one is expected."""
+        lost = self.distance.norm <= self.negligible
+        return lost and not self.nothing and (self.differs or self.underflow)
+
+    def with_noise(self, noise: float) -> "Measured":
+        """Returns the same, where rounding inside the merge makes so much."""
+        wider = dataclasses.replace(self.tolerance, expected=self.tolerance.expected + noise)
+        coarse = self.coarse + noise
+        return dataclasses.replace(self, tolerance=wider, coarse=coarse, noise=noise)
+
+
+def measure(found: LoRA, expected: Expected, dtype: str) -> Measured:
+    """Compares a module, written in a dtype, with what it should be."""
+    apart, bound = distance(found, expected), tolerance(found, expected, dtype)
+    through = went_through(found, expected.cut, dtype)
+    losses = {dtype: rounding_loss(expected.cut, dtype) for dtype in DTYPES}
+    lost = (losses.get(dtype) or 0.0) * apart.expected
+    return Measured(
+        distance=apart,
+        tolerance=bound,
+        negligible=negligible(expected.whole),
+        underflow=lost > roundoff(expected.cut, dtype, underflow=False),
+        through=through,
+        coarse=roundoff(found, through) + bound.expected if through else 0.0,
+        losses=losses,
+    )
+
+
+class Comparison:
+    """A merge, and what it should be.
+
+    Args:
+        found: the merge.
+        adapters: its sources.
+        recipe: how they were merged.
+        dtype: that the merge was written in.
+        precision: that it was computed in, if known.
+
+    Attributes:
+        outline: what the merge should be, without its factors.
+        paths: modules that can be compared.
+        unreadable: modules that turned out to be broken, and why.
+    """
+
+    def __init__(
+        self,
+        found: Adapter,
+        adapters: Sequence[Adapter],
+        recipe: Recipe,
+        dtype: str,
+        precision: str | None = None,
+    ) -> None:
+        self.found, self.adapters, self.recipe, self.dtype = found, adapters, recipe, dtype
+        self._single = "float32" in (recipe.precision, precision)
+        self.outline = recipe.stream(adapters).outline
+        there = found.outline
+        self.paths = [
+            path
+            for path, lora in self.outline.items()
+            if path in there and there[path].shape == lora.shape
+        ]
+        self.unreadable: dict[str, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources."""
+        return [x.metadata.name or f"adapter {t}" for t, x in enumerate(self.adapters)]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the sources; those of weight 0 are absent."""
+        return self.recipe.weights or (1.0,) * len(self.adapters)
+
+    def measure(self) -> dict[str, Measured]:
+        """Measures all modules."""
+        pairs = self.pairs(self.paths)
+        return {path: measure(found, expected, self.dtype) for path, found, expected in pairs}
+
+    def pairs(
+        self,
+        paths: Collection[str],
+        recipe: Recipe | None = None,
+        adapters: Sequence[Adapter] | None = None,
+    ) -> Iterator[tuple[str, LoRA, Expected]]:
+        """Yields modules as they are and should be; by another recipe or of others, if given."""
+        recipe, wanted = recipe or self.recipe, set(paths)
+        for part in recipe.stream(adapters or self.adapters):
+            found = self.read(path for path in part if path in wanted)
+            expected = _expected(recipe, part, found)
+            yield from ((path, lora, expected[path]) for path, lora in found.items())
+
+    def noise(self, paths: Collection[str], probes: int) -> dict[str, float]:
+        """Estimates how much rounding inside the merge changes modules, the most of some tries.
+
+        Sources are moved by rounding. That does not show all that happens in float32: of a merge
+        in this, what another precision changes counts too.
+        """
+        count, recipe = len(self.adapters), self.recipe
+        streams = [
+            recipe.stream([_Jittered(x, i * count + t) for t, x in enumerate(self.adapters)])
+            for i in range(probes)
+        ]
+        if self._single:
+            for precision in PRECISIONS:
+                streams += [dataclasses.replace(recipe, precision=precision).stream(self.adapters)]
+        largest = dict.fromkeys(paths, 0.0)
+        for part, *others in zip(recipe.stream(self.adapters), *streams, strict=True):
+            found = self.read(path for path in part if path in largest)
+            expected = _expected(recipe, part, found)
+            for other in others:
+                moved = _expected(recipe, other, found)
+                for path in found:
+                    change = distance(moved[path].cut, expected[path]).error
+                    largest[path] = max(largest[path], change)
+        return largest
+
+    def sources(self, path: str) -> dict[int, LoRA]:
+        """Returns a module of the sources that have it and are merged, by their places."""
+        having = (t for t, x in enumerate(self.adapters) if path in x.outline and self.weights[t])
+        return {t: _on_host(self.adapters[t][path]) for t in having}
+
+    def idle(self) -> dict[int, list[str]]:
+        """Returns the modules whose update is zero, by source."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for path in self.outline:
+            for t, lora in self.sources(path).items():
+                if not directions(lora):
+                    found[t].append(path)
+        return found
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """Returns the modules of the merge, without those that are broken."""
+        wanted = [path for path in paths if path not in self.unreadable]
+        try:
+            return _finite(self.found.read(wanted))
+        except FormatError:
+            return {path: lora for path in wanted for lora in self._read_one(path)}
+
+    def _read_one(self, path: str) -> list[LoRA]:
+        try:
+            return list(_finite(self.found.read([path])).values())
+        except FormatError as error:
+            self.unreadable[path] = str(error)
+            return []
+
+
+def _finite(loras: dict[str, LoRA]) -> dict[str, LoRA]:
+    for path, lora in loras.items():
+        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (lora.a, lora.b)):
+            raise FormatError(f"module {path!r} has NaN or infinite values")
+    return loras
+
+
+def _expected(
+    recipe: Recipe, part: Mapping[str, LoRA], found: Mapping[str, LoRA]
+) -> dict[str, Expected]:
+    """Merges again the modules that were found, and cuts them as they are written."""
+    whole = {path: _on_host(part[path]) for path in found}
+    if not whole or (recipe.rank is None and recipe.energy is None):
+        return {path: Expected(lora, lora) for path, lora in whole.items()}
+    cut, kept = truncate(Adapter(whole), rank=recipe.rank, energy=recipe.energy)
+    expected = {path: Expected(whole[path], cut[path]) for path in whole}
+    if recipe.energy is None:
+        return expected
+    return {
+        path: _settled(one, kept[path], recipe.energy, directions(found[path]))
+        for path, one in expected.items()
+    }
+
+
+def _settled(expected: Expected, kept: float, energy: float, rank: int) -> Expected:
+    """Takes the rank that was found, where rounding decides which rank keeps the energy."""
+    if rank == 0 or abs(rank - expected.cut.rank) != 1:
+        return expected
+    other, shares = truncate(Adapter({"": expected.whole}), rank=rank)
+    near = abs(min(kept, shares[""]) - energy) <= _SHARE
+    return dataclasses.replace(expected, cut=other[""]) if near else expected
+
+
+class _Jittered(AdapterFile):
+    """An adapter with every entry of its factors moved up or down by one unit in the last place.
+
+    That of float32 at least: so exact a merge may have been computed.
+    """
+
+    def __init__(self, adapter: Adapter, seed: int) -> None:
+        outline = adapter.outline
+        super().__init__(dict(outline), metadata=adapter.metadata, extras=adapter.extras)
+        self._adapter, self._seed = adapter, seed
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """Returns the modules with these paths."""
+        read = self._adapter.read(paths)
+        return {path: self._moved(path, lora) for path, lora in read.items()}
+
+    def _moved(self, path: str, lora: LoRA) -> LoRA:
+        rng = np.random.default_rng([self._seed, zlib.crc32(path.encode())])
+
+        def move(x: Array) -> np.ndarray:
+            host = np.asarray(x)
+            unit = max(float(jnp.finfo(host.dtype).eps), float(np.finfo(np.float32).eps))
+            up_or_down = rng.choice([-1, 1], host.shape)
+            return (host.astype(np.float64) * (1 + unit * up_or_down)).astype(host.dtype)
+
+        return dataclasses.replace(lora, a=move(lora.a), b=move(lora.b))
+
+
+def _on_host(lora: LoRA) -> LoRA:
+    return dataclasses.replace(lora, a=np.asarray(lora.a), b=np.asarray(lora.b))
