@@ -245,6 +245,11 @@ class Adapter(Mapping[str, LoRA]):
         """The folders that factors are still to be read from: none for an adapter in memory."""
         return ()
 
+    @property
+    def in_memory(self) -> bool:
+        """True if the factors are in memory; False if they are still to be read from a file."""
+        return True
+
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """Returns the modules with these paths; an adapter in a file reads them at once."""
         return {path: self[path] for path in paths}
@@ -272,6 +277,11 @@ class AdapterFile(Adapter):
 
     Who makes one says how modules are read.
     """
+
+    @property
+    def in_memory(self) -> bool:
+        """False: factors are read when they are asked for."""
+        return False
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
         """Returns the modules with these paths."""

@@ -274,8 +274,8 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> list[Any]:
-    """Returns the scale of each module.
+def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> dict[str, Any]:
+    """Returns the scale of each module, by path.
 
     Raises:
         MismatchError: a pattern matches no module.
@@ -283,13 +283,15 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> l
     """
     check_scale(scale)
     if not isinstance(scale, Mapping):
-        return [scale] * len(paths)
+        return dict.fromkeys(paths, scale)
     for pattern in scale:
         if not fnmatch.filter(paths, pattern):
             raise MismatchError(
                 f"scale pattern {pattern!r} matches no module; module paths look like {paths[0]!r}"
             )
-    return [next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths]
+    return {
+        path: next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths
+    }
 
 
 def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:

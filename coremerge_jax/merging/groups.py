@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.linalg import in_loop
-from coremerge_jax.lora import Adapter, Array, LoRA, widest
+from coremerge_jax.lora import Adapter, Array, Kind, LoRA, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Group:
     shape: tuple[int, int]
     ranks: tuple[int, ...]
     length: int
+
+    @property
+    def names(self) -> np.ndarray:
+        """uint32 ``(length,)``, hashes of the paths, which random numbers depend on."""
+        hashes = [zlib.crc32(path.encode()) for path in self.padded(self.paths)]
+        return np.asarray(hashes, np.uint32)
+
+    def kinds(self, outlines: Sequence[Adapter]) -> list[Kind]:
+        """Returns the kind of each module, as the first adapter that has it."""
+        pairs = zip(self.paths, self.tasks, strict=True)
+        return [outlines[tasks[0]][path].kind for path, tasks in pairs]
 
     def padded(self, rows: Any) -> list:
         """Returns one row per module, the last repeated."""

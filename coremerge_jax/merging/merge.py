@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from coremerge_jax.errors import RecipeError
@@ -14,14 +13,12 @@ from coremerge_jax.merging.checks import (
     as_space,
     as_weights,
     check_rule,
-    common_metadata,
     module_scales,
-    present_adapters,
 )
-from coremerge_jax.merging.extras import merge_extras
-from coremerge_jax.merging.groups import group_modules
+from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
-from coremerge_jax.merging.stream import Job, MergeStream
+from coremerge_jax.merging.present import find_present
+from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.rules import Rule, as_rule, chain
 from coremerge_jax.spaces import Space
 
@@ -107,24 +104,24 @@ def merge_stream(
     allow_mismatch: bool = False,
     mesh: Mesh | None = None,
     max_memory: int | None = None,
-) -> "MergeStream":
+) -> MergeStream:
     """Merges adapters part by part, for those that are larger than memory.
 
     With adapters from `open_peft` and the stream given to `save_peft`, modules are read, merged
-    and written in batches, at the same time, and memory does not grow with their number.
+    and written in batches, at the same time, and memory does not grow with their number. With a
+    mesh of several processes, each of them reads, merges and writes a share.
 
     Args:
-        adapters: as in `merge`.
-        rule: as in `merge`.
-        space: as in `merge`.
-        weights: as in `merge`.
-        scale: as in `merge`.
-        key: as in `merge`.
-        precision: as in `merge`.
-        extras: as in `merge`.
-        allow_mismatch: as in `merge`.
-        mesh: as in `merge`. Of adapters in files or on the host, each process reads and merges a
-            share of its own, given to `save_peft`.
+        adapters: at least one.
+        rule: how to merge. This and the following are the arguments of `merge`.
+        space: where to merge.
+        weights: one per adapter.
+        scale: multiplies the merged updates.
+        key: PRNG key, for rules that draw random numbers.
+        precision: for the computation.
+        extras: what to do with tensors that are not low-rank updates.
+        allow_mismatch: merge also adapters that seem not to belong together.
+        mesh: devices to share the work.
         max_memory: bytes that the batches on their way may take together; by default, batches
             are as large as is good for speed.
 
@@ -135,25 +132,19 @@ def merge_stream(
     parts = chain(as_rule(rule))
     key = check_rule(parts, key, len(adapters))
     weights = as_weights(weights, len(adapters))
-    tasks = present_adapters(adapters, weights, allow_mismatch)
-    present = [adapters[t] for t in tasks]
-    merged_extras, config = merge_extras(present, extras)
-    groups = group_modules(present)
-    paths = [path for group in groups for path in group.paths]
-    grid, processes = _devices(mesh, present, (parts, weights, scale))
+    present = find_present(adapters, weights, extras, allow_mismatch)
+    devices, processes = _devices(mesh, present.adapters, (parts, weights, scale))
     job = Job(
-        adapters=present,
-        places=np.asarray(tasks, np.int32),
-        rule=parts,
+        present=present,
         space=as_space(space),
+        rule=parts,
         weights=weights,
-        scales=dict(zip(paths, module_scales(paths, scale), strict=True)),
+        scales=module_scales(present.paths, scale),
         key=key,
         precision=precision,
-        grid=grid,
+        devices=devices,
     )
-    metadata = common_metadata(present, config)
-    return MergeStream(job, groups, max_memory, metadata, merged_extras, processes)
+    return MergeStream(job, max_memory, processes)
 
 
 def _devices(
@@ -163,17 +154,17 @@ def _devices(
 
     What is on the host, or in files, each process can read for itself.
     """
-    factors = jax.tree.leaves([dict(x) for x in adapters if type(x) is Adapter])
+    factors = jax.tree.leaves([dict(x) for x in adapters if x.in_memory])
     if mesh is not None and not isinstance(mesh, Mesh):
         raise RecipeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
     if mesh is None:
         refuse_explicit(factors)
         return None, {}
-    grid, processes = Devices(mesh), {}
+    devices, processes = Devices(mesh), {}
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parameters))
     if traced or not all(map(is_host, factors)):
-        return grid, {}
-    if len(grid.processes) > 1:
-        grid, processes = grid.local(), grid.processes
+        return devices, {}
+    if len(devices.processes) > 1:
+        devices, processes = devices.local(), devices.processes
     # On its one device, a process does better with batches side by side.
-    return None if grid.is_default else grid, processes
+    return None if devices.is_default else devices, processes

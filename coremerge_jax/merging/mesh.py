@@ -186,7 +186,7 @@ def implicit(adapter: Adapter) -> Adapter:
     Raises:
         UnsupportedError: factors that are sharded as their types say are traced.
     """
-    if type(adapter) is not Adapter:
+    if not adapter.in_memory:
         return adapter
     typed = [x for x in jax.tree.leaves(dict(adapter)) if _is_typed(x)]
     if any(isinstance(x, jax.core.Tracer) for x in typed):

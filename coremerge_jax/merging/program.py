@@ -1,5 +1,13 @@
-"""The compiled programs of a merge, for stacks of modules of one signature."""
+"""The compiled programs of the engine, for stacks of modules of one signature.
 
+All merges are made of the same three parts, each a function of one module: `project_module` (into
+a merge space), `merge_projection` (the rule) and `finish` (scale and output dtype). A merge of
+adapters runs them in one program, `merge_stack`. Adapters that are merged many times are projected
+by `project_stack`, and merged by `merge_projected` and `finish_stack`.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,10 +22,8 @@ from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.rule import Cores, dense, fold_rows
+from coremerge_jax.rules.rule import Cores
 from coremerge_jax.spaces import Core, Projection, Space
-
-BITS = 16  # of a magnitude that one count of all modules settles
 
 
 @flax.struct.dataclass
@@ -27,15 +33,16 @@ class Inputs:
     a: jax.Array  # (L, R, n)
     b: jax.Array  # (L, m, R)
     weights: jax.Array | None  # (L, T)
-    tasks: Any  # (L, T), places in the list that the user gave; NumPy
-    names: Array  # (L,), hashes of the paths
-    scale: jax.Array  # (L,)
+    tasks: Any  # int32 (L, T), places in the list that the user gave; NumPy, so also if traced
+    names: Any  # uint32 (L,), hashes of the paths
+    scale: Any  # (L,); None if modules are only projected
 
-    def specs(self, grid: Devices) -> "Inputs":
-        """Returns the partition spec of each field on a grid."""
-        a, b, each = grid.specs
-        weights: Any = None if self.weights is None else each
-        return Inputs(a=a, b=b, weights=weights, tasks=each, names=each, scale=each)  # type: ignore[arg-type]
+    def specs(self, devices: Devices) -> "Inputs":
+        """Returns the partition spec of each field."""
+        a, b, each = devices.specs
+        specs: Any = {"weights": each, "tasks": each, "names": each, "scale": each}
+        given = {name: spec for name, spec in specs.items() if getattr(self, name) is not None}
+        return Inputs(**{"a": a, "b": b, "weights": None, "scale": None, **given})
 
 
 @flax.struct.dataclass
@@ -52,7 +59,7 @@ class Facts:
 
     @property
     def finite(self) -> np.ndarray:
-        """``(L,)``, whether all factors that were given are."""
+        """``(L,)``, whether all factors that were given are finite."""
         return np.isfinite(self.sizes).all(axis=(1, 2, 3))
 
     @property
@@ -74,133 +81,95 @@ class Settings(NamedTuple):
         space: where to merge.
         dtype: to compute in.
         shape: ``(m, n)`` of the modules.
-        grid: the devices that share the work.
+        devices: those that share the work; None for one device.
     """
 
     ranks: tuple[int, ...]
     space: Space
     dtype: Any
     shape: tuple[int, int]
-    grid: Devices | None = None
+    devices: Devices | None = None
 
     @property
     def axis(self) -> str | None:
         """The mesh axis that modules are split along; None if they are whole."""
-        return self.grid.axis if self.grid else None
+        return self.devices.axis if self.devices else None
 
 
-@partial(jax.jit, static_argnames=("settings", "keep_a"))
-def merge_stack(
-    rule: Chain,
-    arrays: Inputs,
-    key: jax.Array | None,
-    settings: Settings,
-    *,
-    keep_a: bool | None = None,
-) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
-    """Returns the merged A and B of each module, whether these are good, and facts.
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """The engine's automatic choices for modules of one signature.
 
-    With ``keep_a``, the A factors are those of ``arrays`` where that can be: then the first result
-    is None, and the third says whether it should be.
+    Attributes:
+        space: the merge space; None for linear rules, which give the same in every lossless space
+            and are computed on the factors.
+        basis: ``"singular"`` for the singular vectors that elementwise rules are defined in, or
+            ``"any"`` orthonormal basis of the space, which is cheaper; None without a space.
+        keeps_a: True if the merged A is the stacked A of the adapters; False if it is computed;
+            None if it is kept where it is well-conditioned. The program that keeps it runs first,
+            and a second one merges the stack again if it was not.
     """
 
-    def merge_module(
-        rule: Chain, key: jax.Array | None, module: Inputs
-    ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
-        good: bool | jax.Array = True
-        factors = None
-        if _needs_no_space(rule, settings):
-            lora, kept = _merge_linear(rule, module, settings)
-        else:
-            projection = _project(rule, module, settings)
-            good = projection.keeps_a
-            factors = projection.factors
-            kept = bool(keep_a) and good is not False
-            lora = projection.merge(
-                rule,
-                key=_module_key(key, module),
-                tasks=module.tasks,
-                keep_a=True if kept else None,
-            )
-        b = (jnp.asarray(lora.b) * module.scale).astype(arrays.b.dtype)
-        facts = _facts(module, factors, b, settings)
-        if keep_a and kept:
-            return None, b, jnp.asarray(good), facts
-        return jnp.asarray(lora.a).astype(arrays.a.dtype), b, jnp.asarray(True), facts
-
-    def merge_modules(shared: tuple, modules: Inputs) -> Any:
-        return over_modules(partial(merge_module, *shared), modules)
-
-    if settings.grid is None:
-        return merge_modules((rule, key), arrays)
-    specs = settings.grid.specs
-    modules, axis = settings.grid.mesh.axis_names[0], settings.axis
-    told = Facts(sizes=PartitionSpec(modules, None, None, axis), peaks=PartitionSpec(modules, axis))
-    out_specs = (*specs, told)
-    return settings.grid.map(
-        merge_modules, (rule, key), arrays, arrays.specs(settings.grid), out_specs
-    )
+    space: Space | None
+    basis: str | None
+    keeps_a: bool | None
 
 
-def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settings) -> Facts:
-    """Returns the facts of one module.
+def choose(rule: Chain, settings: Settings) -> Choices:
+    """Returns the choices for a rule; ``keeps_a`` is False only where shapes decide that.
 
-    Coordinates in core space are small, zero where factors are, and not finite if any of them is
-    not. Where there are none, the factors themselves are summed up.
+    A rule is linear in the updates, so it needs no space, if it is a weighted sum of them. Spread
+    over devices, the stacked factors must also fit into m and n.
     """
-    peak = jnp.max(jnp.abs(b)).astype(settings.dtype)
-    if isinstance(factors, LoRA) and isinstance(settings.space, Core):
-        b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
-        a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
-    else:
-        ends = np.cumsum(settings.ranks)[:-1]
-        b_sizes = _sizes(jnp.max(jnp.abs(module.b), axis=0), ends, settings.dtype)
-        a_sizes = _sizes(jnp.max(jnp.abs(module.a), axis=1), ends, settings.dtype)
-    # Each device tells what it has: they need not tell each other.
-    facts = Facts(sizes=jnp.stack([b_sizes, a_sizes])[:, :, None], peaks=peak[None])
-    return jax.lax.stop_gradient(facts)
-
-
-def _sizes(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
-    """Returns the largest of the ``(R,)`` numbers of each adapter."""
-    return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])
-
-
-def _needs_no_space(rule: Chain, settings: Settings) -> bool:
-    """Returns True if a merge is a weighted sum of factors that, spread, fit into m and n."""
-    fits = settings.axis is None or sum(settings.ranks) <= min(settings.shape)
-    return rule.equivariance == Equivariance.LINEAR and settings.space.lossless and fits
-
-
-def _module_key(key: jax.Array | None, module: Inputs) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, module.names)
-
-
-def _project(rule: Chain, module: Inputs, settings: Settings) -> Projection:
+    fits = sum(settings.ranks) <= min(settings.shape)
+    linear = rule.equivariance == Equivariance.LINEAR and settings.space.lossless
+    if linear and (fits or settings.axis is None):
+        return Choices(space=None, basis=None, keeps_a=fits)
     elementwise = rule.equivariance == Equivariance.ELEMENTWISE
-    return project_module(module.a, module.b, module.weights, settings, elementwise=elementwise)
+    return Choices(settings.space, "singular" if elementwise else "any", keeps_a=None)
 
 
-def project_module(
-    a: jax.Array,
-    b: jax.Array,
-    weights: jax.Array | None,
-    settings: Settings,
-    *,
-    elementwise: bool,
-) -> Projection:
-    """Projects a module's updates, multiplied by weights ``(T,)``, to a space."""
-    ranks, dtype = settings.ranks, settings.dtype
-    if weights is not None:
-        b = b.astype(dtype) * _by_rank(weights, ranks)[None, :]
+# --- The parts of a merge, for one module ------------------------------------------------------
+
+
+def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> Projection:
+    """Projects a module's updates, multiplied by their weights, to the merge space."""
+    ranks, dtype, b = settings.ranks, settings.dtype, module.b
+    if module.weights is not None:
+        b = b.astype(dtype) * _by_rank(module.weights, ranks)[None, :]
     spread: dict[str, Any] = {}
     if settings.axis:
         spread = {"axis": settings.axis, "shape": settings.shape}
-    return settings.space.project(a, b, ranks, dtype=dtype, elementwise=elementwise, **spread)
+    return settings.space.project(
+        module.a, b, ranks, dtype=dtype, elementwise=elementwise, **spread
+    )
 
 
-def _merge_linear(rule: Chain, module: Inputs, settings: Settings) -> tuple[LoRA, bool]:
-    """Merges without a space: coefficients go to the factors. Returns also if A is kept."""
+def module_key(key: jax.Array | None, name: Array) -> jax.Array | None:
+    """Returns the key of a module, which does not depend on other modules or their order."""
+    return None if key is None else jax.random.fold_in(key, name)
+
+
+def merge_projection(
+    rule: Chain,
+    key: jax.Array | None,
+    projection: Projection,
+    tasks: jax.Array,
+    name: jax.Array,
+    *,
+    keep_a: bool,
+) -> LoRA:
+    """Merges a projected module and lifts the result, not yet scaled.
+
+    With ``keep_a`` the result has the stacked A, whether or not that is well-conditioned. Without,
+    the program chooses.
+    """
+    kept = True if keep_a else None
+    return projection.merge(rule, key=module_key(key, name), tasks=tasks, keep_a=kept)
+
+
+def merge_linear(rule: Chain, module: Inputs, settings: Settings) -> LoRA:
+    """Merges without a space: multiplies the factors by the rule's coefficients."""
     ranks, dtype = settings.ranks, settings.dtype
     units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
     context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
@@ -210,11 +179,16 @@ def _merge_linear(rule: Chain, module: Inputs, settings: Settings) -> tuple[LoRA
     a, b = module.a, module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
     m, n = settings.shape
     if sum(ranks) <= min(m, n):
-        return LoRA(a=a, b=b), True
+        return LoRA(a=a, b=b)
     update = matmul(b, a.astype(dtype))
     if n <= m:
-        return LoRA(a=jnp.eye(n, dtype=dtype), b=update), False
-    return LoRA(a=update, b=jnp.eye(m, dtype=dtype)), False
+        return LoRA(a=jnp.eye(n, dtype=dtype), b=update)
+    return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
+
+
+def finish(b: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the merged B as it is given out: scaled and rounded."""
+    return (b * scale).astype(dtype)
 
 
 def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
@@ -222,52 +196,174 @@ def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
     return jnp.repeat(values, np.asarray(ranks), total_repeat_length=sum(ranks))
 
 
-@partial(jax.jit, static_argnames="settings")
-def count_stack(
+# --- Programs ----------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("settings", "keep_a"))
+def merge_stack(
     rule: Chain,
-    arrays: Inputs,
+    inputs: Inputs,
     key: jax.Array | None,
     settings: Settings,
-    once: jax.Array,
-    known: jax.Array,
-    shift: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Counts the next digits in the cores of each adapter, and the cores' entries.
+    *,
+    keep_a: bool = False,
+) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
+    """Merges modules: projects them, applies the rule and finishes.
 
-    Modules count where ``once: (L,)`` is true: not those that only fill up the stack. ``known:
-    (T,)`` has the bits of thresholds above the digit, which is ``shift`` bits from the end.
+    Args:
+        rule: the merge rule.
+        inputs: the stacked modules.
+        key: PRNG key, for rules that draw random numbers.
+        settings: what the program is compiled for.
+        keep_a: keep the stacked A where shapes allow it.
+
+    Returns:
+        The merged A ``(L, r, n)``, or None where the stacked A is kept; the merged B
+        ``(L, m, r)``; bool ``(L,)``, False where the A that was kept is ill-conditioned, so that
+        the module has to be merged again without ``keep_a``; and facts.
+    """
+    choices = choose(rule, settings)
+
+    def merge_module(
+        rule: Chain, key: jax.Array | None, module: Inputs
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
+        good: bool | jax.Array = True
+        if choices.space is None:
+            factors, kept = None, keep_a and bool(choices.keeps_a)
+            lora = merge_linear(rule, module, settings)
+        else:
+            projection = project_module(module, settings, elementwise=choices.basis == "singular")
+            factors, good = projection.factors, projection.keeps_a
+            kept = keep_a and good is not False
+            lora = merge_projection(rule, key, projection, module.tasks, module.names, keep_a=kept)
+        b = finish(jnp.asarray(lora.b), module.scale, inputs.b.dtype)
+        facts = _facts(module, factors, b, settings)
+        if kept:
+            return None, b, jnp.asarray(good), facts
+        return jnp.asarray(lora.a).astype(inputs.a.dtype), b, jnp.asarray(True), facts
+
+    def specs(devices: Devices) -> tuple:
+        modules, axis = devices.mesh.axis_names[0], devices.axis
+        facts = Facts(
+            sizes=PartitionSpec(modules, None, None, axis), peaks=PartitionSpec(modules, axis)
+        )
+        return (*devices.specs, facts)
+
+    return _on_devices(
+        lambda shared, modules: over_modules(partial(merge_module, *shared), modules),
+        (rule, key),
+        inputs,
+        settings.devices,
+        specs,
+    )
+
+
+@partial(jax.jit, static_argnames=("settings", "elementwise"))
+def project_stack(
+    inputs: Inputs, settings: Settings, elementwise: bool
+) -> tuple[Projection, jax.Array, jax.Array]:
+    """Projects modules.
+
+    Returns:
+        The projections; bool ``(L,)``, whether merges can have the stacked A; and bool ``(L,)``,
+        whether all factors and cores are finite.
     """
 
-    def count_core(core: jax.Array, known: jax.Array, shift: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(jnp.abs(core).ravel(), known.dtype) >> shift
-        agrees = bits >> BITS == known >> shift >> BITS
-        digits = (bits & (2**BITS - 1)).astype(jnp.int32)
-        return jnp.zeros(2**BITS, jnp.int32).at[digits].add(agrees.astype(jnp.int32))
+    def one(module: Inputs) -> tuple[Projection, jax.Array, jax.Array]:
+        found = project_module(module, settings, elementwise=elementwise)
+        peaks = [jnp.max(jnp.abs(x)) for x in (module.a, module.b, *jax.tree.leaves(found.factors))]
+        finite = jnp.all(jnp.stack([jnp.isfinite(peak) for peak in peaks]))
+        return found, jnp.asarray(found.keeps_a), finite
 
-    def count_module(shared: tuple, row: tuple[Inputs, jax.Array]) -> tuple:
-        rule, key, known, shift = shared
-        module, counted = row[0], row[1].astype(jnp.int32)
-        projection = _project(rule, module, settings)
-        context = Context(shape=projection.shape, tasks=module.tasks)
-        cores = rule.prepare(projection.factors, key=_module_key(key, module), context=context)
-        rows = cores, known[module.tasks]
-        found = jax.lax.map(lambda row: count_core(dense(row[0]), row[1], shift), rows)
-        size = jnp.prod(projection.shape, dtype=jnp.int32)
-        counts = jnp.zeros((len(known), 2**BITS), jnp.int32).at[module.tasks].add(counted * found)
-        return counts, jnp.zeros(len(known), jnp.int32).at[module.tasks].add(counted * size)
+    return over_modules(one, inputs)
 
-    def count_modules(shared: tuple, rows: tuple[Inputs, jax.Array]) -> tuple:
-        return fold_rows(partial(count_module, shared), rows)
 
-    shared, rows = (rule, key, known, shift), (arrays, once)
-    grid = settings.grid
-    if grid is None:
-        return count_modules(shared, rows)
-    modules = grid.mesh.axis_names[0]
-    return grid.map(
-        lambda *given: jax.lax.psum(count_modules(*given), modules),
-        shared,
-        rows,
-        (arrays.specs(grid), grid.specs[2]),
-        PartitionSpec(),
-    )
+@partial(jax.jit, static_argnames="keep_a")
+def merge_projected(
+    rule: Chain,
+    key: jax.Array | None,
+    projection: Projection,
+    tasks: jax.Array,
+    names: jax.Array,
+    weights: jax.Array | None,
+    *,
+    keep_a: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges projected modules, multiplied by weights ``(L, T)``.
+
+    Returns:
+        A ``(L, r, n)`` and B ``(L, m, r)``, neither scaled nor rounded.
+    """
+
+    def one(row: tuple) -> tuple[jax.Array, jax.Array]:
+        projection, tasks, name, weight = row
+        if weight is not None:
+            projection = projection.weighted(weight)
+        lora = merge_projection(rule, key, projection, tasks, name, keep_a=keep_a)
+        return jnp.asarray(lora.a), jnp.asarray(lora.b)
+
+    return over_modules(one, (projection, tasks, names, weights))
+
+
+@partial(jax.jit, static_argnames="dtypes")
+def finish_stack(
+    a: jax.Array, b: jax.Array, scales: jax.Array, dtypes: tuple[np.dtype, np.dtype]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the merged factors as they are given out, and the largest magnitude in each B."""
+    of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
+    b = jax.vmap(partial(finish, dtype=of_b))(b.astype(scales.dtype), scales)
+    return a.astype(of_a), b, jnp.max(jnp.abs(b), axis=(1, 2)).astype(jnp.float32)
+
+
+@jax.jit
+def norm_squares(projection: Projection) -> jax.Array:
+    """Returns ``(L, T)``, the squared Frobenius norms of projected updates."""
+    return over_modules(lambda one: one.squares, projection)
+
+
+def _on_devices(
+    program: Callable, shared: Any, inputs: Any, devices: Devices | None, specs: Callable
+) -> Any:
+    """Runs a program on each device's part of the modules, or whole where there is one device."""
+    if devices is None:
+        return program(shared, inputs)
+    return devices.map(program, shared, inputs, inputs.specs(devices), specs(devices))
+
+
+# --- Facts -------------------------------------------------------------------------------------
+
+
+def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settings) -> Facts:
+    """Returns the facts of one module.
+
+    Coordinates in core space are small, zero where factors are, and not finite if any of them is
+    not. Where there are none, the factors themselves are read.
+    """
+    if isinstance(factors, LoRA) and isinstance(settings.space, Core):
+        b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
+        a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
+    else:
+        ends = np.cumsum(settings.ranks)[:-1]
+        b_sizes = _largest(_column_peaks(module.b), ends, settings.dtype)
+        a_sizes = _largest(jnp.max(jnp.abs(module.a), axis=1), ends, settings.dtype)
+    peak = jnp.max(_column_peaks(b)).astype(settings.dtype)
+    # Each device returns its own facts, so that none has to wait for another.
+    facts = Facts(sizes=jnp.stack([b_sizes, a_sizes])[:, :, None], peaks=peak[None])
+    return jax.lax.stop_gradient(facts)
+
+
+def _column_peaks(x: jax.Array) -> jax.Array:
+    """Returns ``(q,)``, the largest magnitude in each column of ``(p, q)``; NaN if one is NaN.
+
+    Magnitudes are compared as integers, whose order is that of their bit patterns, with NaN above
+    infinity. XLA's CPU backend vectorizes a maximum of integers along columns, and not one of
+    floats, which has to pass NaN on: it takes four times as long.
+    """
+    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(x)), integer)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=0), x.dtype)
+
+
+def _largest(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
+    """Returns the largest of the ``(R,)`` numbers of each adapter."""
+    return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])

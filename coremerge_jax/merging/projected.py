@@ -1,9 +1,7 @@
 """Adapters in a merge space: projected once, to be merged many times."""
 
 import contextlib
-import zlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -18,17 +16,21 @@ from coremerge_jax.merging.checks import (
     as_space,
     as_weights,
     check_rule,
-    common_metadata,
     module_scales,
-    present_adapters,
     refuse_values,
 )
-from coremerge_jax.merging.extras import merge_extras
-from coremerge_jax.merging.groups import Group, group_modules, label, over_modules
+from coremerge_jax.merging.groups import Group, label
+from coremerge_jax.merging.job import Job, overflow
 from coremerge_jax.merging.mesh import implicit
 from coremerge_jax.merging.precision import computing
-from coremerge_jax.merging.program import Settings, project_module
-from coremerge_jax.rules import Chain, Ties, as_rule, chain
+from coremerge_jax.merging.present import find_present
+from coremerge_jax.merging.program import (
+    finish_stack,
+    merge_projected,
+    norm_squares,
+    project_stack,
+)
+from coremerge_jax.rules import Ties, as_rule, chain
 from coremerge_jax.spaces import Projection, Space
 
 # The merged A and B of each stack, not yet scaled and rounded: see `Projected.updates`.
@@ -41,7 +43,8 @@ class Stack:
 
     Attributes:
         projection: the updates.
-        tasks: int32 ``(L, T)``, which adapters have the modules.
+        tasks: int32 ``(L, T)``, which adapters have the modules: places in the list that the user
+            gave.
         names: uint32 ``(L,)``, hashes of the paths.
         paths: of the modules.
         kinds: of the modules.
@@ -126,18 +129,26 @@ class Projected:
         self._check_weights(weights)
         with self._computing():
             return [
-                _merge_stack(parts, stack, self._weights(stack, weights), key)
+                merge_projected(
+                    parts,
+                    key,
+                    stack.projection,
+                    stack.tasks,
+                    stack.names,
+                    self._weights(stack, weights),
+                    keep_a=stack.keeps_a,
+                )
                 for stack in self.stacks
             ]
 
     def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
         """Makes an adapter of merged updates. Factors are NumPy arrays unless they are traced."""
-        scales = dict(zip(self.order, module_scales(self.order, scale), strict=True))
+        scales = module_scales(self.order, scale)
         modules: dict[str, LoRA] = {}
         for stack, update in zip(self.stacks, updates, strict=True):
             with self._computing():
                 factors = jnp.stack([jnp.asarray(scales[x], self.dtype) for x in stack.paths])
-                a, b, peaks = _finish_stack(*update, factors, stack.dtypes)
+                a, b, peaks = finish_stack(*update, factors, stack.dtypes)
                 if not isinstance(b, jax.core.Tracer):
                     a, b, peaks = jax.device_get((a, b, peaks))
                     self._check_finite(stack, peaks)
@@ -149,17 +160,14 @@ class Projected:
     def _check_finite(self, stack: Stack, peaks: np.ndarray) -> None:
         for path, peak in zip(stack.paths, peaks, strict=True):
             if not np.isfinite(peak):
-                raise MismatchError(
-                    f"module {path!r}: the merged update overflows {stack.dtypes[1]}; choose "
-                    "smaller weights or scale"
-                )
+                raise overflow(path, stack.dtypes[1])
 
     def norms(self) -> np.ndarray:
         """Returns ``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
         squares = np.zeros(self.adapters)
         for stack in self.stacks:
             with self._computing():
-                found = np.asarray(_squares(stack.projection))
+                found = np.asarray(norm_squares(stack.projection))
             np.add.at(squares, np.asarray(stack.tasks), found)
         return np.sqrt(squares)
 
@@ -221,105 +229,37 @@ def project(
     """
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     space, weights = as_space(space), as_weights(weights, len(adapters))
-    tasks = present_adapters(adapters, weights, allow_mismatch)
-    present = [adapters[t] for t in tasks]
-    merged_extras, config = merge_extras(present, extras)
-    outlines = [adapter.outline for adapter in present]
-    leaves = jax.tree.leaves((outlines, weights))
-    stacks = []
-    with computing(precision, *(x for x in leaves if isinstance(x, jax.core.Tracer))) as dtype:
-        for group in group_modules(present):
-            places = np.asarray(tasks, np.int32)[group.tasks]
-            given = None if weights is None else jnp.asarray(weights, dtype)[places]
-            a, b = group.stack(present)
-            settings = Settings(group.ranks, space, dtype, group.shape)
-            projection, kept, finite = _project_stack((a, b), given, settings, elementwise)
-            if not isinstance(finite, jax.core.Tracer) and not jax.device_get(finite).all():
-                refuse_values(present, group.paths, label)
-                raise MismatchError(
-                    f"modules such as {group.paths[0]!r}: finite factors overflow in products; "
-                    "scale the adapters down"
-                )
-            kinds = [outlines[i[0]][x].kind for x, i in zip(group.paths, group.tasks, strict=True)]
-            stacks.append(_stack(group, places, kinds, projection, kept, (a.dtype, b.dtype)))
+    present = find_present(adapters, weights, extras, allow_mismatch)
+    job = Job(present, space, weights=weights, precision=precision)
     return Projected(
-        stacks=tuple(stacks),
+        stacks=tuple(_project(job, group, elementwise) for group in present.groups),
         space=space,
-        extras=merged_extras,
-        order=tuple(dict.fromkeys(path for adapter in outlines for path in adapter)),
+        extras=dict(present.extras),
+        order=present.paths,
         adapters=len(adapters),
-        metadata=common_metadata(present, config),
+        metadata=present.metadata,
     )
 
 
-def _stack(
-    group: Group,
-    places: np.ndarray,
-    kinds: Sequence[Kind],
-    projection: Projection,
-    kept: jax.Array,
-    dtypes: tuple[np.dtype, np.dtype],
-) -> Stack:
-    names = [zlib.crc32(path.encode()) for path in group.paths]
+def _project(job: Job, group: Group, elementwise: bool) -> Stack:
+    present = job.present
+    a, b = group.stack(present.adapters)
+    with job.prepared(group, a, b) as (inputs, settings):
+        projection, kept, finite = project_stack(inputs, settings, elementwise)
+        tasks, names = jnp.asarray(inputs.tasks), jnp.asarray(inputs.names)
+    concrete = not isinstance(finite, jax.core.Tracer)
+    if concrete and not jax.device_get(finite).all():
+        refuse_values(present.adapters, group.paths, label)
+        raise MismatchError(
+            f"modules such as {group.paths[0]!r}: finite factors overflow in products; "
+            "scale the adapters down"
+        )
     return Stack(
         projection=projection,
-        tasks=jnp.asarray(places),
-        names=jnp.asarray(np.asarray(names, np.uint32)),
+        tasks=tasks,
+        names=names,
         paths=group.paths,
-        kinds=tuple(kinds),
-        keeps_a=not isinstance(kept, jax.core.Tracer) and bool(np.asarray(kept).all()),
-        dtypes=dtypes,
+        kinds=tuple(group.kinds(present.outlines)),
+        keeps_a=concrete and bool(np.asarray(kept).all()),
+        dtypes=(a.dtype, b.dtype),
     )
-
-
-@partial(jax.jit, static_argnames=("settings", "elementwise"))
-def _project_stack(
-    factors: tuple[Array, Array], weights: jax.Array | None, settings: Settings, elementwise: bool
-) -> tuple[Projection, jax.Array, jax.Array]:
-    """Projects modules; returns also if merges can have the adapters' A, and if all is finite."""
-
-    def one(row: tuple) -> tuple[Projection, jax.Array, jax.Array]:
-        (a, b), weights = row
-        found = project_module(a, b, weights, settings, elementwise=elementwise)
-        peaks = [jnp.max(jnp.abs(x)) for x in (a, b, *jax.tree.leaves(found.factors))]
-        finite = jnp.all(jnp.stack([jnp.isfinite(peak) for peak in peaks]))
-        return found, jnp.asarray(found.keeps_a), finite
-
-    return over_modules(one, (factors, weights))
-
-
-@jax.jit
-def _merge_stack(
-    rule: Chain, stack: Stack, weights: jax.Array | None, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the merged A and B of each module, in the precision that is computed in."""
-
-    def one(row: tuple) -> tuple[jax.Array, jax.Array]:
-        projection, tasks, name, weight = row
-        if weight is not None:
-            projection = projection.weighted(weight)
-        lora = projection.merge(
-            rule,
-            key=None if key is None else jax.random.fold_in(key, name),
-            tasks=tasks,
-            keep_a=True if stack.keeps_a else None,
-        )
-        return jnp.asarray(lora.a), jnp.asarray(lora.b)
-
-    return over_modules(one, (stack.projection, stack.tasks, stack.names, weights))
-
-
-@partial(jax.jit, static_argnames="dtypes")
-def _finish_stack(
-    a: jax.Array, b: jax.Array, factors: jax.Array, dtypes: tuple[np.dtype, np.dtype]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the factors as they are given out, and the largest magnitude in each B."""
-    scaled = b.astype(factors.dtype) * factors[:, None, None]
-    of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
-    scaled = scaled.astype(of_b)
-    return a.astype(of_a), scaled, jnp.max(jnp.abs(scaled), axis=(1, 2)).astype(jnp.float32)
-
-
-@jax.jit
-def _squares(projection: Projection) -> jax.Array:
-    return over_modules(lambda one: one.squares, projection)

@@ -60,7 +60,7 @@ def truncate(
 
 
 def _leaves(adapter: Adapter) -> list[Any]:
-    return jax.tree.leaves(dict(adapter)) if type(adapter) is Adapter else []
+    return jax.tree.leaves(dict(adapter)) if adapter.in_memory else []
 
 
 def _check_budget(rank: Any, energy: Any) -> None:

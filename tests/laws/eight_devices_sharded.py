@@ -41,7 +41,7 @@ def collectives(adapters, rule, there):
     stream = cm.merge_stream(adapters, rule, mesh=there, key=KEY)
     job, found = stream._job, []
     for batch in stream._batches:
-        given = batch.stack(job.adapters)
+        given = batch.stack(job.present.adapters)
         with job.prepared(batch, *given) as (arrays, settings):
             lowered = program.merge_stack.lower(job.rule, arrays, job.key, settings=settings)
             found += COLLECTIVE.findall(lowered.compile().as_text())

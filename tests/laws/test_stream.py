@@ -9,7 +9,7 @@ from helpers import assert_same, dense, random_adapters
 from threadpoolctl import ThreadpoolController
 
 import coremerge_jax as cm
-from coremerge_jax.merging import stream as streaming
+from coremerge_jax.merging import batches
 from coremerge_jax.merging.cost import cost
 from coremerge_jax.merging.groups import group_modules
 from coremerge_jax.merging.program import merge_stack
@@ -55,7 +55,7 @@ def test_batches_change_nothing(adapters, name):
 def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
     whole = cm.merge(adapters, rule)
-    monkeypatch.setattr(streaming, "_workers", lambda _: 4)
+    monkeypatch.setattr(batches, "count_workers", lambda _: 4)
     least = needed(adapters, rule)
     for workers in (1, 2, 3, 4):
         limit = least * (workers + 1) // 5

@@ -1,0 +1,193 @@
+"""A merge job: the arguments of a merge, and the compiled programs run on its batches."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coremerge_jax.errors import MismatchError
+from coremerge_jax.lora import Array, LoRA
+from coremerge_jax.merging.batches import first_calls
+from coremerge_jax.merging.checks import refuse_values
+from coremerge_jax.merging.groups import Group, Scratch, label
+from coremerge_jax.merging.mesh import Devices, is_host, rows_like
+from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.present import Present
+from coremerge_jax.merging.program import Choices, Facts, Inputs, Settings, choose, merge_stack
+from coremerge_jax.merging.trimming import count_stack
+from coremerge_jax.rules import Chain
+from coremerge_jax.spaces import Space
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The arguments of a merge, checked, for any of its modules.
+
+    Attributes:
+        present: the adapters that take part.
+        space: where to merge.
+        rule: how to merge; None if adapters are only projected.
+        weights: one per adapter that the user gave, or None.
+        scales: by path; None if adapters are only projected.
+        key: PRNG key; None for rules that draw no random numbers.
+        precision: to compute in, see `computing`.
+        devices: those that share the work; None for one device.
+    """
+
+    present: Present
+    space: Space
+    rule: Chain | None = None
+    weights: Any = None
+    scales: Mapping[str, Any] | None = None
+    key: jax.Array | None = None
+    precision: str | None = None
+    devices: Devices | None = None
+    scratch: Scratch = dataclasses.field(default_factory=Scratch)
+
+    @property
+    def rows(self) -> int:
+        """The number of modules that are worked on side by side."""
+        return self.devices.rows if self.devices else 1
+
+    @functools.cached_property
+    def traced(self) -> list[jax.core.Tracer]:
+        """The adapters' factors and the parameters that a transformation of JAX traces."""
+        adapters = [x for x in self.present.adapters if x.in_memory]
+        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
+        return [x for x in leaves if isinstance(x, jax.core.Tracer)]
+
+    @contextlib.contextmanager
+    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple[Inputs, Settings]]:
+        """Enters the precision to compute in, and yields the inputs of a compiled program.
+
+        Args:
+            batch: the modules.
+            a: their stacked A, or its shape and dtype.
+            b: their stacked B, likewise.
+        """
+        tasks = self.present.places[np.asarray(batch.padded(batch.tasks))]
+        with computing(self.precision, *self.traced) as dtype:
+            # Not jnp for what is concrete: each of its operations is a small program to compile.
+            xp: Any = jnp if self.traced else np
+            if self.devices:
+                a, b = self.devices.place(a, b)
+            weights = scales = None
+            if self.weights is not None:
+                weights = xp.asarray(self.weights, dtype)[tasks]
+            if self.scales is not None:
+                rows = [self.scales[path] for path in batch.padded(batch.paths)]
+                scales = xp.stack([xp.asarray(scale, dtype) for scale in rows])
+            # Tasks and names are concrete, inside a user's jit too.
+            yield (
+                Inputs(a=a, b=b, weights=weights, tasks=tasks, names=batch.names, scale=scales),
+                Settings(batch.ranks, self.space, dtype, batch.shape, self.devices),
+            )
+
+    def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
+        """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
+        given = batch.stack(self.present.adapters, self.scratch)
+        with (
+            self.prepared(batch, *given) as (inputs, settings),
+            first_calls("merge", *self._kind(*given), settings),
+        ):
+            a, b, facts = self._run(inputs, settings)
+            if self.traced:
+                return a, b, None
+            self._check(batch, facts, given[1].dtype)
+            # Waits, as B may be computed from memory that the next batch overwrites.
+            if not all(map(is_host, given)):
+                return *jax.block_until_ready((a, b)), facts
+            return given[0] if a is inputs.a else np.asarray(a), np.asarray(b), facts
+
+    def _run(self, inputs: Inputs, settings: Settings) -> tuple[Array, Array, Facts | None]:
+        merge = partial(merge_stack, self.rule, inputs, self.key, settings=settings)
+        if self.traced or (self.devices and len(self.devices.processes) > 1):
+            return *merge()[:2], None
+        # Two programs, as a branch inside of one would compute both ways for every module.
+        a, b, good, facts = merge(keep_a=True)
+        if not jax.device_get(good).all():
+            a, b, _, facts = merge()
+        return inputs.a if a is None else a, b, jax.device_get(facts)
+
+    def _check(self, batch: Group, facts: Facts | None, dtype: np.dtype) -> None:
+        """Refuses what is not finite: one of the factors, or what is merged of them."""
+        if facts is None:
+            return
+        good = np.isfinite(facts.peak) & facts.finite
+        if not good.all():
+            refuse_values(self.present.adapters, batch.paths, label)
+            raise overflow(batch.padded(batch.paths)[int(np.argmin(good))], dtype)
+
+    def count(self, batch: Group, **digit: Any) -> tuple[Array, Array]:
+        """Counts the next digit of trimming thresholds in a batch, see `count_stack`."""
+        assert self.rule is not None
+        a, b = batch.stack(self.present.adapters)
+        with (
+            self.prepared(batch, a, b) as (inputs, settings),
+            first_calls("count", *self._kind(a, b), settings),
+        ):
+            once = np.arange(batch.length) < len(batch.paths)
+            counts, sizes = count_stack(self.rule, inputs, self.key, settings, once, **digit)
+            return (counts, sizes) if self.traced else (np.asarray(counts), np.asarray(sizes))
+
+    def _kind(self, a: Array, b: Array) -> tuple:
+        return jax.tree.structure(self.rule), a.shape, a.dtype, b.shape, b.dtype
+
+    def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the results of `merge`."""
+        inputs, a, b = self._outline(batch)
+        a, (m, n) = inputs.a if a is None else a, batch.shape
+        return (
+            jax.ShapeDtypeStruct((*a.shape[:-1], n), a.dtype),
+            jax.ShapeDtypeStruct((b.shape[0], m, b.shape[2]), b.dtype),
+        )
+
+    def choices(self, batch: Group) -> Choices:
+        """Returns the automatic choices for a batch, without running a program."""
+        assert self.rule is not None
+        with self.prepared(batch, *batch.shapes(self.present.outlines)) as (_, settings):
+            found = choose(self.rule, settings)
+        if found.keeps_a is None and self._outline(batch)[1] is not None:
+            return dataclasses.replace(found, keeps_a=False)
+        return found
+
+    def _outline(self, batch: Group) -> tuple[Inputs, Any, Any]:
+        with self.prepared(batch, *batch.shapes(self.present.outlines)) as (inputs, settings):
+            merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
+            a, b, *_ = jax.eval_shape(merge, self.rule, inputs, self.key)
+        return inputs, a, b
+
+    def modules(self, batch: Group, a: Any, b: Any) -> dict[str, LoRA]:
+        """Returns the modules of merged stacks by path, without what only fills up."""
+        return self.present.modules(batch, *self._apart(batch, a, b))
+
+    def _apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:
+        if self.devices is None:
+            return list(a), list(b)
+        if self.traced:
+            return self.devices.take_apart(a, b, batch.shape)
+        if is_host(a):
+            m, n = batch.shape
+            return [x[:, :n] for x in a], [x[:m] for x in b]
+        pairs = zip(batch.paths, batch.tasks, strict=True)
+        return rows_like(a, b, [self._on_device(path, tasks) for path, tasks in pairs])
+
+    def _on_device(self, path: str, tasks: np.ndarray) -> LoRA:
+        """Returns a module of the first adapter that is on devices."""
+        adapters = (self.present.adapters[t] for t in tasks)
+        found = (adapter[path] for adapter in adapters if adapter.in_memory)
+        return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
+
+
+def overflow(path: str, dtype: np.dtype) -> MismatchError:
+    """Returns the error for a merged update that is too large for its dtype."""
+    return MismatchError(
+        f"module {path!r}: the merged update overflows {dtype}, though all factors are finite; "
+        "choose smaller weights or scale, or cast the adapters to a wider dtype"
+    )
