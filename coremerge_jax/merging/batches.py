@@ -53,11 +53,11 @@ def count_workers(devices: Devices | None) -> int:
 def map_batches(
     fn: Callable[[Group], T], batches: Sequence[Group], workers: int
 ) -> Iterator[tuple[Group, T]]:
-    """Yields batches in order with ``fn`` of each, computed by threads, but not far ahead."""
+    """Yields each batch with ``fn`` of it, in order, computed a few batches ahead by threads."""
     if workers == 1 or len(batches) == 1:
         yield from ((batch, fn(batch)) for batch in batches)
         return
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # per thread; not in the stubs
 
     def run(batch: Group) -> T:
         with jax.default_device(device):
@@ -79,7 +79,7 @@ def map_batches(
 
 
 class _FirstCalls:
-    """Lets the first call of each kind finish alone: it compiles what the others then use."""
+    """Serializes the first call of each kind, whose compiled program the others then use."""
 
     def __init__(self) -> None:
         self._locks: dict[Hashable, threading.Lock] = {}

@@ -17,10 +17,10 @@ from coremerge_jax.spaces import SPACES, Space, core
 
 
 def as_adapters(adapters: Any) -> Sequence[Adapter]:
-    """Checks that these are adapters, in a sequence.
+    """Returns adapters as a sequence.
 
     Raises:
-        RecipeError: they are something else.
+        RecipeError: they are no adapters, or not in a sequence.
     """
     if isinstance(adapters, Adapter):
         raise RecipeError("adapters: got a single adapter; expected a list, such as [adapter]")
@@ -33,7 +33,7 @@ def as_adapters(adapters: Any) -> Sequence[Adapter]:
 
 
 def as_adapter(adapter: Any, name: str) -> Adapter:
-    """Checks that this is an adapter.
+    """Returns an adapter as it is.
 
     Raises:
         RecipeError: it is something else.
@@ -56,20 +56,22 @@ def as_space(space: Any) -> Space:
         return core()
     if isinstance(space, str):
         name = space.partition(":")[0]
-        told = f"write it as an object, {name}()" if name in SPACES else hint(name, SPACES)[2:]
-        raise RecipeError(f"space={space!r} is text; {told}")
+        advice = f"write it as an object, {name}()" if name in SPACES else hint(name, SPACES)[2:]
+        raise RecipeError(f"space={space!r} is text; {advice}")
     if isinstance(space, type) or not callable(getattr(space, "project", None)):
-        told = "; call it, with ()" if isinstance(space, type) else ""
-        raise RecipeError(f"space: expected a merge space such as core(), got {short(space)}{told}")
+        advice = "; call it, with ()" if isinstance(space, type) else ""
+        raise RecipeError(
+            f"space: expected a merge space such as core(), got {short(space)}{advice}"
+        )
     return space
 
 
 def as_weights(weights: Any, adapters: int, name: str = "weights") -> Any:
-    """Checks that there is one number for each adapter. They may be traced.
+    """Returns weights as they are: one number for each adapter, or None. They may be traced.
 
     Raises:
-        MismatchError: there is another number of them.
-        RecipeError: they are no numbers, or not finite.
+        MismatchError: there are more or fewer.
+        RecipeError: one is no number, or not finite.
     """
     if weights is None:
         return None
@@ -135,7 +137,7 @@ def check_number(name: str, value: Any, more: str = "") -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Tells whether a number is finite as a float."""
+    """Returns True if a number is finite as a float."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
@@ -163,7 +165,7 @@ def check_function(name: str, value: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Checks that a PRNG key is one.
+    """Checks that a value is a PRNG key, or None.
 
     Raises:
         RecipeError: it is something else.
@@ -178,10 +180,10 @@ def check_key(key: Any) -> None:
 
 
 def refuse_values(adapters: Sequence[Adapter], paths: Iterable[str], describe: Callable) -> None:
-    """Names the first factor with values that are not finite, if there is one.
+    """Refuses factors with values that are not finite.
 
     Raises:
-        FormatError: there is one.
+        FormatError: there is such a factor; it names the first.
     """
     for path in paths:
         for t, adapter in enumerate(adapters):
@@ -197,7 +199,7 @@ def refuse_values(adapters: Sequence[Adapter], paths: Iterable[str], describe: C
 
 
 def short(value: Any) -> str:
-    """Returns a value for a message: briefly."""
+    """Returns a short text for a value in a message."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, str | int | float | complex | bool | None):
@@ -213,11 +215,11 @@ def _is_zero(weights: Any, t: int) -> bool:
 
 
 def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array | None:
-    """Checks that a rule has what it needs: a key, one weight per adapter, sound parameters.
+    """Checks that a rule has a key, if it needs one, valid parameters, and one weight per adapter.
 
     Returns:
-        The key; None if the rule draws no random numbers, as a program with a key is another one
-        to compile.
+        The key; None if the rule draws no random numbers, so that a key that was given anyway does
+        not make another program to compile.
 
     Raises:
         MismatchError: naming the number of weights and of adapters.
@@ -233,7 +235,7 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array |
 
 
 def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
-    """Returns the places of the adapters that take part in a merge: of a weight other than 0.
+    """Returns the indices of the adapters that take part: those of a weight other than 0.
 
     Raises:
         MismatchError: there is none, or they do not belong together.
@@ -249,7 +251,7 @@ def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: 
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:
-    """Checks that adapters belong to one base model, as far as they tell.
+    """Checks that adapters belong to one base model, as far as their metadata and modules show.
 
     Raises:
         MismatchError: two name different base models, or one shares no module with the others.
@@ -279,7 +281,7 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> d
 
     Raises:
         MismatchError: a pattern matches no module.
-        RecipeError: the scale is no number.
+        RecipeError: a scale is no number.
     """
     check_scale(scale)
     if not isinstance(scale, Mapping):
@@ -312,8 +314,8 @@ def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> M
 
 def _common_lengths(adapters: Sequence[Adapter]) -> tuple[Lengths, ...]:
     """Returns the lengths of the modules on which all adapters agree."""
-    told = [entry for adapter in adapters for entry in adapter.metadata.lengths]
+    entries = [entry for adapter in adapters for entry in adapter.metadata.lengths]
     found: dict[str, set[Lengths]] = {}
-    for entry in told:
+    for entry in entries:
         found.setdefault(entry[0], set()).add(entry)
-    return tuple(next(iter(entries)) for entries in found.values() if len(entries) == 1)
+    return tuple(next(iter(same)) for same in found.values() if len(same) == 1)

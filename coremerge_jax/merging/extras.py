@@ -1,4 +1,4 @@
-"""Extras: an adapter's tensors that are not low-rank updates, and what merging does with them."""
+"""Extras: tensors of an adapter that are not low-rank updates, and policies to merge them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stacks: modules of one signature, batched along a leading axis."""
+"""Groups of modules of one signature, and their stacks: factors batched along a leading axis."""
 
 import dataclasses
 import math
@@ -26,8 +26,8 @@ class Group:
         tasks: int32 ``(L, T)``, which adapters have the module.
         shape: ``(m, n)`` of each module.
         ranks: the rank of each of the T adapters, ``sum(ranks) == R``.
-        length: how many modules its stacks hold: the last one may be repeated at the end, so that
-            all parts of a group are of one length.
+        length: the number of modules in a stack. It may be more than L: then the last module is
+            repeated, so that all parts of a group have one length and share a program.
     """
 
     paths: tuple[str, ...]
@@ -43,7 +43,7 @@ class Group:
         return np.asarray(hashes, np.uint32)
 
     def kinds(self, outlines: Sequence[Adapter]) -> list[Kind]:
-        """Returns the kind of each module, as the first adapter that has it."""
+        """Returns the kind of each module, from the first adapter that has it."""
         pairs = zip(self.paths, self.tasks, strict=True)
         return [outlines[tasks[0]][path].kind for path, tasks in pairs]
 
@@ -54,7 +54,9 @@ class Group:
     def split(self, size: int, multiple: int = 1) -> "list[Group]":
         """Splits into as few equal parts as possible, each of at most ``size`` modules.
 
-        The number is a multiple of one that divides ``size``.
+        Args:
+            size: of the largest part; a multiple of ``multiple``.
+            multiple: the size of each part is a multiple of it.
         """
         parts = -(-len(self.paths) // size)
         size = -(-len(self.paths) // (parts * multiple)) * multiple
@@ -75,7 +77,7 @@ class Group:
     def shapes(
         self, outlines: Sequence[Adapter]
     ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Returns the shapes and dtypes of what `stack` gives."""
+        """Returns the shapes and dtypes of the results of `stack`."""
         pairs = zip(self.paths, self.tasks, strict=True)
         loras = [outlines[t][path] for path, tasks in pairs for t in tasks]
         (m, n), length, rank = self.shape, self.length, sum(self.ranks)
@@ -87,9 +89,15 @@ class Group:
     def stack(
         self, adapters: Sequence[Adapter], scratch: "Scratch | None" = None
     ) -> tuple[Array, Array]:
-        """Stacks factors: ``(L, R, n)``, the A below each other, and ``(L, m, R)``, the B abreast.
+        """Reads and stacks the factors of all adapters.
 
-        NumPy arrays where all factors are; the B are then in ``scratch``, if it is given.
+        Args:
+            adapters: T of them.
+            scratch: memory for the stacked B; new memory by default.
+
+        Returns:
+            The A of the adapters below each other, ``(L, R, n)``, and their B side by side,
+            ``(L, m, R)``. NumPy arrays if all factors are.
         """
         paths: dict[int, list[str]] = {}
         for path, tasks in zip(self.paths, self.tasks, strict=True):
@@ -103,13 +111,13 @@ class Group:
 
 
 class Scratch(threading.local):
-    """Memory of each thread for stacks, one at a time: new memory from the system is slow."""
+    """Memory that each thread reuses for its stacks, as the system is slow to give new memory."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Returns an array that is good until the next call in this thread."""
+        """Returns an array that is valid until the next call in this thread."""
         size = math.prod(shape) * dtype.itemsize
         if size > self._memory.size:
             self._memory = _empty((size,), np.dtype(np.uint8))

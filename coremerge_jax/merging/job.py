@@ -100,7 +100,7 @@ class Job:
             if self.traced:
                 return a, b, None
             self._check(batch, facts, given[1].dtype)
-            # Waits, as B may be computed from memory that the next batch overwrites.
+            # Waits: the program may still read the scratch memory that the next batch overwrites.
             if not all(map(is_host, given)):
                 return *jax.block_until_ready((a, b)), facts
             return given[0] if a is inputs.a else np.asarray(a), np.asarray(b), facts
@@ -116,7 +116,7 @@ class Job:
         return inputs.a if a is None else a, b, jax.device_get(facts)
 
     def _check(self, batch: Group, facts: Facts | None, dtype: np.dtype) -> None:
-        """Refuses what is not finite: one of the factors, or what is merged of them."""
+        """Refuses factors and merged updates that are not finite."""
         if facts is None:
             return
         good = np.isfinite(facts.peak) & facts.finite
@@ -164,7 +164,7 @@ class Job:
         return inputs, a, b
 
     def modules(self, batch: Group, a: Any, b: Any) -> dict[str, LoRA]:
-        """Returns the modules of merged stacks by path, without what only fills up."""
+        """Returns the modules of merged stacks by path, without padding."""
         return self.present.modules(batch, *self._apart(batch, a, b))
 
     def _apart(self, batch: Group, a: Any, b: Any) -> tuple[Sequence, Sequence]:

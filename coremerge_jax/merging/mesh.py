@@ -1,4 +1,4 @@
-"""Devices that share a merge: rows of a mesh take modules, its columns parts of m and n."""
+"""Meshes of devices: their rows share modules, their columns the rows and columns of one module."""
 
 import collections
 import dataclasses
@@ -21,8 +21,9 @@ from coremerge_jax.lora import Adapter, LoRA
 class Devices:
     """A mesh of one or two axes, as a merge uses it.
 
-    The first axis takes modules, which never have to do with each other. Along the second, if
-    there is one, every module is spread: its A by columns, its B by rows.
+    Modules are distributed over the first axis, without communication, as they are independent.
+    Along the second axis, if there is one, every module is sharded: its A by columns, its B by
+    rows.
 
     Raises:
         UnsupportedError: the mesh has more axes, or devices of some processes only.
@@ -46,43 +47,43 @@ class Devices:
             )
 
     @property
-    def devices(self) -> np.ndarray:
-        """``(rows, columns)``."""
+    def table(self) -> np.ndarray:
+        """The devices, ``(rows, columns)``."""
         return self.mesh.devices.reshape(len(self.mesh.devices), -1)
 
     @property
     def rows(self) -> int:
         """The number of modules that are merged at once."""
-        return self.devices.shape[0]
+        return self.table.shape[0]
 
     @property
     def columns(self) -> int:
         """The number of parts into which a module is split."""
-        return self.devices.shape[1]
+        return self.table.shape[1]
 
     @property
     def axis(self) -> str | None:
-        """The axis that modules are spread over, if they are."""
+        """The axis that single modules are sharded over; None if they are whole."""
         return self.mesh.axis_names[1] if self.columns > 1 else None
 
     @property
     def processes(self) -> dict[int, int]:
-        """The processes that have devices here, and how many."""
+        """The number of devices by process, for the processes that have any."""
         return dict(collections.Counter(d.process_index for d in self.mesh.devices.flat))
 
     @property
     def is_default(self) -> bool:
-        """True if this is the one device that JAX uses anyway."""
-        return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.devices.size == 1
+        """True if the mesh is JAX's default device alone."""
+        return self.mesh.devices.flat[0] == jax.local_devices()[0] and self.table.size == 1
 
     def local(self) -> "Devices":
-        """Returns the rows of this process.
+        """Returns the mesh of the rows that this process has.
 
         Raises:
-            UnsupportedError: a row has devices of other processes as well.
+            UnsupportedError: a row has devices of several processes.
         """
         here = np.vectorize(lambda device: device.process_index == jax.process_index())
-        mine = here(self.devices)
+        mine = here(self.table)
         if (mine.any(axis=1) != mine.all(axis=1)).any():
             raise UnsupportedError(
                 "mesh whose second axis leads from one process to another: adapters on the host "
@@ -100,11 +101,11 @@ class Devices:
         return P(modules, None, self.axis), P(modules, self.axis, None), P(modules)
 
     def place(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """Stacks spread over the devices, n and m filled up with zeros.
+        """Shards stacks over the devices, with n and m padded with zeros.
 
-        Arrays that are on these devices already go straight from each to where they belong.
+        Arrays that are on these devices already are moved directly between them.
         """
-        a, b = self._fill_up(a, 2), self._fill_up(b, 1)
+        a, b = self._pad(a, 2), self._pad(b, 1)
         if isinstance(a, jax.ShapeDtypeStruct):
             return a, b
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
@@ -112,7 +113,7 @@ class Devices:
         shardings = [NamedSharding(self.mesh, spec) for spec in self.specs[:2]]
         return tuple(jax.device_put([a, b], shardings))
 
-    def _fill_up(self, x: Any, axis: int) -> Any:
+    def _pad(self, x: Any, axis: int) -> Any:
         missing = -x.shape[axis] % self.columns
         if not missing:
             return x
@@ -131,7 +132,7 @@ class Devices:
     def take_apart(
         self, a: jax.Array, b: jax.Array, shape: tuple[int, int]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Returns the modules of stacks in a traced function, without what only fills up."""
+        """Returns the modules of stacks in a traced function, without padding."""
         m, n = shape
         return (
             [x[:, :n] for x in self._whole(a, 2, n)],
@@ -139,7 +140,7 @@ class Devices:
         )
 
     def _whole(self, x: jax.Array, axis: int, size: int) -> jax.Array:
-        """Gathers an array over modules, and over features where their number is cut."""
+        """Gathers an array over modules, and over features if padding has to be removed."""
         cut = x.shape[axis] != size
         if cut and not _is_explicit(self.mesh):
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
@@ -147,7 +148,7 @@ class Devices:
         return self._reshard(x, spec)
 
     def map(self, fn: Callable, shared: Any, stacks: Any, specs: Any, out_specs: Any) -> Any:
-        """Returns ``fn(shared, stacks)`` on each device, of its part of the stacks."""
+        """Runs ``fn(shared, stacks)`` on each device, with its part of the stacks."""
         stacks = jax.tree.map(
             lambda spec, part: jax.tree.map(lambda x: self._reshard(x, spec), part),
             specs,
@@ -164,10 +165,10 @@ def is_host(x: Any) -> bool:
 
 
 def refuse_explicit(factors: Sequence[Any]) -> None:
-    """Refuses factors that JAX keeps sharded as their type says, without a mesh.
+    """Refuses factors with explicit mesh axes in their types if no mesh was given.
 
     Raises:
-        UnsupportedError: there are some.
+        UnsupportedError: a factor has such a type.
     """
     for x in factors:
         spec = () if is_host(x) else jax.typeof(x).sharding.spec
@@ -179,12 +180,12 @@ def refuse_explicit(factors: Sequence[Any]) -> None:
 
 
 def implicit(adapter: Adapter) -> Adapter:
-    """Returns an adapter with no sharding in its types, for programs that spread work themselves.
+    """Returns an adapter whose types have no explicit mesh axes.
 
-    Factors stay where they are; their mesh has axes of another kind.
+    Factors stay on their devices; the axes of their mesh become automatic.
 
     Raises:
-        UnsupportedError: factors that are sharded as their types say are traced.
+        UnsupportedError: factors with explicit mesh axes are traced.
     """
     if not adapter.in_memory:
         return adapter
@@ -195,7 +196,7 @@ def implicit(adapter: Adapter) -> Adapter:
 
 
 def placed_like(lora: LoRA, like: LoRA) -> LoRA:
-    """Returns the factors where those of the same module are, of whichever rank."""
+    """Returns factors with the sharding of another LoRA of the same module, whatever its rank."""
     where = _without(like.a, 0), _without(like.b, 1)
     a, b = jax.device_put((lora.a, lora.b), where)
     return dataclasses.replace(lora, a=a, b=b)
@@ -220,24 +221,24 @@ def is_spread(x: Any) -> bool:
 
 
 def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:
-    """Returns the modules of stacks, each where factors of the same module are.
+    """Returns the modules of stacks, each with the sharding of another LoRA of that module.
 
     Args:
-        a: ``(L, r, n)``, or more columns.
-        b: ``(L, m, r)``, or more rows.
-        like: for each of the first modules, factors ``(…, n)`` and ``(m, …)``.
+        a: ``(L, r, n)``; n may be padded.
+        b: ``(L, m, r)``; m may be padded.
+        like: LoRAs of the modules, which may be fewer than L.
     """
     shapes = tuple(lora.shape for lora in like)
     places = [(_without(lora.a, 0), _without(lora.b, 1)) for lora in like]
     there = tuple(zip(*places, strict=True))
-    every = NamedSharding(a.sharding.mesh, P())  # type: ignore[attr-defined]
+    every = NamedSharding(a.sharding.mesh, P())  # type: ignore[attr-defined]  # results of a mesh program
     near = all(_is_near(place, every) for pair in places for place in pair)
     out = there if near else ((every,) * len(like),) * 2
     return jax.device_put(_split(shapes, out)(a, b), there)
 
 
 def _is_near(place: jax.sharding.Sharding, every: NamedSharding) -> bool:
-    """Returns True if a program on all devices of a mesh can have its results there."""
+    """Returns True if a program on all devices of a mesh can return results with this sharding."""
     if _is_explicit(every.mesh):
         return isinstance(place, NamedSharding) and place.mesh == every.mesh
     return place.device_set == every.device_set
@@ -249,7 +250,7 @@ def _is_explicit(mesh: Any) -> bool:
 
 @functools.lru_cache
 def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
-    """Returns a program that takes stacks apart, and cuts what only fills up."""
+    """Returns a program that splits stacks into modules and removes padding."""
 
     def split(a: jax.Array, b: jax.Array) -> tuple[tuple, tuple]:
         return (
@@ -263,7 +264,7 @@ def _split(shapes: tuple[tuple[int, int], ...], out: tuple) -> Callable:
 
 
 def _without(factor: Any, axis: int) -> jax.sharding.Sharding:
-    """Returns the sharding of a factor for one of another rank, which is along the axis."""
+    """Returns the sharding of a factor with the rank axis, whose length may differ, replicated."""
     sharding = factor.sharding
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -272,18 +273,15 @@ def _without(factor: Any, axis: int) -> jax.sharding.Sharding:
     return NamedSharding(sharding.mesh, P(*spec))
 
 
-def make_mesh(shape: str | None) -> "Mesh | None":
-    """Returns all devices in the shape ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
+def make_mesh(shape: str | None) -> Mesh | None:
+    """Makes a mesh of all devices, of shape ``ROWS`` or ``ROWSxCOLUMNS``; by default one column.
 
     Returns:
         The mesh; None where there is one device.
 
     Raises:
-        RecipeError: there are not as many devices.
+        RecipeError: the text has another form, or there is another number of devices.
     """
-    import jax
-    import numpy as np
-
     devices = np.asarray(jax.devices())
     sizes = [len(devices)]
     if shape is not None:
@@ -296,4 +294,4 @@ def make_mesh(shape: str | None) -> "Mesh | None":
             f"({devices[0].device_kind})"
         )
     names = ("modules", "features")[: len(sizes)]
-    return jax.sharding.Mesh(devices.reshape(sizes), names) if len(devices) > 1 else None
+    return Mesh(devices.reshape(sizes), names) if len(devices) > 1 else None

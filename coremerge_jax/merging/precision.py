@@ -12,18 +12,18 @@ from coremerge_jax.lora import Array, widest
 
 @contextlib.contextmanager
 def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
-    """Enters a scope in which JAX computes in the dtype that it yields.
+    """Enters a scope with JAX's x64 mode as the precision needs it, and yields the dtype.
 
-    Unless something is traced, `jax.transfer_guard` does not hold in it: that guards against
-    transfers by accident, and here arrays are brought to where they are computed with.
+    Unless inputs are traced, the scope also lifts `jax.transfer_guard`, which guards against
+    accidental transfers: here arrays are moved to the devices on purpose.
 
     Args:
         precision: ``"float32"``, ``"float64"``, or None: float64, except on TPU and for traced
             inputs, which keep their own precision (at least float32).
-        *inputs: what is computed with.
+        *inputs: arrays that take part in the computation.
 
     Raises:
-        RecipeError: the precision has another name, or cannot be had for traced inputs.
+        RecipeError: the precision has another name, or is not available for traced inputs.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
     if precision not in (None, "float32", "float64"):

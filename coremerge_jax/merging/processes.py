@@ -1,8 +1,8 @@
-"""Several processes of one job (`jax.distributed`): their shares, and how they agree.
+"""Processes of one job (`jax.distributed`): shares of the work, and messages between them.
 
-What one of them tells goes through the job's coordinator, in an order that all of them keep. If one
-fails, it tells that instead, and all fail. If one dies, JAX ends the others, within the time that
-`jax.distributed.initialize` is told to wait for a sign of life.
+Messages go through the job's coordinator, in the same order in all processes. A process that fails
+sends its error in place of a value, so that all fail. If a process dies, JAX ends the others after
+the heartbeat timeout of `jax.distributed.initialize`.
 """
 
 import base64
@@ -20,51 +20,51 @@ from jax.experimental import multihost_utils
 from coremerge_jax.errors import ProcessError
 from coremerge_jax.lora import LoRA
 
-_POLL = 1000  # milliseconds, after which an interrupt is heard
+_POLL = 1000  # milliseconds: Python handles an interrupt only between two calls of JAX
 
 _messages = itertools.count()
 
 
 def exchange(value: Any = None) -> list[Any]:
-    """Gathers a value from each process, in their order: plain data, as in JSON.
+    """Gathers a value from each process, in their order. Values are plain data, as in JSON.
 
     Raises:
-        ProcessError: a process failed instead.
+        ProcessError: a process has failed.
     """
     if not jax.distributed.is_initialized():
         return [value]
-    name = _tell({"value": value})
-    told = [json.loads(_wait_for(f"{name}/{i}")) for i in range(jax.process_count())]
-    for i, message in enumerate(told):
+    name = _send({"value": value})
+    messages = [json.loads(_wait_for(f"{name}/{i}")) for i in range(jax.process_count())]
+    for i, message in enumerate(messages):
         if "error" in message:
-            raise ProcessError(f"process {i} of {len(told)} failed: {message['error']}")
-    return [message["value"] for message in told]
+            raise ProcessError(f"process {i} of {len(messages)} failed: {message['error']}")
+    return [message["value"] for message in messages]
 
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Guards a block that `exchange` follows: if it fails, the other processes fail there."""
+    """Guards a block before an `exchange`, which fails in all processes if the block does."""
     try:
         yield
-    except ProcessError:  # which they know
+    except ProcessError:  # the others have it already
         raise
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        _tell({"error": "interrupted" if interrupted else str(error) or type(error).__name__})
+        _send({"error": "interrupted" if interrupted else str(error) or type(error).__name__})
         raise
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """Guards a block: if it ends without an exception, it has worked in all processes."""
+    """Guards a block: it ends without an exception only if it did so in all processes."""
     with failing_together():
         yield
     exchange()
 
 
-def _tell(message: Mapping[str, Any]) -> str:
+def _send(message: Mapping[str, Any]) -> str:
     name = f"coremerge/{next(_messages)}"
     _client().key_value_set(f"{name}/{jax.process_index()}", json.dumps(message))
     return name
@@ -81,7 +81,7 @@ def _wait_for(key: str) -> str:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # as orbax does: there is no public way
+    from jax._src import distributed  # there is no public access; orbax uses the same
 
     return distributed.global_state.client
 
@@ -103,15 +103,15 @@ def owners(costs: Sequence[float], rows: Sequence[int]) -> list[int]:
 
 
 def total(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Returns the sums over all processes, of arrays that are small or mostly zeros."""
+    """Returns sums over all processes of arrays that are small or mostly zeros."""
     packed = [base64.b85encode(zlib.compress(x.tobytes(), 1)).decode() for x in arrays]
-    told = exchange(packed)
+    received = exchange(packed)
 
     def unpack(text: str, like: np.ndarray) -> np.ndarray:
         return np.frombuffer(zlib.decompress(base64.b85decode(text)), like.dtype)
 
     return [
-        np.sum([unpack(texts[i], x) for texts in told], axis=0, dtype=x.dtype).reshape(x.shape)
+        np.sum([unpack(texts[i], x) for texts in received], axis=0, dtype=x.dtype).reshape(x.shape)
         for i, x in enumerate(arrays)
     ]
 
@@ -119,12 +119,12 @@ def total(*arrays: np.ndarray) -> list[np.ndarray]:
 def gather(
     own: Mapping[str, LoRA], outline: Mapping[str, LoRA], owner: Mapping[str, int]
 ) -> dict[str, LoRA]:
-    """Returns the modules that all processes have, in memory.
+    """Gathers the modules of all processes in memory.
 
     Args:
-        own: those of this process.
-        outline: shapes and dtypes of all.
-        owner: by path, the process that has it.
+        own: the modules of this process.
+        outline: shapes and dtypes of all modules.
+        owner: the process of each module, by path.
     """
     sizes = np.zeros(jax.process_count(), np.int64)
     for path, process in owner.items():
@@ -138,7 +138,7 @@ def gather(
     ]
     if parts:
         np.concatenate(parts, out=mine[: sizes[jax.process_index()]])
-    exchange()  # as communication between devices gives up on those that come late
+    exchange()  # collectives time out if processes arrive far apart
     every = np.asarray(multihost_utils.process_allgather(mine))
     start = np.zeros(len(sizes), np.int64)
 

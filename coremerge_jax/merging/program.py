@@ -50,8 +50,8 @@ class Facts:
     """Facts about modules, found while they are merged, by each of C devices that share one.
 
     Attributes:
-        sizes: ``(L, 2, T, C)``, the largest magnitude in the B and in the A of each adapter.
-        peaks: ``(L, C)``, the same of the merged B; infinite or NaN if it overflowed.
+        sizes: ``(L, 2, T, C)``, the largest magnitudes in the B and in the A of each adapter.
+        peaks: ``(L, C)``, that in the merged B; infinite or NaN if it overflowed.
     """
 
     sizes: Any

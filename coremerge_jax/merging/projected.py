@@ -39,7 +39,7 @@ Updates = list[tuple[jax.Array, jax.Array]]
 
 @flax.struct.dataclass
 class Stack:
-    """Modules of one signature in a merge space; arrays have them along their first axis.
+    """Modules of one signature in a merge space, along the first axis of the arrays.
 
     Attributes:
         projection: the updates.
@@ -48,8 +48,8 @@ class Stack:
         names: uint32 ``(L,)``, hashes of the paths.
         paths: of the modules.
         kinds: of the modules.
-        keeps_a: whether merged factors have the A factors of the adapters.
-        dtypes: of the merged A and B.
+        keeps_a: whether merges keep the stacked A of the adapters.
+        dtypes: those of the merged A and B.
     """
 
     projection: Projection
@@ -63,15 +63,15 @@ class Stack:
 
 @flax.struct.dataclass
 class Projected:
-    """Adapters in a merge space, see `project`. A pytree.
+    """Adapters in a merge space, made by `project`. A pytree.
 
     Attributes:
         stacks: all modules.
-        space: where they are.
+        space: the merge space.
         extras: tensors that are not low-rank updates, already merged.
         order: the paths of the modules in the order of the adapters.
-        adapters: how many there are, those of weight 0 included.
-        metadata: of what is merged.
+        adapters: the number of adapters, those of weight 0 included.
+        metadata: of the merged adapter.
     """
 
     stacks: tuple[Stack, ...]
@@ -87,7 +87,7 @@ class Projected:
         return jax.tree.leaves(self.stacks[0].projection.factors)[0].dtype
 
     def astype(self, dtype: Any) -> "Projected":
-        """Returns the same, to be merged in another precision."""
+        """Returns the adapters in another precision, in which merges are then computed."""
         with computing(str(np.dtype(dtype)), *jax.tree.leaves(self.stacks)):
             stacks = jax.tree.map(
                 lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
@@ -103,15 +103,15 @@ class Projected:
         scale: Any = 1.0,
         key: jax.Array | None = None,
     ) -> Adapter:
-        """Merges, by one compiled program for all rules that differ in numbers alone.
+        """Merges the adapters. Rules that differ in numbers alone share one compiled program.
 
         Args:
-            rule: as in `coremerge_jax.merge`; a `ties` with ``scope="model"`` is refused.
+            rule: how to merge; a `ties` with ``scope="model"`` is refused.
             weights: ``(T,)``, multiply the adapters' cores before the rule; or such weights by
                 path, for some modules. (Those of `project` multiply the adapters before they are
                 projected, which is the same unless the rule is elementwise.)
-            scale: as in `coremerge_jax.merge`.
-            key: as in `coremerge_jax.merge`.
+            scale: multiplies the merged updates: a number, or numbers by pattern of module paths.
+            key: PRNG key, for rules that draw random numbers.
 
         Raises:
             MismatchError: there is not one weight per adapter, or no module of a name; or the
@@ -142,7 +142,7 @@ class Projected:
             ]
 
     def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
-        """Makes an adapter of merged updates. Factors are NumPy arrays unless they are traced."""
+        """Scales merged updates and returns the adapter, with NumPy factors unless they are traced."""
         scales = module_scales(self.order, scale)
         modules: dict[str, LoRA] = {}
         for stack, update in zip(self.stacks, updates, strict=True):
@@ -208,17 +208,17 @@ def project(
     extras: str = "error",
     allow_mismatch: bool = False,
 ) -> Projected:
-    """Brings all modules of adapters into a merge space, for many merges.
+    """Projects all modules of adapters to a merge space, once for many merges.
 
     Args:
-        adapters: as in `merge`.
-        space: as in `merge`.
-        weights: as in `merge`.
-        elementwise: whether rules that look at single entries will be used; if not, cheaper
-            coordinates do.
-        precision: as in `merge`.
-        extras: as in `merge`.
-        allow_mismatch: as in `merge`.
+        adapters: at least one. This and the others that `merge` has are as there.
+        space: where to merge; core space by default.
+        weights: one per adapter.
+        elementwise: whether the adapters will be merged by elementwise rules; if not, a cheaper
+            basis is chosen.
+        precision: ``"float64"`` or ``"float32"``.
+        extras: what to do with tensors that are not low-rank updates.
+        allow_mismatch: project also adapters that seem not to belong together.
 
     Raises:
         FormatError: a factor has NaN or infinite values.

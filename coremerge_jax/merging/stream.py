@@ -22,13 +22,12 @@ from coremerge_jax.rules import Chain, Ties, TiesAbove
 
 
 class MergeStream:
-    """A merge that happens while it is iterated over: see `merge_stream`.
+    """A merge that is computed while it is iterated over, made by `merge_stream`.
 
     Attributes:
-        processes: those that share the merge, and how many devices each has; empty if it is not
-            shared, or if this is the share of one.
-        effects: what was found out by the last iteration, of all shares; nothing of what is
-            traced.
+        processes: the number of devices of each process that has a share; empty if the merge is
+            not shared, or if this is one of the shares.
+        effects: counts of the last iteration, over all shares; zero for traced factors.
     """
 
     def __init__(
@@ -65,12 +64,12 @@ class MergeStream:
 
     @property
     def workers(self) -> int:
-        """The number of parts that are worked on at once."""
+        """The number of parts that are computed at once."""
         return self._workers
 
     @property
     def memory(self) -> int:
-        """Bytes that the parts on their way take together, at most."""
+        """The most bytes that the parts on their way take together."""
         return (self._workers + 1) * max(
             (
                 one.held * batch.length + self._job.rows * one.work
@@ -81,7 +80,7 @@ class MergeStream:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders that the adapters are still to be read from."""
+        """The folders that adapters are read from during the merge."""
         return tuple(folder for adapter in self.adapters for folder in adapter.folders)
 
     @property
@@ -153,11 +152,11 @@ class MergeStream:
         """Returns the share of this process in a merge, and the process of every module.
 
         Args:
-            together: the paths of all modules, in lists of those that one process has to do; by
-                default, each by itself.
+            together: the paths of all modules, in lists of those that one process has to merge;
+                by default each is alone.
 
         Returns:
-            A stream of some modules; and by path, the process that has it.
+            A stream of the modules of this process; and the process of each module, by path.
         """
         costs: dict[str, float] = {}
         for group in self._job.present.groups:
@@ -194,12 +193,12 @@ class MergeStream:
 
 @dataclasses.dataclass
 class Effects:
-    """The effects of a merge, counted in modules.
+    """Effects of a merge, counted in modules.
 
     Attributes:
-        alive: for each adapter, in how many modules its update is not zero.
-        merged: how many merged updates are not zero.
-        modules: how many modules were merged.
+        alive: for each adapter, the number of modules in which its update is not zero.
+        merged: the number of merged updates that are not zero.
+        modules: the number of modules that were merged.
     """
 
     alive: list[int]
@@ -211,14 +210,14 @@ class Effects:
         self.alive, self.merged, self.modules = [0] * len(self.alive), 0, 0
 
     def add_up(self) -> None:
-        """Adds what other processes have counted."""
+        """Adds the counts of the other processes."""
         *alive, self.merged, self.modules = map(
             int, total(np.asarray([*self.alive, self.merged, self.modules]))[0]
         )
         self.alive = alive
 
     def add(self, batch: Group, facts: Facts) -> None:
-        """Counts a batch; the modules that only fill it up are left out."""
+        """Counts a batch, without its padding."""
         number = len(batch.paths)
         for tasks, alive in zip(batch.tasks, facts.alive, strict=False):
             for t in tasks[alive]:

@@ -1,4 +1,4 @@
-"""Cutting an adapter to a rank budget, without ever forming an update."""
+"""Truncation of an adapter to a rank budget, without forming any update."""
 
 import dataclasses
 from functools import partial
@@ -27,10 +27,10 @@ def truncate(
     their columns (Eckart and Young, 1936, for why their truncation is best).
 
     May be called inside a jitted or differentiated function with traced factors; derivatives are
-    those of the update, of which directions are kept is constant.
+    those of the update, with the choice of directions held constant.
 
     Args:
-        adapter: what to cut.
+        adapter: the adapter to cut.
         rank: keep at most this many singular directions.
         energy: keep the fewest that hold this share of ‖ΔW‖²_F, in (0, 1]; not of traced factors.
 
@@ -119,7 +119,7 @@ def _cut_traced(adapter: Adapter, rank: int | None) -> tuple[dict[str, LoRA], di
 def _balance_to_rank(
     a: jax.Array, b: jax.Array, dtype: np.dtype, rank: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns factors as `_balance` has, of a rank, and the share that they keep, by module.
+    """Returns balanced factors of a rank, and the share of energy that they keep, by module.
 
     A matrix X near one of rank k with leading singular vectors U and V is, if cut to that rank,
     (X V) (Uᵀ X V)⁻¹ (Uᵀ X) with constant U and V, so that only X is differentiated.
@@ -148,7 +148,7 @@ def _balance_to_rank(
 
 
 def _inner(lora_a: jax.Array, lora_b: jax.Array) -> tuple[Basis, Basis, jax.Array]:
-    """Bases of both factors' columns, and what of the update is between them."""
+    """Returns bases of both factors' columns, and the update in these bases."""
     left, left_inner, _, _ = basis(lora_b, roundoff(lora_b), singular=False)
     right, right_inner, _, _ = basis(lora_a.T, roundoff(lora_a), singular=False)
     return left, right, matmul(left_inner, right_inner.T)
