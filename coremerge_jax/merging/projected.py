@@ -142,7 +142,7 @@ class Projected:
             ]
 
     def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
-        """Scales merged updates and returns the adapter, with NumPy factors unless they are traced."""
+        """Scales merged updates. The adapter has NumPy factors unless they are traced."""
         scales = module_scales(self.order, scale)
         modules: dict[str, LoRA] = {}
         for stack, update in zip(self.stacks, updates, strict=True):
