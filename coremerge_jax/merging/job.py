@@ -119,9 +119,10 @@ class Job:
         """Refuses factors and merged updates that are not finite."""
         if facts is None:
             return
-        good = np.isfinite(facts.peak) & facts.finite
-        if not good.all():
+        good = np.isfinite(facts.peak)
+        if not (good.all() and facts.finite.all()):
             refuse_values(self.present.adapters, batch.paths, label)
+        if not good.all():
             raise overflow(batch.padded(batch.paths)[int(np.argmin(good))], dtype)
 
     def count(self, batch: Group, **digit: Any) -> tuple[Array, Array]:
