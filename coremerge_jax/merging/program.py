@@ -367,8 +367,8 @@ def _facts(
 def _row_sums(x: jax.Array) -> jax.Array:
     """Returns ``(p,)``, the sum of the magnitudes in each row of ``(p, q)``.
 
-    It is zero only for zeros, and not finite if an entry is not. On CPU, a product with a vector takes
-    a fourth of the time of a maximum.
+    It is zero only for zeros, and not finite if an entry is not. On CPU, a product with a vector
+    takes a fourth of the time of a maximum.
     """
     wide = jnp.abs(x.astype(widest(x.dtype, np.dtype(np.float32))))
     return matmul(wide, jnp.ones(x.shape[1], wide.dtype))
