@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.linalg import Basis, Factored, matmul, pytree
@@ -236,7 +237,7 @@ class Space:
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        dtype: np.dtype | None = None,
+        dtype: DTypeLike | None = None,
         elementwise: bool = True,
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
