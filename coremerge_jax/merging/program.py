@@ -23,7 +23,7 @@ from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
 from coremerge_jax.rules.rule import Cores
-from coremerge_jax.spaces import Core, Projection, Space
+from coremerge_jax.spaces import Projection, Space, core
 
 
 @flax.struct.dataclass
@@ -343,7 +343,7 @@ def _facts(
     Coordinates in core space are small, zero where factors are, and not finite if any of them is
     not. Where there are none, the factors themselves are read.
     """
-    if isinstance(factors, LoRA) and isinstance(settings.space, Core):
+    if isinstance(factors, LoRA) and isinstance(settings.space, core):
         b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
         a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
         merged = b

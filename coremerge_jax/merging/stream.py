@@ -18,7 +18,7 @@ from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import Choices, Facts
 from coremerge_jax.merging.trimming import Counts, find_thresholds
-from coremerge_jax.rules import Chain, Ties, TiesAbove
+from coremerge_jax.rules import Chain, ties, ties_above
 
 
 class MergeStream:
@@ -110,8 +110,8 @@ class MergeStream:
 
     def _with_thresholds(self) -> Chain:
         """Returns the rule; a `ties` over all modules with the thresholds that these give."""
-        job, rule, ties = self._job, self._rule, self._rule.reducer
-        if not isinstance(ties, Ties) or ties.scope != "model":
+        job, rule, reducer = self._job, self._rule, self._rule.reducer
+        if not isinstance(reducer, ties) or reducer.scope != "model":
             return rule
 
         def passes(known: jax.Array, shift: np.ndarray) -> Iterator[Counts]:
@@ -122,14 +122,14 @@ class MergeStream:
         with computing(job.precision, *job.traced) as dtype:
             pass
         thresholds = find_thresholds(
-            ties,
+            reducer,
             int(job.present.places.max()) + 1,
             passes,
             total if self._shared else lambda *counts: counts,
             dtype,
             job.traced,
         )
-        return dataclasses.replace(rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
+        return dataclasses.replace(rule, reducer=ties_above(rule=reducer, thresholds=thresholds))
 
     def collect(self) -> Adapter:
         """Collects the whole merge in memory."""

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from coremerge_jax.linalg import accumulate
 from coremerge_jax.lora import Array
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.program import Inputs, Settings, module_key, project_module
-from coremerge_jax.rules import Chain, Context, Equivariance, Ties
-from coremerge_jax.rules.rule import dense, fold_rows
+from coremerge_jax.rules import Chain, Context, Equivariance, ties
+from coremerge_jax.rules.rule import dense
 
 BITS = 16
 
@@ -27,7 +28,7 @@ Counts = tuple[Array, Array]
 
 
 def find_thresholds(
-    ties: Ties,
+    rule: ties,
     adapters: int,
     passes: Callable[..., Iterable[Counts]],
     over_all: Callable[..., Sequence],
@@ -41,7 +42,7 @@ def find_thresholds(
     entry, or to where the last digit is 0. Of float64, 48 bits are enough.
 
     Args:
-        ties: the rule.
+        rule: the rule.
         adapters: the number of adapters.
         passes: called with the bits that are known, ``known: (T,)``, and ``shift``, that of the
             next digit; yields the counts of each batch of modules.
@@ -66,7 +67,7 @@ def find_thresholds(
         with computing(dtype.name, *traced):
             digits, sizes = map(jnp.asarray, found)
             if wanted is None:
-                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
+                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(rule.density, dtype))
                 wanted = jnp.sum(digits, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
             known, wanted, margin = _next_digit(digits, known, wanted, shift)
     with computing(dtype.name, *traced):
@@ -119,7 +120,7 @@ def count_stack(
         return counts, jnp.zeros(len(known), jnp.int32).at[module.tasks].add(counted * size)
 
     def count_modules(shared: tuple, rows: tuple[Inputs, jax.Array]) -> tuple:
-        return fold_rows(partial(count_module, shared), rows)
+        return accumulate(partial(count_module, shared), rows)
 
     shared, rows = (rule, key, known, shift), (inputs, once)
     devices = settings.devices
