@@ -172,8 +172,8 @@ def _share(
     if like is None:
         return options, {}
     from coremerge_jax.io.orbax_tree import is_orbax, open_tree
-    from coremerge_jax.trees.adapters import flatten, matches
     from coremerge_jax.trees.layouts import LAYOUTS
+    from coremerge_jax.trees.paths import flatten, matches
 
     target = {key: x for key, x in options.items() if key in _OF_TREES}
     if not is_orbax(source):

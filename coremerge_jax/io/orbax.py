@@ -23,17 +23,11 @@ from coremerge_jax.io.peft.config import PeftConfig
 from coremerge_jax.io.peft.files import CONFIG
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
-from coremerge_jax.trees.adapters import (
-    Places,
-    Slot,
-    TreeFormat,
-    check_alpha,
-    check_rank,
-    flatten,
-    key_of,
-    to_tree,
-)
+from coremerge_jax.trees.adapters import TreeFormat, to_tree
+from coremerge_jax.trees.checks import check_alpha, check_rank
 from coremerge_jax.trees.families import find_names, outline_tree
+from coremerge_jax.trees.paths import flatten, key_of
+from coremerge_jax.trees.slots import Places, Slot
 
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 

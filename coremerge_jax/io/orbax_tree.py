@@ -22,7 +22,7 @@ import numpy as np
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError
 from coremerge_jax.io.untrusted import read_json, refuse_url
 from coremerge_jax.merging.mesh import is_spread
-from coremerge_jax.trees.adapters import flatten, key_of
+from coremerge_jax.trees.paths import flatten, key_of
 
 MARKER = "_CHECKPOINT_METADATA"
 

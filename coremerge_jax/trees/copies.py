@@ -8,8 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 
 from coremerge_jax.errors import FormatError
-from coremerge_jax.trees.axes import container, is_numbered
 from coremerge_jax.trees.layouts import Factor
+from coremerge_jax.trees.paths import container, is_numbered
 
 # Names of subtrees, matched in whole, without regard to case.
 _MODEL = re.compile(

@@ -16,25 +16,25 @@ def from_nnx(model: nnx.Module, *, name: str | None = None, **options: Any) -> A
     Args:
         model: any NNX module.
         name: a name for messages and tables.
-        **options: see `TreeFormat`. A model of qwix needs the ``alpha`` of its LoraRule.
+        **options: the fields of `TreeFormat`. A model of qwix needs the ``alpha`` of its LoraRule.
 
     Raises:
-        FormatError: the model has no LoRA factors, or they cannot be told apart.
+        FormatError: the model has no LoRA factors, or how they are stored is not clear.
     """
     return from_tree(nnx.state(model, nnx.LoRAParam), name=name, **options)
 
 
 def update_nnx(model: nnx.Module, adapter: Adapter, **options: Any) -> None:
-    """Puts an adapter in place of the LoRA factors of a model.
+    """Replaces the LoRA factors of a model by those of an adapter.
 
-    Their rank becomes that of the adapter; `truncate` it first where shapes must not change. That
-    of a model of qwix stays, as its LoraRule holds it: smaller ones are filled up with zeros. New
-    factors are put where those that they replace are on devices.
+    Their rank becomes that of the adapter; `truncate` it first where shapes must not change. A
+    model of qwix keeps its rank, which its LoraRule fixes: smaller factors are filled up with
+    zeros. New factors are put where those that they replace are on devices.
 
     Args:
         model: has LoRA factors for the modules of the adapter, and for no others.
         adapter: such as the result of `merge`.
-        **options: see `TreeFormat`. For a model of qwix, the ``alpha`` of its LoraRule.
+        **options: the fields of `TreeFormat`. For a model of qwix, the ``alpha`` of its LoraRule.
 
     Raises:
         MismatchError: the adapter and the model have not the same modules; or a model of qwix has a

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import coremerge_jax as cm
+from coremerge_jax.trees.paths import flatten
 
 
 def factors(n=4, m=3):
@@ -64,7 +65,7 @@ def test_an_optimizer_is_not_the_model(tree, modules):
     ],
 )
 def test_parts_of_a_model_are_not_taken_for_copies(tree):
-    leaves = [key for key in cm.trees.flatten(tree) if key.endswith("lora_a")]
+    leaves = [key for key in flatten(tree) if key.endswith("lora_a")]
     assert len(cm.from_tree(tree)) == len(leaves)
 
 

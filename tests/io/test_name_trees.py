@@ -8,8 +8,8 @@ from orbax.checkpoint import v1 as ocp
 from test_name_map import HEAD_DIM, HEADS, KV_HEADS, WIDTH, hugging_face
 
 import coremerge_jax as cm
-from coremerge_jax.trees.adapters import flatten
 from coremerge_jax.trees.families import NAME_MAPS, translate
+from coremerge_jax.trees.paths import flatten
 
 RANK = 3
 # As the implementations' own modules get them: qwix and gemma split an einsum's kernel into the

@@ -24,11 +24,11 @@ from coremerge_jax.io.tensors import LazyTensor, TensorEditor
 from coremerge_jax.io.untrusted import check_path, refuse_url
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
 from coremerge_jax.trees import fold as addition
-from coremerge_jax.trees.adapters import flatten
 from coremerge_jax.trees.families import find_names
 from coremerge_jax.trees.fold import add, add_update, cast, fold_on_host
 from coremerge_jax.trees.kernels import find_kernels
 from coremerge_jax.trees.layouts import LAYOUTS
+from coremerge_jax.trees.paths import flatten
 
 
 @dataclasses.dataclass(frozen=True)

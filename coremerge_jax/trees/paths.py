@@ -1,0 +1,91 @@
+"""Keys of leaves in a tree of parameters, the paths of modules that they name, and patterns."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+# Any pytree, and one of its leaves: JAX has no types for them.
+Tree = Any
+Leaf = Any
+
+# Names of parameters that do not identify the module.
+_UNNAMED = ("kernel", "w", "embeddings")
+
+# Parts of a path below which layers lie: numbered, or scanned if no number follows. Both may be
+# there: MaxText scans over blocks of a few layers (decoder/layers/layers_0).
+_CONTAINERS = "(?:[a-z]+_)*(?:layers|blocks)|layer|block|h"
+
+_CONTAINER = re.compile(_CONTAINERS)
+
+_NUMBERED = re.compile(rf"(^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
+
+
+def flatten(tree: Tree) -> dict[str, Leaf]:
+    """Returns leaves by key, parts joined by ``/``, without the level ``value`` of flax."""
+    return {key_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def key_of(path: tuple[Any, ...]) -> str:
+    """Returns the key of a leaf, given its path as `jax.tree_util` has it."""
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
+
+
+def module_paths(module: str, param: str, batch: tuple[int, ...]) -> tuple[str, ...]:
+    """Returns the module path of each kernel of a batch, parts joined by dots.
+
+    Args:
+        module: its path in the tree, parts joined by ``/``.
+        param: the name of the kernel.
+        batch: the lengths of the axes of layers and experts.
+    """
+    module = re.sub(r"^(params/)+", "", module)
+    parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
+    at = container(module)
+    found = []
+    for index in np.ndindex(batch):
+        names, rest = list(parts), list(index)
+        if at is not None and rest:
+            names.insert(at + 1, str(rest.pop(0)))
+        found.append(".".join(names) + "".join(f"[{i}]" for i in rest))
+    return tuple(found)
+
+
+def is_numbered(module: str) -> bool:
+    """Returns True if a path names one layer, as ``layers/0`` or ``layers_0``."""
+    return _NUMBERED.search(module) is not None
+
+
+def separate_numbers(module: str) -> str:
+    """Returns a path with ``layers/0`` in place of ``layers_0``."""
+    return _NUMBERED.sub(r"\1\2/\3", module)
+
+
+def container(module: str) -> int | None:
+    """Returns the place of the last part that holds layers which have no numbers in the path.
+
+    It is the place in the path as `separate_numbers` gives it; None if there is no such part.
+    """
+    parts = separate_numbers(module).split("/")
+    pairs = zip(parts, [*parts[1:], ""], strict=True)
+    places = [
+        i
+        for i, (part, following) in enumerate(pairs)
+        if _CONTAINER.fullmatch(part) and not following.isdigit()
+    ]
+    return places[-1] if places else None
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Returns True if a key matches one of the patterns, as in `fnmatch`."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def first_match(key: str, patterns: Mapping[str, str]) -> str | None:
+    """Returns the value of the first pattern that a key matches, as in `fnmatch`."""
+    found = (value for pattern, value in patterns.items() if fnmatch.fnmatchcase(key, pattern))
+    return next(found, None)
