@@ -22,6 +22,11 @@ def shortened(text: str, length: int) -> str:
     return f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
+def display(text: str, length: int) -> str:
+    """Returns a text for a label: `printable`, and `shortened` to so many characters."""
+    return shortened(printable(text), length)
+
+
 def json_escaped(text: str) -> str:
     """Returns a JSON document with the same characters as escapes of JSON; ends of lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

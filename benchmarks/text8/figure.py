@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coremerge_jax.search.plot import STYLE, save
+from coremerge_jax.figures import style
+from coremerge_jax.search.plot import save
 from text8.results import Row
 
 COLOURS = {"full": "#8a8a8a", "knots": "#b3a125", "core": "#9c2f6f", "learned": "#2f6f9c"}
@@ -25,7 +25,7 @@ def draw(result: Mapping[str, list[Row]], path: Path) -> None:
         ("learned", f"{row['rule']}, {row['space'].removeprefix('a coefficient ')}", row)
         for row in result["learned"]
     ]
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(11, 2 + 0.2 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
         _rules(left, sorted(rows, key=lambda x: x[-1]["test"]))

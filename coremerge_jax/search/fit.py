@@ -5,7 +5,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,15 @@ from coremerge_jax.lora import Adapter
 from coremerge_jax.merging.checks import check_function, check_number, check_whole, short
 from coremerge_jax.merging.projected import Projected, project
 from coremerge_jax.rules import Chain, as_rule, chain
+from coremerge_jax.search.parameters import MergeRule
 from coremerge_jax.search.sweep import progress_line
+
+if TYPE_CHECKING:  # an optional library
+    from matplotlib.figure import Figure
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Returns the mean entropy of predictions: needs no labels (AdaMerging, arXiv 2310.02575).
+    """Returns the mean entropy of predictions, without labels (AdaMerging, arXiv 2310.02575).
 
     Args:
         logits: ``(..., classes)``.
@@ -46,7 +50,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-Loss = Callable[[Adapter, Any], jax.Array]
+Batch = Any  # a pytree, as the user's loss takes it
+
+Loss = Callable[[Adapter, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +60,12 @@ class Fit:
     """Result of `fit`.
 
     Attributes:
-        adapter: merged with the coefficients that were best.
-        weights: these, ``(T,)`` for each module path.
-        groups: these, ``(T,)`` for each group of modules by its name.
-        step: after which they were found.
-        history: the mean loss since the last entry and, where there are validation batches, their
-            loss, by step.
+        adapter: merged with the best coefficients.
+        weights: these coefficients, ``(T,)`` for each module path.
+        groups: the same, ``(T,)`` for each group of modules by its name.
+        step: number of the step after which they were found.
+        history: entries with ``"step"``, ``"loss"`` (the mean since the last entry) and, if there
+            are validation batches, ``"validation"`` (their mean loss).
     """
 
     adapter: Adapter
@@ -68,11 +74,11 @@ class Fit:
     step: int
     history: tuple[Mapping[str, float], ...]
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Returns the losses by step, as a figure of matplotlib, which has to be installed.
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draws the losses by step. Needs matplotlib.
 
         Args:
-            path: where to write it, if anywhere; its ending tells the format.
+            path: file to write the figure to, if any; its ending gives the format.
         """
         from coremerge_jax.search.plot import draw_fit, save
 
@@ -82,10 +88,10 @@ class Fit:
 def fit(
     loss: Loss,
     adapters: Sequence[Adapter] | Projected,
-    rule: Any,
-    batches: Iterable[Any],
+    rule: MergeRule,
+    batches: Iterable[Batch],
     *,
-    validation: Sequence[Any] = (),
+    validation: Sequence[Batch] = (),
     per: str | Sequence[str] = "adapter",
     initial: float | Sequence[float] = 1.0,
     optimizer: optax.GradientTransformation | None = None,
@@ -94,29 +100,33 @@ def fit(
     key: jax.Array | None = None,
     progress: bool = False,
 ) -> Fit:
-    """Learns what to multiply each adapter's cores by, before a rule merges them.
+    """Learns coefficients of the adapters' cores by gradient descent through the merge.
 
-    The coefficients minimize ``loss`` of the merged adapter, by gradients through the merge. All
-    of a step is one compiled program.
+    The rule merges the cores times their coefficients, and ``loss`` of the merged adapter is
+    minimized. Each step is one compiled program.
 
     Args:
-        loss: of a merged adapter and a batch, a scalar that JAX can differentiate; for example
-            `entropy` or `cross_entropy` of the logits of a model with the adapter.
-        adapters: as in `merge`; or `project` of them, which chooses the space and all else.
-        rule: as in `merge`; not `dc_merge`, which has no derivative.
-        batches: one for each step, pytrees of equal shapes. What is large, such as the parameters
-            of the model, belongs here too: what ``loss`` closes over becomes part of the program.
+        loss: function of a merged adapter and a batch that returns a scalar and is differentiable
+            by JAX; for example `entropy` or `cross_entropy` of the logits of a model with the
+            adapter.
+        adapters: the adapters to merge; or `project` of them, which also fixes the space, weights
+            and precision.
+        rule: the merge rule; not `dc_merge`, which has no derivative.
+        batches: one for each step, pytrees of equal shapes. Large arrays, such as the parameters
+            of the model, belong here too: arrays that ``loss`` closes over become constants of
+            the compiled program.
         validation: batches whose mean loss decides when to stop and which coefficients are kept.
             Without any, all batches are used and the last coefficients kept.
         per: ``"adapter"``: a coefficient for each adapter; ``"module"``: for each adapter and
-            module; or patterns of module paths (as in `fnmatch`), each for a group of modules: of
-            those that match, the first counts, and modules that match none are a group too.
+            module; or patterns of module paths (as in `fnmatch`), each for a group of modules. A
+            module belongs to the first pattern that it matches; modules that match none form a
+            group of their own.
         initial: coefficients to start from: one, or one per adapter.
-        optimizer: of optax; by default Adam with rate 0.01.
+        optimizer: an optimizer of optax; by default Adam with learning rate 0.01.
         every: steps between two evaluations of the validation batches.
-        patience: how many evaluations in a row may be no better before it stops.
+        patience: number of evaluations in a row without improvement after which to stop.
         key: PRNG key, for rules that draw random numbers; the same in all steps.
-        progress: whether to show progress on stderr, where that is a terminal.
+        progress: True to show progress on stderr, where that is a terminal.
 
     Raises:
         MismatchError: a pattern matches no module, or there is not one initial coefficient per
@@ -131,7 +141,7 @@ def fit(
         raise RecipeError(f"batches: expected a list of batches, got {short(batches)}")
     projected = adapters if isinstance(adapters, Projected) else project(adapters)
     groups = _groups(projected.order, per)
-    for coefficient in [initial] if np.ndim(initial) == 0 else initial:  # type: ignore[union-attr]
+    for coefficient in initial if isinstance(initial, Iterable) else [initial]:
         check_number("initial", coefficient)
     first = np.asarray(initial)
     if first.shape not in ((), (projected.adapters,)):
@@ -140,7 +150,8 @@ def fit(
             "expected one for all, or one each"
         )
     names = list(dict.fromkeys(groups.values()))
-    descent = _Descent(loss, projected, chain(as_rule(rule)), groups, optimizer, key)
+    chosen = optimizer or optax.adam(0.01)
+    descent = _Descent(loss, projected, chain(as_rule(rule)), groups, chosen, key)
     table = np.broadcast_to(first, (len(names), projected.adapters))
     kept = _descend(descent, table, batches, validation, every, patience, progress)
     learned = dict(zip(names, np.asarray(kept.table), strict=True))
@@ -166,8 +177,16 @@ def _groups(paths: Sequence[str], per: str | Sequence[str]) -> dict[str, str]:
     }
 
 
+class _Kept(NamedTuple):
+    """The best table, the step after which it was found, and all losses."""
+
+    table: jax.Array
+    step: int
+    history: list[dict[str, float]]
+
+
 class _Descent:
-    """Gradient descent in a table of coefficients ``(groups, T)``, a compiled program a step."""
+    """Gradient descent in a table of coefficients ``(groups, T)``: one compiled program a step."""
 
     def __init__(
         self,
@@ -175,19 +194,17 @@ class _Descent:
         projected: Projected,
         rule: Chain,
         groups: Mapping[str, str],
-        optimizer: optax.GradientTransformation | None,
+        optimizer: optax.GradientTransformation,
         key: jax.Array | None,
     ) -> None:
         # In the precision of all else that the user computes in these programs.
-        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]  # jax has no stub of it
         self._projected = projected if wide else projected.astype("float32")
-        self._optimizer = optimizer or optax.adam(0.01)
-        self._state: Any = None
-        self._steps = 0
+        self._optimizer = optimizer
         names = list(dict.fromkeys(groups.values()))
         rows = {path: names.index(group) for path, group in groups.items()}
 
-        def of_table(table: jax.Array, projected: Projected, batch: Any) -> jax.Array:
+        def of_table(table: jax.Array, projected: Projected, batch: Batch) -> jax.Array:
             weights = {path: table[row] for path, row in rows.items()}
             found = loss(projected.merge(rule, weights=weights, key=key), batch)
             if not isinstance(found, jax.Array) or found.shape != ():
@@ -195,69 +212,70 @@ class _Descent:
                 raise RecipeError(f"the loss gave {shape}; expected a scalar array of JAX")
             return found
 
-        def update(table: jax.Array, state: Any, projected: Projected, batch: Any) -> tuple:
+        def update(
+            table: jax.Array, state: optax.OptState, projected: Projected, batch: Batch
+        ) -> tuple[jax.Array, optax.OptState, jax.Array]:
             value, gradient = jax.value_and_grad(of_table)(table, projected, batch)
             with jax.numpy_dtype_promotion("standard"):  # as optax is written
-                changes, state = self._optimizer.update(gradient, state, table)
+                changes, state = optimizer.update(gradient, state, table)
                 return optax.apply_updates(table, changes), state, value
 
         self._loss, self._update = jax.jit(of_table), jax.jit(update)
 
-    def start(self, table: np.ndarray) -> jax.Array:
-        """Returns the table as JAX knows it."""
+    def steps(
+        self, start: np.ndarray, batches: Iterable[Batch], every: int
+    ) -> Iterator[tuple[int, jax.Array, list[float]]]:
+        """Yields step, table and losses since the last entry: every few steps, and at the end."""
         with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
-            first = jnp.asarray(table, self._projected.dtype)
-            self._state = self._optimizer.init(first)
-        return first
+            table = jnp.asarray(start, self._projected.dtype)
+            state = self._optimizer.init(table)
+        step, losses = 0, list[float]()
+        yield step, table, losses
+        for step, batch in enumerate(batches, 1):
+            with jax.transfer_guard("allow"):
+                table, state, value = self._update(table, state, self._projected, batch)
+                losses.append(_finite(float(value), step))
+            if step % every == 0:
+                yield step, table, losses
+                losses = []
+        if losses:
+            yield step, table, losses
 
-    def step(self, table: jax.Array, batch: Any) -> tuple[jax.Array, float]:
-        """Returns the next table, and the loss before."""
-        with jax.transfer_guard("allow"):
-            table, self._state, value = self._update(table, self._state, self._projected, batch)
-            self._steps += 1
-            return table, self._finite(float(value))
-
-    def _finite(self, value: float) -> float:
-        if not math.isfinite(value):
-            told = "at the initial coefficients; check the loss and its batches"
-            if self._steps > 1:
-                told = f"after {self._steps - 1} steps; try a lower learning rate"
-            raise FormatError(f"the loss is {value} {told}")
-        return value
-
-    def mean_loss(self, table: jax.Array, batches: Sequence[Any]) -> float:
+    def mean_loss(self, table: jax.Array, batches: Sequence[Batch], step: int) -> float:
         """Returns the mean loss over batches."""
         with jax.transfer_guard("allow"):
             found = [float(self._loss(table, self._projected, batch)) for batch in batches]
-        return self._finite(float(np.mean(found)))
+        return _finite(float(np.mean(found)), step)
 
 
-class _Kept(NamedTuple):
-    """The best table, after which step it was found, and all losses."""
-
-    table: jax.Array
-    step: int
-    history: list[dict[str, float]]
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        when = "at the initial coefficients; check the loss and its batches"
+        if step > 1:
+            when = f"after {step - 1} steps; try a lower learning rate"
+        raise FormatError(f"the loss is {loss} {when}")
+    return loss
 
 
 def _descend(
     descent: _Descent,
     start: np.ndarray,
-    batches: Iterable[Any],
-    validation: Sequence[Any],
+    batches: Iterable[Batch],
+    validation: Sequence[Batch],
     every: int,
     patience: int,
     progress: bool,
 ) -> _Kept:
+    """Descends until the batches end, or the validation loss has not fallen for some time."""
     history: list[dict[str, float]] = []
     best, worse = math.inf, 0
     with progress_line("fit", progress) as say:
-        for step, table, losses in _steps(descent, descent.start(start), batches, every):
+        for step, table, losses in descent.steps(start, batches, every):
             row: dict[str, float] = {"step": step}
             if losses:
                 row["loss"] = float(np.mean(losses))
             if validation:
-                row["validation"] = descent.mean_loss(table, validation)
+                row["validation"] = descent.mean_loss(table, validation, step)
             found = row.get("validation", -step)  # without validation, the last is the best
             if found < best or not history:
                 kept, best, worse = (table, step), found, 0
@@ -270,19 +288,3 @@ def _descend(
     if step == 0:
         raise RecipeError("no batches to learn from; expected at least one")
     return _Kept(*kept, history)
-
-
-def _steps(
-    descent: _Descent, table: jax.Array, batches: Iterable[Any], every: int
-) -> Iterator[tuple[int, jax.Array, list[float]]]:
-    """Yields step, table and the losses since the last time: every few steps, and at the end."""
-    yield 0, table, []
-    step, losses = 0, list[float]()
-    for step, batch in enumerate(batches, 1):
-        table, value = descent.step(table, batch)
-        losses.append(value)
-        if step % every == 0:
-            yield step, table, losses
-            losses = []
-    if losses:
-        yield step, table, losses

@@ -1,27 +1,31 @@
-"""The log of a sweep: one line a record, so that what is killed can go on."""
+"""The log of a sweep: one line a record, so that a sweep that was killed can go on."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, NoReturn, Self, TextIO
 
 import numpy as np
 
 from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError
 
-_NORMS = 1e-3  # relative; far more than rounding errors of other machines, far less than training
+# Relative; far more than rounding errors of other machines, far less than training changes.
+_NORMS = 1e-3
+
+_ELSEWHERE = "choose another file"
+
+_NO_LOG = f"not the log of a sweep; {_ELSEWHERE}"
 
 
 class Log:
-    """Records in a file of JSON lines, of which the first tells what is swept.
+    """Records in a file of JSON lines; the first line has the subject of the sweep.
 
     Args:
-        path: the file; None keeps nothing.
+        path: the file; None for no log.
         subject: what the records depend on, as JSON-like data.
-        norms: ``(T,)``, those of the adapters, by which they are known.
+        norms: ``(T,)``, the norms of the adapters, which identify them.
 
     Raises:
         FormatError: the file is not a log of a sweep.
@@ -55,77 +59,77 @@ class Log:
             self._file.close()
 
     def find(self, name: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns the metrics and seconds of a candidate, if they are known."""
+        """Returns the metrics and seconds of a candidate, if the log has them."""
         return self._known.get(identity(name, parameters))
 
     def add(
         self, name: str, parameters: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
     ) -> None:
-        """Notes a record."""
-        if self._file:
-            row = {"rule": name, "parameters": parameters, "metrics": metrics}
-            self._write({**row, "seconds": round(seconds, 4)})
+        """Appends a record."""
+        row = {"rule": name, "parameters": parameters, "metrics": metrics}
+        self._write({**row, "seconds": round(seconds, 4)})
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        assert self._file
+        if not self._file:
+            return
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            error.filename = str(self._path)  # a failed write does not say where
+            error.filename = str(self._path)  # a failed write does not name its file
             raise
 
     def _read(self, path: Path) -> bool:
-        """Reads what is there, and drops a line that is not complete; false if nothing is."""
-        with contextlib.suppress(FileNotFoundError):
+        """Reads the records, and drops an incomplete last line; returns False if there is none."""
+        try:
             text = path.read_bytes()
-            complete = text[: text.rfind(b"\n") + 1]
-            # Without a whole line, only the start of this header shows that a sweep wrote it.
-            if not complete and not json.dumps(self._header).encode().startswith(text):
-                raise FormatError(f"{path}: not the log of a sweep; choose another file")
-            try:
-                rows = [json.loads(line) for line in complete.splitlines()]
-                header, *records = rows or [self._header]
-                self._check(header)
-                self._known = {identity(x["rule"], x["parameters"]): x for x in records}
-                for number, record in enumerate(records, 2):
-                    _check_record(path, number, record)
-            except CoreMergeError:
-                raise
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise FormatError(f"{path}: not the log of a sweep; choose another file") from error
-            if complete != text:
-                os.truncate(path, len(complete))
-            return bool(rows)
-        return False
+        except FileNotFoundError:
+            return False
+        complete = text[: text.rfind(b"\n") + 1]
+        # Without a whole line, only the start of this header shows that a sweep wrote it.
+        if not complete and not json.dumps(self._header).encode().startswith(text):
+            raise FormatError(f"{path}: {_NO_LOG}")
+        try:
+            rows = [json.loads(line) for line in complete.splitlines()]
+            header, *records = rows or [self._header]
+            self._check(header)
+            self._known = {identity(x["rule"], x["parameters"]): x for x in records}
+            for number, record in enumerate(records, 2):
+                _check_record(path, number, record)
+        except CoreMergeError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{path}: {_NO_LOG}") from error
+        if complete != text:
+            os.truncate(path, len(complete))
+        return bool(rows)
 
     def _check(self, header: Mapping[str, Any]) -> None:
+        """Refuses the log of another sweep."""
         theirs, ours = header["sweep"], self._header["sweep"]
         for what in dict.fromkeys([*ours, *theirs]):
             if theirs.get(what) != ours.get(what):
-                raise MismatchError(
-                    f"{self._path}: the log of a sweep of other {what} ({theirs.get(what)}, now "
-                    f"{ours.get(what)}); choose another file"
-                )
+                self._refuse(f"{what} ({theirs.get(what)}, now {ours.get(what)})")
         norms, expected = np.asarray(header["norms"]), np.asarray(self._header["norms"])
         if norms.shape != expected.shape or not np.allclose(norms, expected, rtol=_NORMS):
-            raise MismatchError(
-                f"{self._path}: the log of a sweep of other adapters (their norms were "
-                f"{norms.tolist()}, now {expected.tolist()}); choose another file"
-            )
+            now = f"now {expected.tolist()}"
+            self._refuse(f"adapters (their norms were {norms.tolist()}, {now})")
+
+    def _refuse(self, other: str) -> NoReturn:
+        raise MismatchError(f"{self._path}: the log of a sweep of other {other}; {_ELSEWHERE}")
 
 
 def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:
-    """Refuses metrics that are no numbers. NaN is one: a candidate may have failed."""
+    """Refuses metrics that are no numbers; NaN is allowed, for a candidate that failed."""
     values = {**record["metrics"], "seconds": record["seconds"]}
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise FormatError(
                 f"{path}: line {number} has {value!r:.60} as {name!r}; expected a number; delete "
-                "this line, or choose another file"
+                f"this line, or {_ELSEWHERE}"
             )
 
 
 def identity(name: str, parameters: Mapping[str, Any]) -> str:
-    """Returns a text that is different for every two candidates."""
+    """Returns a text that identifies a candidate."""
     return json.dumps([name, dict(parameters)], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Ways to walk through values of parameters: generators that propose, and are sent scores."""
+"""Search methods: generators that propose values of parameters and receive their scores."""
 
 import dataclasses
 import itertools
@@ -17,25 +17,25 @@ Proposals = Generator[dict[str, Any], float, None]
 
 
 class Method(Protocol):
-    """A way to search."""
+    """A search method."""
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """Yields values of parameters by name, and is sent the score of each; more is better.
+        """Yields values of parameters by name, and receives the score of each; more is better.
 
-        Parameters that are left out keep the values that the rule has.
+        Parameters that are not in a proposal keep the values that the rule has.
 
         Args:
-            values: by name, the values to try, in order.
+            values: the values to try, in order, by name of the parameter.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Every combination."""
+    """All combinations of the values."""
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """Proposes as `Method` says; scales change fastest, as all scales share one merge."""
+        """Proposes; see `Method`. The scale varies fastest, because all scales share one merge."""
         names = sorted(values, key=lambda name: name == SCALE)
         for row in itertools.product(*(listed(name, values[name]) for name in names)):
             found = dict(zip(names, row, strict=True))
@@ -46,11 +46,12 @@ class Grid:
 class Line:
     """One parameter after another, in the order given (arXiv 2509.17786, appendix D.3).
 
-    Each is walked through its values in order, until ``patience`` of them in a row were no better
-    than the best before; the best is kept while the next parameters are searched.
+    Tries the values of a parameter in order, and goes on to the next parameter with the best of
+    them.
 
     Attributes:
-        patience: see above. The default is that of the authors' code.
+        patience: a parameter is done after so many values in a row that are no better than the
+            best before. The default is that of the authors' code.
     """
 
     patience: int = 2
@@ -59,7 +60,7 @@ class Line:
         check_whole("patience", self.patience, 1)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """Proposes as `Method` says."""
+        """Proposes; see `Method`."""
         best: dict[str, Any] = {}
         for name, choices in values.items():
             top, chosen, worse = -math.inf, None, 0
@@ -76,13 +77,13 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Combinations drawn at random, none twice.
+    """Random combinations of the values, each at most once.
 
-    Values may be distributions of `scipy.stats` (whatever has ``rvs(random_state=...)``).
+    Values may be distributions of `scipy.stats` (objects with ``rvs(random_state=...)``).
 
     Attributes:
-        trials: how many, at most.
-        seed: of the draws.
+        trials: the largest number of combinations.
+        seed: seed of the draws.
     """
 
     trials: int = 20
@@ -93,7 +94,7 @@ class Random:
         check_whole("seed", self.seed, 0)
 
     def propose(self, values: Mapping[str, Any]) -> Proposals:
-        """Proposes as `Method` says."""
+        """Proposes; see `Method`."""
         rng = np.random.default_rng(self.seed)
         if any(hasattr(choices, "rvs") for choices in values.values()):
             for _ in range(self.trials):
@@ -107,10 +108,10 @@ class Random:
 
 
 def listed(name: str, choices: Any) -> list[Any]:
-    """Returns the values as Python numbers and words.
+    """Returns the values of a parameter as a list of Python objects.
 
     Raises:
-        RecipeError: there is none, or they are a distribution.
+        RecipeError: there is no value, or they are a distribution.
     """
     if hasattr(choices, "rvs"):
         raise RecipeError(f"values of {name!r} are a distribution; only random() can draw from it")

@@ -1,35 +1,41 @@
 """The parameters of a chain of rules, by name: ``"ties.density"``."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from coremerge_jax.errors import RecipeError, unknown
-from coremerge_jax.rules import Chain, as_rule, chain
+from coremerge_jax.rules import Chain, Rule, as_rule, chain
+
+# A rule, or a function of cores, (T, p, q) -> (p, q).
+MergeRule = Rule | Callable[[jax.Array], jax.Array]
 
 SCALE = "scale"
-"""The name of the parameter that multiplies the merged update, whatever the rule."""
+"""Name of the parameter that multiplies the merged update, for every rule."""
 
 
-def parameters(rule: Any) -> dict[str, Any]:
-    """Returns the parameters of a rule and their values, by name.
+def parameters(rule: MergeRule) -> dict[str, Any]:
+    """Returns the values of a rule's parameters, by name.
 
-    A name is that of the rule and of its field, ``"ties.density"``; where a chain has a rule
-    twice, ``"flatten[0].power"`` and ``"flatten[1].power"``.
+    Names join rule and field, ``"ties.density"``; with an index if a chain has a rule several
+    times, ``"flatten[0].power"`` and ``"flatten[1].power"``.
     """
     parts = chain(as_rule(rule))
     return {name: getattr(parts.rules[i], field) for name, (i, field) in _places(parts).items()}
 
 
-def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
+def configure(rule: MergeRule, values: Mapping[str, Any]) -> Chain:
     """Returns the rule with other values of some parameters.
 
     Args:
-        rule: as in `merge`.
-        values: by name, see `parameters`; ``"scale"``, which is not the rule's, is left out.
+        rule: a rule, or a chain of rules.
+        values: the new values by name, see `parameters`; ``"scale"`` is ignored, as it is a
+            parameter of the merge and not of the rule.
 
     Raises:
-        RecipeError: the rule has no parameter of a name, or a value is out of range.
+        RecipeError: the rule has no such parameter, or a value is out of range.
     """
     parts = chain(as_rule(rule))
     places, rules = _places(parts), list(parts.rules)
@@ -40,23 +46,23 @@ def configure(rule: Any, values: Mapping[str, Any]) -> Chain:
             raise unknown(f"parameter of {label(parts)!r}:", name, [*places, SCALE])
         i, field = places[name]
         try:
-            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]
+            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]  # rules are dataclasses
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{name}: {error}") from error
     return chain(*rules)
 
 
 def label(rule: Chain) -> str:
-    """Returns ``"ties + isotropize"``."""
+    """Returns the names of the rules, such as ``"ties + isotropize"``."""
     return " + ".join(part.name() for part in rule.rules)
 
 
 def _places(rule: Chain) -> dict[str, tuple[int, str]]:
-    """Maps each parameter to the place of its rule in the chain, and to its field."""
+    """Returns the place in the chain, and the field, of each parameter by name."""
     names = [part.name() for part in rule.rules]
     found = {}
     for i, (part, name) in enumerate(zip(rule.rules, names, strict=True)):
         called = name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]"
-        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]  # as above
             found[f"{called}.{field.name}"] = i, field.name
     return found

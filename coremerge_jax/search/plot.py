@@ -1,34 +1,22 @@
 """Figures of sweeps and fits. Needs matplotlib."""
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.figures import MUTED, Axes, Figure, style  # refuses where there is no matplotlib
 from coremerge_jax.io.atomic import atomic_file
-from coremerge_jax.text import printable, shortened
+from coremerge_jax.text import display
 
 _LEAST_SPAN = 1e-4  # of the largest number
 
-# What tells a figure of ours from any other, and no date, so that equal figures are equal files.
+# Marks a file as a figure of ours, which may be replaced. No date: equal figures are equal files.
 _CREATOR = "coremerge-jax"
 
 _METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": _CREATOR},
     "png": {"Software": _CREATOR},
-}
-
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "coremerge",
-    "text.parse_math": False,
 }
 
 
@@ -48,41 +36,20 @@ class Candidate(Protocol):
         """Its scores."""
 
 
-def save(figure: Any, path: str | Path | None) -> Any:
+def save(figure: Figure, path: str | Path | None) -> Figure:
     """Writes a figure, if there is a path for it, and returns it."""
     if path is not None:
-        import matplotlib as mpl
-
         path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
         form = path.suffix.removeprefix(".").lower()
         metadata = _METADATA.get(form)
-        with (
-            atomic_file(path, mark=_CREATOR.encode(), force=True) as file,
-            mpl.rc_context(STYLE),
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", "Glyph|.*[Ff]ont family")
+        with atomic_file(path, mark=_CREATOR.encode(), force=True) as file, style():
             figure.savefig(file, format=form, bbox_inches="tight", dpi=150, metadata=metadata)
     return figure
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Draws in our style: matplotlib asks for some of it when it makes each text."""
-
-    @wraps(draw)
-    def run(*args: Any) -> Any:
-        _need_matplotlib()
-        import matplotlib as mpl
-
-        with mpl.rc_context(STYLE):
-            return draw(*args)
-
-    return run
-
-
-@_styled
-def draw_sweep(sweep: Sequence[Candidate], objective: str, maximize: bool) -> Any:
-    """Draws one panel a parameter."""
+@style()
+def draw_sweep(sweep: Sequence[Candidate], objective: str, maximize: bool) -> Figure:
+    """Draws the objective against each parameter that varies, a panel for each."""
     rules = list(dict.fromkeys(record.name for record in sweep))
     names = list(dict.fromkeys(name for record in sweep for name in record.parameters))
     varied = [name for name in names if len(_values(sweep, name)) > 1]
@@ -96,66 +63,61 @@ def draw_sweep(sweep: Sequence[Candidate], objective: str, maximize: bool) -> An
                 if x.name == rule and name in x.parameters
             ]
             if points:
-                _draw_rule(panel, points, maximize, numbers, color=f"C{i}", label=_label(rule))
+                _draw_rule(panel, points, maximize, numbers, f"C{i}", _label(rule))
         panel.set_xlabel(_label(name))
     panels[0].set_ylabel(_label(objective))
     _widen(panels[0], [x.metrics[objective] for x in sweep if objective in x.metrics])
     if len(rules) > 1 and varied:
-        panels[0].legend(frameon=False)
+        panels[0].legend()
     return figure
 
 
 def _draw_rule(
-    panel: Any, points: list[tuple[Any, float]], maximize: bool, numbers: bool, **style: str
+    panel: Axes,
+    points: list[tuple[Any, float]],
+    maximize: bool,
+    numbers: bool,
+    color: str,
+    label: str,
 ) -> None:
     """Draws all points, and a line through the best at each place."""
     shown = [point for point in points if math.isfinite(point[1])]
     if not shown:
         return
-    panel.plot(*zip(*shown, strict=True), ".", color=style["color"], alpha=0.25)
+    panel.plot(*zip(*shown, strict=True), ".", color=color, alpha=0.25)
     best: dict[Any, float] = {}
     for x, y in shown:
         best[x] = (max if maximize else min)(best.get(x, y), y)
     order = sorted(best) if numbers else list(best)
-    panel.plot(order, [best[x] for x in order], **style)
+    panel.plot(order, [best[x] for x in order], color=color, label=label)
 
 
-@_styled
-def draw_fit(history: Sequence[Mapping[str, float]], kept: int) -> Any:
+@style()
+def draw_fit(history: Sequence[Mapping[str, float]], kept: int) -> Figure:
     """Draws the losses by step, and the step that was kept."""
     figure, (panel,) = _panels(1)
     for name in ("loss", "validation"):
         shown = [(row["step"], row[name]) for row in history if name in row]
         if shown:
             panel.plot(*zip(*shown, strict=True), label=name)
-    panel.axvline(kept, color="gray", linestyle=":", label="kept")
+    panel.axvline(kept, color=MUTED, linestyle=":", label="kept")
     panel.set_xlabel("step")
     panel.set_ylabel("loss")
-    panel.legend(frameon=False)
+    panel.legend()
     return figure
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        text = "plots need matplotlib: pip install 'coremerge-jax[plot]'"
-        raise UnsupportedError(text) from error
-
-
 def _label(name: str) -> str:
-    return shortened(printable(name), 60)
+    return display(name, 60)
 
 
-def _widen(panel: Any, values: Sequence[float]) -> None:
-    """Gives an axis a least span, on which numbers that differ by rounding are in one line."""
+def _widen(panel: Axes, values: Sequence[float]) -> None:
+    """Gives the axis a least span, on which numbers that differ by rounding form a flat line."""
     found = [value for value in values if math.isfinite(value)]
     if not found:
         return

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -24,31 +24,36 @@ from coremerge_jax.merging.projected import Projected, Updates, project
 from coremerge_jax.rules import Chain, as_rule, chain
 from coremerge_jax.search.log import Log, identity
 from coremerge_jax.search.methods import Grid, Method, listed
-from coremerge_jax.search.parameters import SCALE, configure, label, parameters
-from coremerge_jax.text import printable, shortened
+from coremerge_jax.search.parameters import SCALE, MergeRule, configure, label, parameters
+from coremerge_jax.text import display, printable
+
+if TYPE_CHECKING:  # an optional library
+    from matplotlib.figure import Figure
+
+Metrics = float | Mapping[str, float]
 
 
 @contextmanager
 def progress_line(text: str, wanted: bool) -> Iterator[Callable[[str], None]]:
-    """Shows a line, where stderr is a terminal; the given function changes its text."""
+    """Shows a line on stderr, where that is a terminal; the yielded function changes its text."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     hidden = not (wanted and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(text)
-        yield lambda text: bar.update(task, description=shortened(printable(text), 200))
+        yield lambda text: bar.update(task, description=display(text, 200))
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One candidate, and what it scored.
+    """A candidate and its scores.
 
     Attributes:
-        name: of the rule.
-        rule: with the candidate's parameters.
-        parameters: by name.
-        metrics: by name.
-        seconds: for merging and evaluating.
+        name: the name of the rule.
+        rule: the rule, with the candidate's parameters.
+        parameters: their values by name.
+        metrics: the scores by name.
+        seconds: time for merging and evaluating.
     """
 
     name: str
@@ -59,18 +64,18 @@ class Record:
 
     @property
     def scale(self) -> float:
-        """The number that multiplies the merged update."""
+        """The factor of the merged update."""
         return self.parameters.get(SCALE, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The result of a sweep.
+    """Records of a sweep.
 
     Attributes:
-        records: in the order of evaluation.
-        objective: the metric that is compared; empty where nothing is.
-        maximize: whether more of it is better.
+        records: the candidates, in the order of evaluation.
+        objective: the metric that is compared; empty if nothing is.
+        maximize: True if more of it is better.
     """
 
     records: tuple[Record, ...]
@@ -85,7 +90,7 @@ class Sweep:
 
     @property
     def best(self) -> Record:
-        """The first of those with the best score.
+        """The first record with the best score.
 
         Raises:
             FormatError: no candidate has a finite score.
@@ -107,19 +112,16 @@ class Sweep:
 
     def summary(self) -> str:
         """Returns the number of candidates and the best score, in a few words."""
-        if not self.objective:
-            return f"{len(self)} candidates"
+        found = f"{len(self)} candidates"
         lost = sum(not math.isfinite(self._score(record)) for record in self)
-        more = f", {lost} not finite" if lost else ""
-        if lost == len(self):
-            return f"{len(self)} candidates{more}"
-        best = self.best.metrics[self.objective]
-        return f"{len(self)} candidates, best {self.objective} {best:.4g}{more}"
+        if self.objective and lost < len(self):
+            found += f", best {self.objective} {self.best.metrics[self.objective]:.4g}"
+        return f"{found}, {lost} not finite" if lost else found
 
     @property
     def columns(self) -> list[str]:
-        """The names in `rows`: of the rule, of all parameters, of all metrics."""
-        names: dict[str, None] = dict.fromkeys(["rule"])
+        """The keys of `rows`: the rule, all parameters, all metrics, the seconds."""
+        names = dict.fromkeys(["rule"])
         for part in ("parameters", "metrics"):
             names |= dict.fromkeys(name for record in self for name in getattr(record, part))
         return [*names, "seconds"]
@@ -135,8 +137,8 @@ class Sweep:
         """Returns the rows as CSV text.
 
         Args:
-            path: the file to write them to, if any. A file that is already there is replaced if it
-                is a table of such a sweep.
+            path: file to write them to, if any. An existing file is replaced only if it is a table
+                of such a sweep.
 
         Raises:
             FormatError: the file may not be written.
@@ -155,36 +157,35 @@ class Sweep:
 
     def table(self, count: int | None = 10) -> Table:
         """Returns the best records for a terminal, best first."""
-        one = len({record.name for record in self}) == 1
-        title = _text(self.records[0].name) if one else None
+        one_rule = len({record.name for record in self}) == 1
+        title = _cell(self.records[0].name) if one_rule else None
         grid = Table(title=title, box=None, pad_edge=False)
-        columns = self.columns[1 if one else 0 : -1]
+        columns = self.columns[1 if one_rule else 0 : -1]
         for column in columns:
-            justify: Any = "left" if column == "rule" else "right"
-            grid.add_column(_text(column), justify=justify, overflow="fold")
+            justify: JustifyMethod = "left" if column == "rule" else "right"
+            grid.add_column(_cell(column), justify=justify, overflow="fold")
         for record in self.top(count):
             row = {"rule": record.name, **record.parameters, **record.metrics}
-            grid.add_row(*(_text(_show(row.get(column, ""))) for column in columns))
+            grid.add_row(*(_cell(row.get(column, "")) for column in columns))
         return grid
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None) -> "Figure":
         """Draws the objective against each parameter: all candidates, and the best at each value.
 
-        Args:
-            path: the file to write the figure to, if any; its ending tells the format. A file that
-                is already there is replaced if it is such a figure (SVG or PNG).
+        Needs matplotlib.
 
-        Returns:
-            The figure, of matplotlib, which has to be installed.
+        Args:
+            path: file to write the figure to, if any; its ending gives the format. An existing
+                file is replaced only if it is such a figure (SVG or PNG).
         """
         from coremerge_jax.search.plot import draw_sweep, save
 
         return save(draw_sweep(self.records, self.objective, self.maximize), path)
 
 
-def _text(name: str) -> Text:
-    """Returns a name for a table as it is, though it may look like markup."""
-    return Text(shortened(printable(name), 300))
+def _cell(value: Any) -> Text:
+    """Returns a cell of a table. Names stay as they are, also if they look like markup."""
+    return Text(display(f"{value:.4g}" if isinstance(value, float) else str(value), 300))
 
 
 def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -> float:
@@ -202,18 +203,9 @@ def score(metrics: Mapping[str, float], objective: str | None, maximize: bool) -
     return value if math.isfinite(value) else -math.inf
 
 
-def _show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-Metrics = float | Mapping[str, float]
-
-Judge = Callable[[Record, Adapter], Metrics]
-
-
 def sweep(
     adapters: Sequence[Adapter] | Projected,
-    rules: Any,
+    rules: MergeRule | Mapping[str, MergeRule],
     evaluate: Callable[[Adapter], Metrics],
     values: Mapping[str, Any],
     *,
@@ -230,37 +222,41 @@ def sweep(
     program, and those that differ in scale alone share a merge too.
 
     Args:
-        adapters: as in `merge`; or `project` of them, which chooses the space and all else.
+        adapters: the adapters to merge; or `project` of them, which also fixes the space,
+            weights and precision.
         rules: a rule; or several, by a name for each.
         evaluate: gets the merged adapter, and returns a number, or numbers by name.
         values: by the name of a parameter (see `parameters`), the values to try; ``"scale"``
             multiplies the merged update. A rule is searched for the parameters that it has.
         method: `grid` (by default), `line` or `random`.
         objective: the metric that decides; by default the first.
-        maximize: whether more of it is better.
+        maximize: True if more of it is better.
         key: PRNG key, for rules that draw random numbers; the same for each candidate.
-        log: a file to which each record is added as it comes. A sweep that finds records of its
+        log: file to which each record is added as it comes. A sweep that finds records of its
             own candidates there does not evaluate these again.
-        progress: whether to show progress on stderr, where that is a terminal.
+        progress: True to show progress on stderr, where that is a terminal.
 
     Returns:
         All records, and which is best.
 
     Raises:
-        FormatError: no candidate has a finite score, or the log is none.
+        FormatError: no candidate has a finite score, or the log is not that of a sweep.
         RecipeError: no rule has a parameter of a name, a value is out of range, there is no such
-            metric, or what ``evaluate`` returns is no number; or a rule draws random numbers and
-            has no key.
+            metric, or ``evaluate`` returns something else than numbers; or a rule draws random
+            numbers and has no key.
         MismatchError: the log is that of other rules or adapters.
     """
     search = Search(adapters, rules, values, method, objective, maximize, key)
     check_function("evaluate", evaluate)
-    records = search.run(measured(evaluate), log)
-    return search.collect(records, progress=progress)
+    return search.collect(search.run(measured(evaluate), log), progress=progress)
+
+
+# Gets a record that has no metrics yet, and its merge.
+Judge = Callable[[Record, Adapter], Metrics]
 
 
 def measured(evaluate: Callable[[Adapter], Any]) -> Judge:
-    """Returns a user's function as a judge of records, whose results are checked."""
+    """Returns the user's function as a judge of records; results that are no numbers raise."""
 
     def judge(record: Record, merged: Adapter) -> Metrics:
         found = evaluate(merged)
@@ -287,7 +283,7 @@ class Search:
     def __init__(
         self,
         adapters: Sequence[Adapter] | Projected,
-        rules: Any,
+        rules: MergeRule | Mapping[str, MergeRule],
         values: Mapping[str, Any],
         method: Method | None = None,
         objective: str | None = None,
@@ -298,7 +294,7 @@ class Search:
             raise RecipeError(f"values: expected lists by name of a parameter, got {short(values)}")
         if method is not None and not callable(getattr(method, "propose", None)):
             raise RecipeError(f"method: expected grid(), line() or random(), got {short(method)}")
-        named = rules if isinstance(rules, Mapping) else {None: rules}
+        named = rules if isinstance(rules, Mapping) else {"": rules}
         if not named:
             raise RecipeError("rules: got none; expected a rule, or several by name")
         chains = {name: chain(as_rule(rule)) for name, rule in named.items()}
@@ -306,6 +302,7 @@ class Search:
         self.values, self.method = values, method or Grid()
         self.objective, self.maximize, self.key = objective, maximize, key
         self._metrics: tuple[str, ...] = ()
+        self._last: tuple[str, Updates] | None = None
         known = {name for rule in self.rules.values() for name in parameters(rule)} | {SCALE}
         for name, choices in values.items():
             if name not in known:
@@ -314,7 +311,7 @@ class Search:
         self.projected = adapters if isinstance(adapters, Projected) else project(adapters)
 
     def _check(self, name: str, choices: Any) -> None:
-        """Refuses what is out of range before anything is evaluated."""
+        """Refuses values that are out of range, before anything is evaluated."""
         for value in [] if hasattr(choices, "rvs") else listed(name, choices):
             if name == SCALE:
                 check_scale(value)
@@ -322,10 +319,8 @@ class Search:
                 if name in parameters(rule):
                     configure(rule, {name: value})
 
-    def run(
-        self, judge: Callable[[Record, Adapter], Metrics], log: str | Path | None = None
-    ) -> Iterator[Record]:
-        """Yields records as they come; ``judge`` gets each before it has metrics, and the merge."""
+    def run(self, judge: Judge, log: str | Path | None = None) -> Iterator[Record]:
+        """Yields records as they come."""
         subject = {
             "rules": {name: repr(rule) for name, rule in self.rules.items()},
             "space": repr(self.projected.space),
@@ -336,7 +331,7 @@ class Search:
                 yield from self._run_rule(name, judge, known)
 
     def collect(self, records: Iterator[Record], *, progress: bool = False) -> Sweep:
-        """Returns all records, with a line on stderr that tells how far they are."""
+        """Returns all records; shows on stderr how many there are, if wanted."""
         found: list[Record] = []
         with progress_line("project", progress) as say:
             for record in records:
@@ -345,21 +340,17 @@ class Search:
                     say(self._result(found).summary())
         result = self._result(found)
         if result.objective:
-            _ = result.best  # refuses scores that cannot be compared
+            _ = result.best  # raises if no score is finite
         return result
 
     def _result(self, records: list[Record]) -> Sweep:
         objective = self.objective or next(iter(records[0].metrics), "")
         return Sweep(tuple(records), objective, self.maximize)
 
-    def _run_rule(
-        self, name: str, judge: Callable[[Record, Adapter], Metrics], known: Log
-    ) -> Iterator[Record]:
-        rule = self.rules[name]
-        start = {SCALE: 1.0} | parameters(rule)
+    def _run_rule(self, name: str, judge: Judge, known: Log) -> Iterator[Record]:
+        start = {SCALE: 1.0} | parameters(self.rules[name])
         own = {x: choices for x, choices in self.values.items() if x in start}
-        proposals = self.method.propose(own)
-        merges, scores = _Merges(self.projected, self.key), dict[str, float]()
+        proposals, scores = self.method.propose(own), dict[str, float]()
         last: float | None = None
         while True:
             try:
@@ -369,55 +360,43 @@ class Search:
             candidate = {x: _plain(start[x]) for x in own} | proposed
             which = identity(name, candidate)
             if which not in scores:
-                record = self._record(name, candidate, merges, judge, known)
+                record = self._record(name, candidate, judge, known)
                 scores[which] = score(record.metrics, self.objective, self.maximize)
                 yield record
             last = scores[which]
 
-    def _record(
-        self,
-        name: str,
-        candidate: Mapping[str, Any],
-        merges: "_Merges",
-        judge: Callable[[Record, Adapter], Metrics],
-        known: Log,
-    ) -> Record:
-        rule = configure(self.rules[name], candidate)
+    def _record(self, name: str, candidate: Mapping[str, Any], judge: Judge, known: Log) -> Record:
+        record = Record(name, configure(self.rules[name], candidate), candidate, {}, 0.0)
         if found := known.find(name, candidate):
-            self._check_names(candidate, found["metrics"])
-            return Record(name, rule, candidate, found["metrics"], found["seconds"])
-        started = time.perf_counter()
-        metrics = judge(Record(name, rule, candidate, {}, 0.0), merges(rule, candidate))
-        if not isinstance(metrics, Mapping):
-            metrics = {self.objective or "score": metrics}
-        metrics = {metric: float(value) for metric, value in metrics.items()}
-        self._check_names(candidate, metrics)
-        score(metrics, self.objective, self.maximize)  # refuses before it is noted
-        seconds = time.perf_counter() - started
-        known.add(name, candidate, metrics, seconds)
-        return Record(name, rule, candidate, metrics, seconds)
+            metrics, seconds = found["metrics"], found["seconds"]
+            self._check_names(record, metrics)
+        else:
+            started = time.perf_counter()
+            judged = judge(record, self._merge(record))
+            if not isinstance(judged, Mapping):
+                judged = {self.objective or "score": judged}
+            metrics = {metric: float(value) for metric, value in judged.items()}
+            self._check_names(record, metrics)
+            score(metrics, self.objective, self.maximize)  # raises before anything is logged
+            seconds = time.perf_counter() - started
+            known.add(name, candidate, metrics, seconds)
+        return dataclasses.replace(record, metrics=metrics, seconds=seconds)
 
-    def _check_names(self, candidate: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def _merge(self, record: Record) -> Adapter:
+        """Merges; candidates in a row that differ in scale alone share the merge."""
+        others = {x: value for x, value in record.parameters.items() if x != SCALE}
+        which = identity(record.name, others)
+        if self._last is None or self._last[0] != which:
+            self._last = which, self.projected.updates(record.rule, key=self.key)
+        return self.projected.adapter(self._last[1], record.scale)
+
+    def _check_names(self, record: Record, metrics: Mapping[str, float]) -> None:
         first = self._metrics = self._metrics or tuple(metrics)
         if set(first) != set(metrics):
             raise RecipeError(
-                f"evaluate, with {dict(candidate)}: gave metrics {list(metrics)}, and "
+                f"evaluate, with {dict(record.parameters)}: gave metrics {list(metrics)}, and "
                 f"{list(first)} before; expected the same for every candidate"
             )
-
-
-class _Merges:
-    """Merges by rules that differ in parameters; the last is kept, for the next scale."""
-
-    def __init__(self, projected: Projected, key: jax.Array | None) -> None:
-        self._projected, self._key = projected, key
-        self._last: tuple[str, Updates] | None = None
-
-    def __call__(self, rule: Chain, candidate: Mapping[str, Any]) -> Adapter:
-        which = identity("", {x: value for x, value in candidate.items() if x != SCALE})
-        if self._last is None or self._last[0] != which:
-            self._last = which, self._projected.updates(rule, key=self._key)
-        return self._projected.adapter(self._last[1], candidate.get(SCALE, 1.0))
 
 
 def _plain(value: Any) -> Any:
