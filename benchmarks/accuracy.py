@@ -1,4 +1,4 @@
-"""How exact is a merge? Every rule against singular value decompositions in float64.
+"""Measures the error of every rule against singular value decompositions in float64.
 
     python benchmarks/accuracy.py [--check]
 
@@ -7,21 +7,17 @@ ranks and more ranks than rows are merged by the library, and by the definitions
 docstrings, written with singular value decompositions. Prints the relative error of the updates.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
-import paper
-import peers
 import scipy.linalg
-from publish import Sheet, folder, publish
-from report import RULE_TITLES
+from common import machine, paper, peers
+from common.paper import RULE_TITLES
+from common.publish import Sheet, publish, script
 from threadpoolctl import threadpool_limits
 
 import coremerge_jax as cm
@@ -48,7 +44,7 @@ the product of both κ, is beyond {CONDITIONS[-1]:.0e}."""
 
 
 def in_range(x: Array, rtol: float) -> tuple[Array, Array, Array]:
-    """The singular triplets ``u (p, k)``, ``s``, ``v (q, k)`` above ``rtol`` times the largest."""
+    """Returns singular triplets ``u (p, k)``, ``s``, ``v (q, k)``; ``s`` above ``rtol * s[0]``."""
     # LAPACK's gesdd, NumPy's, has been seen not to converge on a matrix of deficient rank.
     u, s, vt = scipy.linalg.svd(x, full_matrices=False, lapack_driver="gesvd")
     live = s > rtol * s[0]
@@ -66,7 +62,7 @@ class Reference:
     eps: float
 
     def merge(self, rule: str, factors: Factors) -> Array:
-        """The dense update ``(m, n)``."""
+        """Returns the dense update ``(m, n)``."""
         if rule == "mean":
             return sum(b @ a for a, b in factors) / len(factors)
         a = np.concatenate([a for a, _ in factors])
@@ -279,7 +275,7 @@ def _distance(x: Array, y: Array) -> float:
 
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
-    """The table of one precision."""
+    """Returns the table of one precision."""
     header = [rows[0]["precision"], "κ", *(TITLES[rule] for rule in RULES)]
     return Sheet(header, [_row(row) for row in rows])
 
@@ -297,7 +293,7 @@ def _cell(entry: dict[str, float] | None) -> str:
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which float64 results miss the target."""
+    """Returns a line for each float64 result that misses the target."""
     return [
         f"{TITLES[rule]}, {row['case']}, κ {row['condition']}: {entry['error']:.1e}"
         for row in rows
@@ -307,11 +303,10 @@ def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    """Measures, prints and writes the results; returns the exit code."""
+    parser = script(__doc__)
+    parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--check", action="store_true", help="fail if float64 misses the target")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     options = parser.parse_args(argv)
     watch = machine.Watch()
     which = [case for case in cases() if options.only in case.title]

@@ -1,9 +1,9 @@
-"""How far is a merge from what the device can do? One command on a bare machine with JAX.
+"""Compares the stages of a merge with the peak rates of the device.
 
     python benchmarks/device.py [--shapes SHAPE ...] [--rules RULE ...] [--repeat N] [--tiny]
 
-Merges on JAX's default device, in float64 and float32, and takes the stages of a merge apart:
-operations and bytes per second of each, beside those of a large matrix product and of a copy.
+Merges on JAX's default device, in float64 and float32, and measures the operations and bytes per
+second of each stage, beside those of a large matrix product and of a copy. It needs only JAX.
 Writes a table and JSON to ``benchmarks/results/jax-VERSION/device-NAME``.
 """
 
@@ -15,17 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
-from peers import RULES
-from publish import Sheet, digits, folder, publish
-from report import RULE_TITLES
-from shapes import SHAPES, Kind, Shape
+from common import machine
+from common.paper import RULE_TITLES
+from common.peers import RULES
+from common.publish import Sheet, digits, publish, script
+from common.shapes import SHAPES, Kind, Shape
 
 import coremerge_jax as cm
 from coremerge_jax.linalg import lapack, matmul
@@ -256,8 +255,8 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parses the command line."""
+    parser = script(__doc__)
     shapes = ["llama-3-8b", "vit-b32", "llama-3-70b", "tasks-32", "rank-64", "saturated"]
     precisions = ["float64", "float32"]
     if jax.default_backend() == "tpu":
@@ -269,13 +268,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precisions", nargs="+", choices=("float64", "float32"), default=precisions
     )
     parser.add_argument("--repeat", type=int, default=5, help="runs; default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="only try it, on tiny modules")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     watch = machine.Watch()
     device = jax.devices()[0]

@@ -1,15 +1,16 @@
-"""How exact is a merge on real adapters? The paper's equations in NumPy against the library.
+"""Compares merges of real adapters with the paper's equations in NumPy.
 
     python benchmarks/exactness.py ADAPTER...
 
 Merges PEFT adapters by TSV and Iso-C at scale 0.9 in core space: once by the command
-line's own steps (read, merge, write, read again), once by the equations of arXiv 2509.17786 in
-float64, one full singular value decomposition after the other. Prints the largest relative
+line's own steps (read, merge, write, read again), and once by the equations of arXiv 2509.17786 in
+float64, with full singular value decompositions. Prints the largest relative
 difference of a module's update.
 """
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ SCALE = 0.9
 
 
 def polar(x: np.ndarray) -> np.ndarray:
-    """The nearest matrix with orthonormal rows or columns."""
+    """Returns the nearest matrix with orthonormal rows or columns."""
     u, _, vt = np.linalg.svd(x, full_matrices=False)
     return u @ vt
 
 
 def paper(factors: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """TSV, with each adapter's own rank, and Iso-C in core space (section 4), as a dense update."""
+    """Returns the dense update of TSV with each adapter's own rank, then Iso-C (section 4)."""
     u = np.linalg.svd(np.concatenate([b for _, b in factors], axis=1), full_matrices=False)[0]
     vt = np.linalg.svd(np.concatenate([a for a, _ in factors]), full_matrices=False)[2]
     cores = [(u.T @ b) @ (a @ vt.T) for a, b in factors]
@@ -41,9 +42,11 @@ def paper(factors: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return u @ (np.linalg.svd(core, compute_uv=False).mean() * polar(core)) @ vt
 
 
-def main(paths: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the largest relative error over all modules."""
-    adapters = [cm.load_peft(path) for path in paths]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("adapters", nargs="+", type=Path, help="PEFT folders")
+    adapters = [cm.load_peft(path) for path in parser.parse_args(argv).adapters]
     merged = cm.merge(adapters, cm.chain(cm.tsv(), cm.isotropize()), scale=SCALE)
     with tempfile.TemporaryDirectory() as folder:
         cm.save_peft(merged, Path(folder) / "merged")
@@ -63,4 +66,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

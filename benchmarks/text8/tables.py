@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from publish import Sheet
+from common.publish import Sheet
 
 from text8.results import ORDERS, RANK, SMALL, Row
 

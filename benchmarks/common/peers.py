@@ -1,4 +1,4 @@
-"""The contenders: each prepares a merge of adapters by a rule, and gives the call to time.
+"""The contenders: each prepares a merge of adapters by a rule, and returns the call to time.
 
 Factors are NumPy float32 arrays in memory, before and after.
 """
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paper
 
 import coremerge_jax as cm
+from common import paper
 from coremerge_jax.rules import Rule
 
 RULES: dict[str, Rule] = {
@@ -35,7 +35,7 @@ class Contender(NamedTuple):
     """A way to merge.
 
     Attributes:
-        title: what it is, for people.
+        title: for the table.
         prepare: makes the call to time, from the rule's name and the adapters.
         compiles: whether the first call compiles, and is to be timed apart.
         needs: the module that must be installed.
@@ -50,7 +50,7 @@ class Contender(NamedTuple):
 
     @property
     def installed(self) -> bool:
-        """Whether it can be run here."""
+        """Returns whether it can run here."""
         return importlib.util.find_spec(self.needs) is not None
 
 
@@ -149,7 +149,7 @@ def peft_merge(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
 
 
 def _peft_model(adapters: Sequence[cm.Adapter]) -> tuple[Any, dict[str, Any]]:
-    """A model of linear layers with these adapters, and its layers by module path."""
+    """Returns a model of linear layers with these adapters, and its layers by module path."""
     import torch
 
     with _quiet():
@@ -201,7 +201,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def relative_error(x: cm.LoRA | np.ndarray, expected: cm.LoRA) -> float:
-    """Frobenius norm of the difference of two updates, relative to the second."""
+    """Returns the Frobenius norm of the difference of two updates, relative to the second."""
     if isinstance(x, np.ndarray):
         dense = np.asarray(expected.dense(), np.float64)
         return float(np.linalg.norm(x - dense) / np.linalg.norm(dense))

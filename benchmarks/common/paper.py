@@ -1,4 +1,4 @@
-"""The paper's equations as they stand, one module at a time, in any array library.
+"""The paper's equations, one module at a time, in any array library.
 
 ``xp`` is `numpy`, `torch` or `jax.numpy`. Definitions are those of the docstrings in
 `coremerge_jax.rules` and `coremerge_jax.spaces`, for factors in general position: no rank is
@@ -16,12 +16,12 @@ SHARE = 0.08  # of CART: the rank as a share of the space's
 
 
 def svd(xp: Any, x: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decompositions, over leading axes."""
+    """Returns thin singular value decompositions, over leading axes."""
     return xp.linalg.svd(x, full_matrices=False)
 
 
 def polar(xp: Any, x: Array) -> Array:
-    """The nearest matrix with orthonormal rows or columns."""
+    """Returns the nearest matrix with orthonormal rows or columns."""
     u, _, vh = svd(xp, x)
     return u @ vh
 
@@ -74,12 +74,12 @@ def isotropize(xp: Any, merged: Array) -> Array:
 
 
 def keep(xp: Any, merged: Array) -> Array:
-    """Nothing after the merge."""
+    """Leaves the merge unchanged."""
     del xp
     return merged
 
 
-# What merges, and what comes after the merge.
+# The rule that merges, and the step after the merge.
 RULES: dict[str, tuple[Callable, Callable]] = {
     "ta": (total, keep),
     "ties": (ties, keep),
@@ -87,6 +87,15 @@ RULES: dict[str, tuple[Callable, Callable]] = {
     "cart": (cart, keep),
     "iso-c": (total, isotropize),
     "tsv+iso-c": (tsv, isotropize),
+}
+
+RULE_TITLES = {
+    "ta": "TA",
+    "ties": "TIES",
+    "tsv": "TSV",
+    "cart": "CART",
+    "iso-c": "Iso-C",
+    "tsv+iso-c": "TSV + Iso-C",
 }
 
 
@@ -119,7 +128,7 @@ def _updates(xp: Any, a: Array, b: Array, tasks: int) -> Array:
 
 
 def full(xp: Any, rule: str, a: Array, b: Array, tasks: int) -> Array:
-    """Full space: the rule on the dense updates; see `core`. Returns ``(m, n)``."""
+    """Full space: the rule on the dense updates, ``(m, n)``; arguments as for `core`."""
     merge, finish = RULES[rule]
     return finish(xp, merge(xp, _updates(xp, a, b, tasks), a.shape[0] // tasks))
 
