@@ -80,20 +80,20 @@ class Reference:
         return u @ merged @ v.T
 
     def triplets(self, x: Array) -> tuple[Array, Array, Array]:
-        """The nonzero singular triplets."""
+        """Returns the nonzero singular triplets."""
         return in_range(x, max(x.shape) * self.eps)
 
     def polar(self, x: Array) -> Array:
-        """Nonzero singular values become one."""
+        """Sets nonzero singular values to one."""
         u, _, v = self.triplets(x)
         return u @ v.T
 
     def isotropize(self, x: Array) -> Array:
-        """Nonzero singular values become their mean."""
+        """Sets nonzero singular values to their mean."""
         return self.triplets(x)[1].mean() * self.polar(x)
 
     def tsv(self, cores: Array, side: int) -> Array:
-        """Singular vectors of the tasks, made orthogonal across tasks.
+        """Merges with singular vectors made orthogonal across tasks.
 
         Args:
             cores: those of all tasks.
@@ -107,7 +107,7 @@ class Reference:
         return u * np.concatenate([s for _, s, _ in found]) @ v.T
 
     def cart(self, cores: Array) -> Array:
-        """The mean, and low-rank deviations from it."""
+        """Adds low-rank deviations to the mean."""
         mean, k = cores.mean(axis=0), math.ceil(paper.SHARE * min(cores.shape[1:]))
         parts = [in_range(core - mean, 0) for core in cores]
         return mean + sum((u[:, :k] * s[:k]) @ v[:, :k].T for u, s, v in parts)
@@ -141,7 +141,7 @@ class Case:
     condition: float | None = None
 
     def defines(self, rule: str) -> bool:
-        """Whether the rule has one answer, as far as float64 can tell."""
+        """Returns whether the rule has one answer, up to rounding in float64."""
         condition = self.condition or 1
         if rule == "ties":  # no coinciding singular values of the stacks
             return self.condition != 1 and self.make is not _duplicates
@@ -150,7 +150,7 @@ class Case:
         return rule != "iso-c" or condition ** len(self.of) <= max(CONDITIONS)
 
     def factors(self, seed: int = 0) -> Factors:
-        """Float64, seeded."""
+        """Returns seeded float64 factors."""
         rng = np.random.default_rng(seed)
         stacks = {}
         for name, size in (("A", self.n), ("B", self.m)):
@@ -166,7 +166,7 @@ def _gaussian(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list
 
 
 def _decaying(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """Each task's singular values fall off exponentially."""
+    """Draws tasks whose singular values fall off exponentially."""
     mixes = [np.linalg.qr(rng.standard_normal((rank, rank)))[0] for rank in ranks]
     parts = _gaussian(rng, size, ranks)
     return [
@@ -175,26 +175,26 @@ def _decaying(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list
 
 
 def _nearly_equal(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """Each task is the first one and a little more."""
+    """Draws tasks that are the first one and a little more."""
     first, *others = _gaussian(rng, size, ranks)
     return [first, *(first + 1e-2 * x for x in others)]
 
 
 def _duplicates(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """The last task is the first one again."""
+    """Draws tasks of which the last equals the first."""
     parts = _gaussian(rng, size, ranks)
     return [*parts[:-1], parts[0]]
 
 
 def _with_condition(parts: Sequence[Array], condition: float) -> list[Array]:
-    """The same with powers of the stack's singular values that give it a condition number."""
+    """Takes powers of the stack's singular values, to give it a condition number."""
     u, s, vt = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
     s = (s / s[0]) ** (math.log(condition) / math.log(s[0] / s[-1]))
     return np.split(u * s @ vt, np.cumsum([x.shape[1] for x in parts])[:-1], axis=1)
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """Returns all cases."""
     sizes = {
         "": (200, 160, (16,) * 5),
         ", R > m, n": (200, 160, (48,) * 5),
@@ -219,7 +219,7 @@ def cases() -> list[Case]:
 
 
 def measure(which: Sequence[Case], precision: str) -> list[dict[str, Any]]:
-    """The errors of all rules on these cases: one row a case."""
+    """Measures the errors of all rules; returns a row for each case."""
     eps = float(np.finfo(precision).eps)
     inputs = [[(a.astype(precision), b.astype(precision)) for a, b in c.factors()] for c in which]
     rows = [

@@ -48,7 +48,7 @@ other."""
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What some work took.
+    """Time and rates of some work.
 
     Attributes:
         seconds: median.
@@ -63,7 +63,7 @@ class Timing:
     bytes: float
 
     def record(self, ceiling: "Ceiling") -> dict[str, float]:
-        """For JSON, with shares of the ceilings."""
+        """Returns the result for JSON, with shares of the ceilings."""
         flops, rate = self.flop / self.seconds, self.bytes / self.seconds
         return dataclasses.asdict(self) | {
             "flops": flops,
@@ -75,7 +75,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What the device can do in a precision, measured."""
+    """Measured peak rates of the device in one precision."""
 
     flops: float
     bandwidth: float
@@ -93,7 +93,7 @@ def clock(call: Callable[[], Any], repeat: int, flop: float = 0, size: float = 0
 
 
 def measure_ceiling(precision: str, repeat: int, tiny: bool) -> Ceiling:
-    """The rates of a large square matrix product, in full precision, and of a scaled copy."""
+    """Measures a large square matrix product, in full precision, and a scaled copy."""
     large = not tiny and jax.default_backend() != "cpu"
     side, length = (8192, 2**28) if large else (128, 2**14) if tiny else (1024, 2**25)
     with computing(precision) as dtype:
@@ -122,7 +122,7 @@ def merges(shape: Shape, rule: str, precision: str, repeat: int) -> dict[str, Ti
 
 
 def stages(shape: Shape, kind: Kind, rule: str, precision: str, repeat: int) -> dict[str, Timing]:
-    """The steps of merging the modules of one kind, each from results of the one before."""
+    """Returns the steps of merging modules of one kind, each on results of the one before."""
     parts, group = chain(RULES[rule]), _group(shape, kind)
     elementwise = parts.equivariance == Equivariance.ELEMENTWISE
     (m, n), rank, number = group.shape, sum(group.ranks), len(group.paths)
@@ -163,12 +163,12 @@ def _group(shape: Shape, kind: Kind) -> Group:
 
 
 def _over(fn: Callable) -> Callable:
-    """One program for all modules, as `cm.merge` makes it."""
+    """Compiles one program for all modules, as `cm.merge` does."""
     return jax.jit(lambda *stacks: over_modules(lambda row: fn(*row), stacks))
 
 
 def _grams(a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the shorter sides."""
+    """Returns Gram matrices of the shorter sides."""
     a, b = a.astype(dtype), b.astype(dtype)
     a, b = a if len(a) <= a.shape[1] else a.T, b.T if len(b) >= b.shape[1] else b
     return matmul(a, a.T), matmul(b, b.T)
@@ -197,7 +197,7 @@ def _lift(projection: Projection, core: jax.Array) -> cm.LoRA:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All of it."""
+    """Measures everything."""
     ceilings, rows = {}, []
     for precision in options.precisions:
         ceiling = measure_ceiling(precision, options.repeat, options.tiny)
@@ -225,7 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sheets(result: dict[str, Any]) -> list[Sheet]:
-    """The ceilings, and everything else."""
+    """Returns the tables of the ceilings and of the stages."""
     ceilings = [
         [name, "", f"{c['flops'] / 1e9:.0f}", f"{c['bandwidth'] / 1e9:.0f}"]
         for name, c in result["ceilings"].items()

@@ -109,9 +109,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Sheet:
     """Returns the table, with one line for each rule and kind of coefficients."""
     lines = []
     for row in rows:
-        told = f"{row['scale']:.2f}" if "scale" in row else f"{row['steps']}"
+        shown = f"{row['scale']:.2f}" if "scale" in row else f"{row['steps']}"
         numbers = (f"{100 * row[split]:.1f}" for split in ("validation", "test"))
-        lines.append([row["rule"], row["kind"], told, *numbers, f"{row['seconds']:.0f}"])
+        lines.append([row["rule"], row["kind"], shown, *numbers, f"{row['seconds']:.0f}"])
     header = ["rule", "coefficients", "scale / steps", "validation", "test", "seconds"]
     return Sheet(header, lines)
 

@@ -55,22 +55,22 @@ class Contender(NamedTuple):
 
 
 def ours(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """This library."""
+    """Prepares this library."""
     return lambda: cm.merge(adapters, RULES[rule])
 
 
 def torch_core(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """The paper's algorithm, one module after another."""
+    """Prepares the paper's algorithm, one module after another."""
     return _in_torch("core", rule, adapters, "float64")
 
 
 def torch_full(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """Full space: the rule on dense updates."""
+    """Prepares full space: the rule on dense updates."""
     return _in_torch("full", rule, adapters, "float32")
 
 
 def torch_knots(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """KnOTS space, from dense updates."""
+    """Prepares KnOTS space, from dense updates."""
     return _in_torch("knots", rule, adapters, "float32")
 
 
@@ -94,7 +94,7 @@ def _in_torch(space: str, rule: str, adapters: Sequence[cm.Adapter], dtype: str)
 
 
 def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """The paper's algorithm with `jax.numpy.linalg.svd`, all modules of a shape in one batch."""
+    """Prepares the paper's algorithm with `jax.numpy.linalg.svd`, a batch for each shape."""
     groups: dict[tuple[int, int], list[str]] = {}
     for path, lora in adapters[0].items():
         groups.setdefault(lora.shape, []).append(path)
@@ -120,7 +120,7 @@ def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
 
 
 def peft_merge(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """``add_weighted_adapter`` of peft on a model of the modules alone."""
+    """Prepares ``add_weighted_adapter`` of peft on a model of only these modules."""
     model, layers = _peft_model(adapters)
     names = [f"task{t}" for t in range(len(adapters))]
 

@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def stacked_rank(self) -> int:
-        """R = T r."""
+        """Returns R = T r."""
         return self.tasks * self.rank
 
     def paths(self, kind: Kind, modules: int | None = None) -> list[str]:

@@ -28,7 +28,7 @@ the texts of these tasks only."""
 
 
 def sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
-    """All tables."""
+    """Returns all tables."""
     merged = {
         "paper": "The paper's rules and spaces",
         "more": "Rules from elsewhere, in core space",

@@ -91,7 +91,7 @@ NAMESPACES = [found for name in dir(cm) if inspect.ismodule(found := getattr(cm,
 
 
 def is_of(module, name):
-    """Whether a namespace lists a name, or defines it if it has no list."""
+    """Returns whether a namespace lists a name, or defines it if it has no list."""
     if hasattr(module, "__all__"):
         return name in module.__all__
     return getattr(getattr(module, name), "__module__", None) == module.__name__
@@ -106,12 +106,12 @@ PUBLIC = {f"coremerge_jax.{name}" for name in dir(cm)} | {
 
 
 def documented(page):
-    """The paths that a page of the reference shows."""
+    """Returns the paths that a page of the reference shows."""
     return set(re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def named(page):
-    """The paths in a page's prose, and those that its code imports."""
+    """Yields the paths in a page's prose, and those that its code imports."""
     for part in inline(page):
         if part.type == "code_inline":
             yield from re.findall(r"\bcoremerge_jax(?:\.\w+)+", part.content)
