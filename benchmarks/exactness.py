@@ -14,32 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from common.reference import Reference
 
 import coremerge_jax as cm
 
 SCALE = 0.9
-
-
-def polar(x: np.ndarray) -> np.ndarray:
-    """Returns the nearest matrix with orthonormal rows or columns."""
-    u, _, vt = np.linalg.svd(x, full_matrices=False)
-    return u @ vt
-
-
-def paper(factors: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Returns the dense update of TSV with each adapter's own rank, then Iso-C (section 4)."""
-    u = np.linalg.svd(np.concatenate([b for _, b in factors], axis=1), full_matrices=False)[0]
-    vt = np.linalg.svd(np.concatenate([a for a, _ in factors]), full_matrices=False)[2]
-    cores = [(u.T @ b) @ (a @ vt.T) for a, b in factors]
-    triplets = []
-    for core, (a, _) in zip(cores, factors, strict=True):
-        left, s, right = np.linalg.svd(core)
-        triplets.append((left[:, : len(a)], s[: len(a)], right[: len(a)]))
-    left = polar(np.concatenate([t[0] for t in triplets], axis=1))
-    right = polar(np.concatenate([t[2] for t in triplets]))
-    s = np.concatenate([t[1] for t in triplets])
-    core = (left * s) @ right
-    return u @ (np.linalg.svd(core, compute_uv=False).mean() * polar(core)) @ vt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cm.save_peft(merged, Path(folder) / "merged")
         merged = cm.load_peft(Path(folder) / "merged")
-    errors = {}
+    reference, errors = Reference(float(np.finfo(np.float64).eps)), {}
     for path, lora in merged.items():
         factors = [
             (adapter[path].a.astype(np.float64), adapter[path].b.astype(np.float64))
             for adapter in adapters
         ]
-        expected = SCALE * paper(factors)
+        expected = SCALE * reference.merge("tsv+iso-c", factors)
         update = lora.b.astype(np.float64) @ lora.a.astype(np.float64)
         errors[path] = np.linalg.norm(update - expected) / np.linalg.norm(expected)
     worst = max(errors, key=errors.__getitem__)
