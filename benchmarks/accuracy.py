@@ -1,4 +1,4 @@
-"""How exact is a merge? Every rule against singular value decompositions in float64.
+"""Measures the error of every rule against singular value decompositions in float64.
 
     python benchmarks/accuracy.py [--check]
 
@@ -7,21 +7,17 @@ ranks and more ranks than rows are merged by the library, and by the definitions
 docstrings, written with singular value decompositions. Prints the relative error of the updates.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
-import paper
-import peers
-import scipy.linalg
-from publish import Sheet, folder, publish
-from report import RULE_TITLES
+from common import machine, peers
+from common.paper import RULE_TITLES
+from common.publish import Sheet, publish, script
+from common.reference import Array, Factors, Reference
 from threadpoolctl import threadpool_limits
 
 import coremerge_jax as cm
@@ -29,8 +25,6 @@ import coremerge_jax as cm
 TARGET = 1e-6  # in float64
 CONDITIONS = (1.0, 1e2, 1e4, 1e6, 1e8)
 
-Array = np.ndarray
-Factors = list[tuple[Array, Array]]  # A (r, n) and B (m, r) of each task
 
 NOTES = f"""\
 Relative error ‖ours − reference‖ / ‖reference‖ of the dense update; target in float64: at most
@@ -42,80 +36,6 @@ rounding errors of float32. Left out is what has no one answer: TIES where singu
 stacks coincide (κ = 1, duplicates), as it depends on their singular vectors; CART where those of
 the updates do (κ = 1 of A and B); Iso-C where the condition number of the summed updates, about
 the product of both κ, is beyond {CONDITIONS[-1]:.0e}."""
-
-
-# --- The definitions -------------------------------------------------------------------------
-
-
-def in_range(x: Array, rtol: float) -> tuple[Array, Array, Array]:
-    """The singular triplets ``u (p, k)``, ``s``, ``v (q, k)`` above ``rtol`` times the largest."""
-    # LAPACK's gesdd, NumPy's, has been seen not to converge on a matrix of deficient rank.
-    u, s, vt = scipy.linalg.svd(x, full_matrices=False, lapack_driver="gesvd")
-    live = s > rtol * s[0]
-    return u[:, live], s[live], vt[live].T
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Core-space merges (arXiv 2509.17786, section 4) as equations.
-
-    Attributes:
-        eps: of the precision that is to be compared; what is below its rounding errors is zero.
-    """
-
-    eps: float
-
-    def merge(self, rule: str, factors: Factors) -> Array:
-        """The dense update ``(m, n)``."""
-        if rule == "mean":
-            return sum(b @ a for a, b in factors) / len(factors)
-        a = np.concatenate([a for a, _ in factors])
-        b = np.concatenate([b for _, b in factors], axis=1)
-        side, rtol = min(len(a), len(b), a.shape[1]), 9 * math.sqrt(len(a)) * self.eps
-        u, v = in_range(b, rtol)[0], in_range(a, rtol)[2]
-        cores = np.stack([(u.T @ b) @ (a @ v) for a, b in factors])
-        merged = {
-            "ties": lambda: paper.ties(np, cores, 0),
-            "tsv": lambda: self.tsv(cores, side),
-            "cart": lambda: self.cart(cores),
-            "iso-c": lambda: self.isotropize(cores.sum(axis=0)),
-            "tsv+iso-c": lambda: self.isotropize(self.tsv(cores, side)),
-        }[rule]()
-        return u @ merged @ v.T
-
-    def triplets(self, x: Array) -> tuple[Array, Array, Array]:
-        """The nonzero singular triplets."""
-        return in_range(x, max(x.shape) * self.eps)
-
-    def polar(self, x: Array) -> Array:
-        """Nonzero singular values become one."""
-        u, _, v = self.triplets(x)
-        return u @ v.T
-
-    def isotropize(self, x: Array) -> Array:
-        """Nonzero singular values become their mean."""
-        return self.triplets(x)[1].mean() * self.polar(x)
-
-    def tsv(self, cores: Array, side: int) -> Array:
-        """Singular vectors of the tasks, made orthogonal across tasks.
-
-        Args:
-            cores: those of all tasks.
-            side: of core space before empty directions are dropped, min(m, n, R).
-        """
-        found = [self.triplets(core) for core in cores]
-        if sum(len(s) for _, s, _ in found) > side:
-            k = side // len(found)
-            found = [(u[:, :k], s[:k], v[:, :k]) for u, s, v in found]
-        u, v = (self.polar(np.concatenate([f[i] for f in found], axis=1)) for i in (0, 2))
-        return u * np.concatenate([s for _, s, _ in found]) @ v.T
-
-    def cart(self, cores: Array) -> Array:
-        """The mean, and low-rank deviations from it."""
-        mean, k = cores.mean(axis=0), math.ceil(paper.SHARE * min(cores.shape[1:]))
-        parts = [in_range(core - mean, 0) for core in cores]
-        return mean + sum((u[:, :k] * s[:k]) @ v[:, :k].T for u, s, v in parts)
-
 
 RULES = {"mean": cm.mean()} | {name: rule for name, rule in peers.RULES.items() if name != "ta"}
 TITLES = RULE_TITLES | {"mean": "mean"}
@@ -145,7 +65,7 @@ class Case:
     condition: float | None = None
 
     def defines(self, rule: str) -> bool:
-        """Whether the rule has one answer, as far as float64 can tell."""
+        """Returns whether the rule has one answer, up to rounding in float64."""
         condition = self.condition or 1
         if rule == "ties":  # no coinciding singular values of the stacks
             return self.condition != 1 and self.make is not _duplicates
@@ -154,7 +74,7 @@ class Case:
         return rule != "iso-c" or condition ** len(self.of) <= max(CONDITIONS)
 
     def factors(self, seed: int = 0) -> Factors:
-        """Float64, seeded."""
+        """Returns seeded float64 factors."""
         rng = np.random.default_rng(seed)
         stacks = {}
         for name, size in (("A", self.n), ("B", self.m)):
@@ -170,7 +90,7 @@ def _gaussian(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list
 
 
 def _decaying(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """Each task's singular values fall off exponentially."""
+    """Draws tasks whose singular values fall off exponentially."""
     mixes = [np.linalg.qr(rng.standard_normal((rank, rank)))[0] for rank in ranks]
     parts = _gaussian(rng, size, ranks)
     return [
@@ -179,26 +99,26 @@ def _decaying(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list
 
 
 def _nearly_equal(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """Each task is the first one and a little more."""
+    """Draws tasks that are the first one and a little more."""
     first, *others = _gaussian(rng, size, ranks)
     return [first, *(first + 1e-2 * x for x in others)]
 
 
 def _duplicates(rng: np.random.Generator, size: int, ranks: Sequence[int]) -> list[Array]:
-    """The last task is the first one again."""
+    """Draws tasks of which the last equals the first."""
     parts = _gaussian(rng, size, ranks)
     return [*parts[:-1], parts[0]]
 
 
 def _with_condition(parts: Sequence[Array], condition: float) -> list[Array]:
-    """The same with powers of the stack's singular values that give it a condition number."""
+    """Takes powers of the stack's singular values, to give it a condition number."""
     u, s, vt = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
     s = (s / s[0]) ** (math.log(condition) / math.log(s[0] / s[-1]))
     return np.split(u * s @ vt, np.cumsum([x.shape[1] for x in parts])[:-1], axis=1)
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """Returns all cases."""
     sizes = {
         "": (200, 160, (16,) * 5),
         ", R > m, n": (200, 160, (48,) * 5),
@@ -223,7 +143,7 @@ def cases() -> list[Case]:
 
 
 def measure(which: Sequence[Case], precision: str) -> list[dict[str, Any]]:
-    """The errors of all rules on these cases: one row a case."""
+    """Measures the errors of all rules; returns a row for each case."""
     eps = float(np.finfo(precision).eps)
     inputs = [[(a.astype(precision), b.astype(precision)) for a, b in c.factors()] for c in which]
     rows = [
@@ -279,7 +199,7 @@ def _distance(x: Array, y: Array) -> float:
 
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
-    """The table of one precision."""
+    """Returns the table of one precision."""
     header = [rows[0]["precision"], "κ", *(TITLES[rule] for rule in RULES)]
     return Sheet(header, [_row(row) for row in rows])
 
@@ -297,7 +217,7 @@ def _cell(entry: dict[str, float] | None) -> str:
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which float64 results miss the target."""
+    """Returns a line for each float64 result that misses the target."""
     return [
         f"{TITLES[rule]}, {row['case']}, κ {row['condition']}: {entry['error']:.1e}"
         for row in rows
@@ -307,11 +227,10 @@ def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    """Measures, prints and writes the results; returns the exit code."""
+    parser = script(__doc__)
+    parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--check", action="store_true", help="fail if float64 misses the target")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     options = parser.parse_args(argv)
     watch = machine.Watch()
     which = [case for case in cases() if options.only in case.title]

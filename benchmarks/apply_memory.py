@@ -1,10 +1,10 @@
-"""How long does it take to fold an adapter into a model on disk, and how much memory?
+"""Measures the time and memory of folding an adapter into a model on disk.
 
     python benchmarks/apply_memory.py [--layers N] [--repeat N] [--check]
 
 Writes a base model of random bfloat16 weights in four files (4.6 GB) and a PEFT adapter for all its
-linear layers, then runs ``coremerge apply`` in fresh processes. Another one is killed half-way:
-there must be no output, and the base must be what it was. Writes a table and JSON to
+linear layers, then runs ``coremerge apply`` in fresh processes. One more is killed half-way:
+it must leave no output, and the base unchanged. Writes a table and JSON to
 ``benchmarks/results/jax-VERSION``. For POSIX systems.
 """
 
@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-from end_to_end import gib, run
-from publish import Sheet, digits, folder, publish
+from common import machine
+from common.command import gib, run
+from common.publish import Sheet, digits, publish, script
 
 SHARDS = 4
 RANK = 16
@@ -43,13 +43,13 @@ LAYER = {
 EMBEDDING = (32000, 4096)
 NOTES = """\
 Wall seconds of the process, median, the fastest in brackets; peak memory is the largest of all
-runs. *copy*: how long the same files take to be copied, and nothing else. *bound*: twice the
-largest tensor, and what the program takes for `--dry-run`, which reads no tensor. The files have
+runs. *copy*: seconds to copy the same files, and nothing else. *bound*: twice the largest tensor,
+plus the memory of `--dry-run`, which reads no tensor. The files have
 just been written, and are read out of the page cache."""
 
 
 def layers(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
-    """Shape of the weight of each adapted layer, by its path."""
+    """Returns the shape of the weight of each adapted layer, by its path."""
     return {
         f"model.layers.{i}.{name}": (m // options.shrink, n // options.shrink)
         for i in range(options.layers)
@@ -96,7 +96,7 @@ def write_files(options: argparse.Namespace) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of all files in a folder that may be changing."""
+    """Returns the bytes of all files in a folder that may be changing."""
     total = 0
     for file in path.rglob("*"):
         try:
@@ -107,7 +107,7 @@ def size(path: Path) -> int:
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """What is in each file of a folder."""
+    """Returns the hash of each file in a folder."""
     found = {}
     for file in sorted(path.iterdir()):
         with file.open("rb") as stream:
@@ -116,7 +116,7 @@ def hashes(path: Path) -> dict[str, str]:
 
 
 def copy_seconds(base: Path, target: Path) -> float:
-    """How long it takes to copy the files, to the disk."""
+    """Returns the seconds that copying the files to the disk takes."""
     start = time.perf_counter()
     shutil.copytree(base, target)
     for file in target.iterdir():
@@ -127,7 +127,7 @@ def copy_seconds(base: Path, target: Path) -> float:
 
 
 def kill_half_way(arguments: Sequence[str | Path], base: Path, place: Path) -> dict[str, Any]:
-    """Kills the command when half of its output is written; what it left."""
+    """Kills the command when half of its output is written; returns what it left."""
     before, half = hashes(base), size(base) / 2
     place.mkdir()
     command = [sys.executable, "-m", "coremerge_jax", *arguments, "-o", place / "out"]
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def misses(found: dict[str, Any], *, tiny: bool = False) -> list[str]:
-    """What is not as it should be, in words."""
+    """Returns a line for each target that was missed."""
     missed, killed = [], found["killed"]
     if found["peak_bytes"] > found["bound_bytes"] and not tiny:
         missed.append(f"memory: {gib(found['peak_bytes'])}, bound {gib(found['bound_bytes'])}")
@@ -192,7 +192,7 @@ def misses(found: dict[str, Any], *, tiny: bool = False) -> list[str]:
 
 
 def sheet(found: dict[str, Any]) -> Sheet:
-    """The table."""
+    """Returns the table."""
     header = ["base", "modules", "seconds", "copy", "peak memory", "bound", "program alone"]
     row = [
         gib(found["base_bytes"]),
@@ -207,14 +207,15 @@ def sheet(found: dict[str, Any]) -> Sheet:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: does it all run?")
-    parser.add_argument("--repeat", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="where there is room for three models")
+    """Parses the command line."""
+    parser = script(__doc__)
+    parser.add_argument(
+        "--layers", type=int, default=10, help="layers of the model; default: %(default)s"
+    )
+    parser.add_argument("--tiny", action="store_true", help="only try it, on a tiny model")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="folder with room for three models")
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.shrink = 8 if options.tiny else 1
@@ -222,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     if options.write:
         write_files(options)

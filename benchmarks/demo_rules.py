@@ -1,22 +1,20 @@
-"""Which rule is best on the demo? Each rule and space, at the scale that is best for it.
+"""Measures each rule and space on the demo, at the scale that is best for it.
 
     python benchmarks/demo_rules.py [--only TEXT]
 
-An example, not a benchmark: six small tasks, one seed. The scale is chosen on validation images,
-all other parameters are the defaults; test images decide nothing.
+This is an example, not a benchmark: six small tasks, one seed. The scale is chosen on validation
+images, all other parameters have their defaults, and nothing is chosen on test images.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import machine
 import numpy as np
-from normalized import Normalized
-from publish import Sheet, folder, publish
+from common import machine
+from common.normalized import Normalized
+from common.publish import Sheet, publish, script
 
 import coremerge_jax as cm
 from coremerge_jax import search
@@ -53,7 +51,7 @@ on which the scale is chosen (of 0.1, 0.15, …, 4), and on the 500 test images 
 
 
 def measure(rules: str, space: str, normalized: Normalized) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns one row of the table."""
     rule = parse_chain(rules)
     projected = cm.project(normalized.adapters, space=parse_space(space))
     key = jax.random.key(0)
@@ -70,10 +68,9 @@ def measure(rules: str, space: str, normalized: Normalized) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="rules with this text in them")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    """Measures, prints and writes the results; returns the exit code."""
+    parser = script(__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only rules with this text")
     options = parser.parse_args(argv)
     watch, normalized = machine.Watch(), Normalized()
     rows = [measure(*case, normalized) for case in CASES if options.only in case[0]]

@@ -1,9 +1,9 @@
-"""How far is a merge from what the device can do? One command on a bare machine with JAX.
+"""Compares the stages of a merge with the peak rates of the device.
 
     python benchmarks/device.py [--shapes SHAPE ...] [--rules RULE ...] [--repeat N] [--tiny]
 
-Merges on JAX's default device, in float64 and float32, and takes the stages of a merge apart:
-operations and bytes per second of each, beside those of a large matrix product and of a copy.
+Merges on JAX's default device, in float64 and float32, and measures the operations and bytes per
+second of each stage, beside those of a large matrix product and of a copy. It needs only JAX.
 Writes a table and JSON to ``benchmarks/results/jax-VERSION/device-NAME``.
 """
 
@@ -15,17 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
-from peers import RULES
-from publish import Sheet, digits, folder, publish
-from report import RULE_TITLES
-from shapes import SHAPES, Kind, Shape
+from common import machine
+from common.paper import RULE_TITLES
+from common.peers import RULES
+from common.publish import Sheet, digits, publish, script
+from common.shapes import SHAPES, Kind, Shape
 
 import coremerge_jax as cm
 from coremerge_jax.linalg import lapack, matmul
@@ -49,7 +48,7 @@ other."""
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What some work took.
+    """Time and rates of some work.
 
     Attributes:
         seconds: median.
@@ -64,7 +63,7 @@ class Timing:
     bytes: float
 
     def record(self, ceiling: "Ceiling") -> dict[str, float]:
-        """For JSON, with shares of the ceilings."""
+        """Returns the result for JSON, with shares of the ceilings."""
         flops, rate = self.flop / self.seconds, self.bytes / self.seconds
         return dataclasses.asdict(self) | {
             "flops": flops,
@@ -76,7 +75,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What the device can do in a precision, measured."""
+    """Measured peak rates of the device in one precision."""
 
     flops: float
     bandwidth: float
@@ -94,7 +93,7 @@ def clock(call: Callable[[], Any], repeat: int, flop: float = 0, size: float = 0
 
 
 def measure_ceiling(precision: str, repeat: int, tiny: bool) -> Ceiling:
-    """The rates of a large square matrix product, in full precision, and of a scaled copy."""
+    """Measures a large square matrix product, in full precision, and a scaled copy."""
     large = not tiny and jax.default_backend() != "cpu"
     side, length = (8192, 2**28) if large else (128, 2**14) if tiny else (1024, 2**25)
     with computing(precision) as dtype:
@@ -123,7 +122,7 @@ def merges(shape: Shape, rule: str, precision: str, repeat: int) -> dict[str, Ti
 
 
 def stages(shape: Shape, kind: Kind, rule: str, precision: str, repeat: int) -> dict[str, Timing]:
-    """The steps of merging the modules of one kind, each from results of the one before."""
+    """Returns the steps of merging modules of one kind, each on results of the one before."""
     parts, group = chain(RULES[rule]), _group(shape, kind)
     elementwise = parts.equivariance == Equivariance.ELEMENTWISE
     (m, n), rank, number = group.shape, sum(group.ranks), len(group.paths)
@@ -164,12 +163,12 @@ def _group(shape: Shape, kind: Kind) -> Group:
 
 
 def _over(fn: Callable) -> Callable:
-    """One program for all modules, as `cm.merge` makes it."""
+    """Compiles one program for all modules, as `cm.merge` does."""
     return jax.jit(lambda *stacks: over_modules(lambda row: fn(*row), stacks))
 
 
 def _grams(a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the shorter sides."""
+    """Returns Gram matrices of the shorter sides."""
     a, b = a.astype(dtype), b.astype(dtype)
     a, b = a if len(a) <= a.shape[1] else a.T, b.T if len(b) >= b.shape[1] else b
     return matmul(a, a.T), matmul(b, b.T)
@@ -198,7 +197,7 @@ def _lift(projection: Projection, core: jax.Array) -> cm.LoRA:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All of it."""
+    """Measures everything."""
     ceilings, rows = {}, []
     for precision in options.precisions:
         ceiling = measure_ceiling(precision, options.repeat, options.tiny)
@@ -226,7 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sheets(result: dict[str, Any]) -> list[Sheet]:
-    """The ceilings, and everything else."""
+    """Returns the tables of the ceilings and of the stages."""
     ceilings = [
         [name, "", f"{c['flops'] / 1e9:.0f}", f"{c['bandwidth'] / 1e9:.0f}"]
         for name, c in result["ceilings"].items()
@@ -256,8 +255,8 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parses the command line."""
+    parser = script(__doc__)
     shapes = ["llama-3-8b", "vit-b32", "llama-3-70b", "tasks-32", "rank-64", "saturated"]
     precisions = ["float64", "float32"]
     if jax.default_backend() == "tpu":
@@ -269,13 +268,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precisions", nargs="+", choices=("float64", "float32"), default=precisions
     )
     parser.add_argument("--repeat", type=int, default=5, help="runs; default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="only try it, on tiny modules")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     watch = machine.Watch()
     device = jax.devices()[0]

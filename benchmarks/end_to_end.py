@@ -1,34 +1,33 @@
-"""How long does the command line take, from files to files, and how much memory?
+"""Measures the time and memory of ``coremerge merge``, from files to files.
 
     python benchmarks/end_to_end.py [--check]
     python benchmarks/end_to_end.py --tasks 100 --layers 2 --max-memory 2GiB [--check]
 
 Writes synthetic PEFT adapters in bfloat16, then runs ``coremerge merge`` in fresh processes: with
-an empty compilation cache (cold), and again with what that has left there (again), and holds both
-against what ``--dry-run`` expects. The adapters have just been written, and are read out of the
-page cache. Writes tables and JSON to ``benchmarks/results/jax-VERSION``. For POSIX systems.
+an empty compilation cache (cold), and again with the programs that the first run has cached
+(again), and compares both with the estimates of ``--dry-run``. The adapters have just been written,
+and are read out of the page cache. Writes tables and JSON to ``benchmarks/results/jax-VERSION``.
+For POSIX systems.
 """
 
 # Imports little: Linux counts the memory of the process that starts another one as the other's.
 import argparse
 import json
-import os
 import re
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-from publish import Sheet, digits, folder, publish
+from common import machine
+from common.command import GIB, gib, run
+from common.publish import Sheet, digits, publish, script
 
 RULES = ("--rule", "tsv", "--rule", "isotropize")
-GIB = 2**30
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "Ki": 2**10, "Mi": 2**20, "Gi": GIB}
 
 # Seconds and bytes, for this shape, number of adapters and layers.
@@ -36,43 +35,23 @@ WHOLE = ("llama-3-8b", 6, 32)
 TARGETS = {"cold": (10.0, 1.5 * GIB), "again": (6.0, 1.5 * GIB)}
 NOTES = """\
 Wall seconds of the process, median, the fastest in brackets; peak memory is the largest of all
-runs. *cold*: with an empty compilation cache; *again*: a second process with the cache that the
-first has left. Stages are those that the command reports. *expected*: what the command says
-beforehand with `--dry-run`, from rates that it measures in a second. Reading, merging and writing
+runs. *cold*: with an empty compilation cache; *again*: a second process with the cache of the
+first. Stages are those that the command reports. *expected*: the estimates of `--dry-run`, from
+rates that it measures in a second. Reading, merging and writing
 overlap, so that they should take between the longest of them and all together."""
 
 
 def write_adapters(options: argparse.Namespace, place: Path) -> list[Path]:
-    """The adapters' folders; they are written unless they are there."""
+    """Writes the adapters unless they are there; returns their folders."""
     size = [f"{name}-{getattr(options, name)}" for name in ("tasks", "layers")]
     adapters = place / "-".join([options.shape, *size, *["tiny"] * options.tiny])
     paths = [adapters / f"task{t}" for t in range(options.tasks)]
     if not all(path.exists() for path in paths):
-        script = Path(__file__).with_name("shapes.py")
+        script = Path(__file__).parent / "common" / "shapes.py"
         command = [sys.executable, script, options.shape, adapters]
         command += ["--tasks", str(options.tasks), "--layers", str(options.layers)]
         subprocess.run([*command, *["--tiny"] * options.tiny], check=True)
     return paths
-
-
-def run(arguments: Sequence[str | Path], cache: Path) -> dict[str, Any]:
-    """Runs ``coremerge``: its seconds, peak memory in bytes, stages and expected cost."""
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-m", "coremerge_jax", *arguments, "--json"]
-    with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"exit code {process.returncode}: {' '.join(map(str, command))}")
-        output.seek(0)
-        report = json.load(output)
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    told = {"stages": report["seconds"], "cost": report.get("cost")}
-    return {"seconds": seconds, "peak": peak, **told}
 
 
 def check_complete(output: Path, source: Path) -> None:
@@ -85,7 +64,7 @@ def check_complete(output: Path, source: Path) -> None:
 
 
 def _tensors(adapter: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file, and the size of what follows."""
+    """Returns the header of a safetensors file, and the size of the data after it."""
     path = adapter / "adapter_model.safetensors"
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -97,7 +76,7 @@ def _tensors(adapter: Path) -> tuple[dict[str, Any], int]:
 def measure(
     options: argparse.Namespace, place: Path
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """Runs of each sort, in turns; and what they were expected to cost."""
+    """Runs the command cold and again, in turns; returns the runs and the expected cost."""
     adapters = write_adapters(options, place)
     runs: dict[str, list[dict[str, Any]]] = {"cold": [], "again": []}
     limit = ["--max-memory", options.max_memory] if options.max_memory else []
@@ -113,7 +92,7 @@ def measure(
 
 
 def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Medians, and the largest peak."""
+    """Returns medians, and the largest peak."""
     return {
         sort: {
             "seconds": statistics.median(entry["seconds"] for entry in entries),
@@ -130,7 +109,7 @@ def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
 
 
 def misses(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Which targets were missed, in words."""
+    """Returns a line for each target that was missed."""
     missed = []
     whole = not options.tiny and (options.shape, options.tasks, options.layers) == WHOLE
     for sort, entry in found.items():
@@ -145,20 +124,15 @@ def misses(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) 
 
 
 def parse_size(text: str) -> float:
-    """Bytes of a size such as 2GiB or 500MB."""
+    """Returns the bytes of a size such as 2GiB or 500MB."""
     match = re.fullmatch(r"([\d.]+)\s*([KMG]i?)?B?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 2GiB")
     return float(match[1]) * UNITS[match[2] or ""]
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / GIB:.2f} GiB"
-
-
 def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> Sheet:
-    """The table."""
+    """Returns the table."""
     stages = list(next(iter(found.values()))["stages"])
     what = f"{options.shape}, {options.layers} layers, T {options.tasks}"
     rows = [
@@ -175,7 +149,7 @@ def sheet(options: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -
 
 
 def expectations(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any]) -> Sheet:
-    """The table of what was expected, and what was."""
+    """Returns the table of expected and measured costs."""
     seconds = dict(expected["seconds"])
     compiling, tracing = seconds.pop("compile"), seconds.pop("trace")
     stages, peak = found["again"]["stages"], found["cold"]["peak_bytes"]
@@ -190,23 +164,26 @@ def expectations(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, 
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama-3-8b", help="default: %(default)s")
+    """Parses the command line."""
+    parser = script(__doc__)
+    parser.add_argument(
+        "--shape", default="llama-3-8b", help="shape of the model; default: %(default)s"
+    )
     parser.add_argument("--tasks", type=int, default=6, help="adapters; default: %(default)s")
-    parser.add_argument("--layers", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument("--repeat", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--max-memory", metavar="SIZE", help="passed on, and a target")
-    parser.add_argument("--folder", type=Path, help="keep the adapters here, and use them again")
+    parser.add_argument(
+        "--layers", type=int, default=32, help="layers of the model; default: %(default)s"
+    )
+    parser.add_argument("--tiny", action="store_true", help="only try it, on tiny modules")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; default: %(default)s")
+    parser.add_argument("--max-memory", metavar="SIZE", help="limit to pass on; also a target")
+    parser.add_argument("--folder", type=Path, help="keep the adapters here for later runs")
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
-    parser.add_argument("extra", nargs="*", metavar="-- OPTION", help="passed on to the command")
+    parser.add_argument("extra", nargs="*", metavar="-- OPTION", help="options to pass on")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     watch = machine.Watch()
     with tempfile.TemporaryDirectory(prefix="coremerge-benchmark-") as scratch:

@@ -1,11 +1,11 @@
-"""Do learned coefficients beat the best scale? On the demo's six tasks, on held-out images.
+"""Compares learned coefficients with the best scale, on held-out images of the demo.
 
     python benchmarks/fit.py [--steps N] [--check]
 
 For each rule: one scale for the merged update, the best of a fine grid on all validation images;
 and coefficients by `search.fit`, for each adapter or for each adapter and module, which start at
 that scale. They minimize the cross-entropy on 200 of the validation images of each task (or the
-entropy, without labels), and the other 97 decide when to stop. Test images decide nothing.
+entropy, without labels), and the other 97 decide when to stop. Nothing is chosen on test images.
 """
 
 import argparse
@@ -17,15 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import optax
-from normalized import Normalized
-from publish import Sheet, folder, publish
+from common import machine
+from common.normalized import Normalized
+from common.publish import Sheet, publish, script
 
 import coremerge_jax as cm
 from coremerge_jax import demo, search
-from coremerge_jax.demo.data import questions
 
 RULES = {
     "task_arithmetic": cm.task_arithmetic(),
@@ -43,7 +42,7 @@ images; the others start there. *steps*: after which the coefficients were kept.
 
 
 def loss_of(labelled: bool) -> Any:
-    """Of a merged adapter and a batch of images ``(T, N, 8, 8)`` and labels ``(N,)``."""
+    """Returns a loss of a merged adapter and a batch: images ``(T, N, 8, 8)``, labels ``(N,)``."""
 
     def loss(merged: cm.Adapter, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         images, labels = batch
@@ -56,8 +55,8 @@ def loss_of(labelled: bool) -> Any:
 
 
 def batches(count: int, seed: int = 0) -> tuple[Iterator[Any], list[Any]]:
-    """Batches to learn from, and the one that decides when to stop."""
-    images, labels = questions("validation")
+    """Returns batches to learn from, and the one that decides when to stop."""
+    images, labels = demo.questions("validation")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     learned, decides = order[:SHOWN], order[SHOWN:]
@@ -71,7 +70,7 @@ def batches(count: int, seed: int = 0) -> tuple[Iterator[Any], list[Any]]:
 
 
 def measure(name: str, steps: int, figure: Path | None) -> Iterator[dict[str, Any]]:
-    """The rows of one rule."""
+    """Yields the rows of one rule."""
     rule, normalized = RULES[name], Normalized()
 
     def row(kind: str, merged: cm.Adapter, seconds: float, **more: Any) -> dict[str, Any]:
@@ -107,18 +106,18 @@ def measure(name: str, steps: int, figure: Path | None) -> Iterator[dict[str, An
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    """One line a rule and way."""
+    """Returns the table, with one line for each rule and kind of coefficients."""
     lines = []
     for row in rows:
-        told = f"{row['scale']:.2f}" if "scale" in row else f"{row['steps']}"
+        shown = f"{row['scale']:.2f}" if "scale" in row else f"{row['steps']}"
         numbers = (f"{100 * row[split]:.1f}" for split in ("validation", "test"))
-        lines.append([row["rule"], row["kind"], told, *numbers, f"{row['seconds']:.0f}"])
+        lines.append([row["rule"], row["kind"], shown, *numbers, f"{row['seconds']:.0f}"])
     header = ["rule", "coefficients", "scale / steps", "validation", "test", "seconds"]
     return Sheet(header, lines)
 
 
 def beaten(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the best coefficients learned from labels beat the best scale, of all rules."""
+    """Returns whether the best coefficients learned from labels beat the best scale."""
     best: dict[str, float] = {}
     for row in rows:
         best[row["kind"]] = max(row["test"], best.get(row["kind"], 0.0))
@@ -126,12 +125,13 @@ def beaten(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rules", default=",".join(RULES), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=300, help="at most; default: %(default)s")
+    """Parses the command line."""
+    parser = script(__doc__)
+    parser.add_argument(
+        "--rules", default=",".join(RULES), help="rules, with commas; default: %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="most steps; default: %(default)s")
     parser.add_argument("--check", action="store_true", help="fail if the best scale is not beaten")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     options = parser.parse_args(argv)
     options.rules = options.rules.split(",")
     if not set(options.rules) <= set(RULES):
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     watch = machine.Watch()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""What does each rule cost, against the others and against what the cost model expects?
+"""Times every rule, against the others and against the cost model.
 
     python benchmarks/rules.py [--rules PATTERN] [--repeat N] [--quick] [--output DIR]
 
-Every rule with its default parameters, some chains and spaces, on adapters in memory: Llama-3-8B,
-128 modules, six adapters of rank 16. All run once to compile, and then in rounds, each once, so
-that a drift of the machine meets all of them. Writes a table and JSON to
+Measures every rule with its default parameters, some chains and some spaces, on adapters in memory:
+Llama-3-8B, 128 modules, six adapters of rank 16. All run once to compile, and then once in each
+round, so that a drift of the machine affects all of them. Writes a table and JSON to
 ``benchmarks/results/jax-VERSION``. All of it takes about 4 minutes on two cores.
 """
 
@@ -12,17 +12,16 @@ import argparse
 import fnmatch
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import machine
-from publish import Sheet, digits, folder, publish
-from shapes import SHAPES
-from speed import Runner
+from common import machine
+from common.publish import Sheet, digits, publish, script
+from common.shapes import SHAPES
+from common.timing import Runner, model_seconds
 
 import coremerge_jax as cm
-from coremerge_jax.merging.cost import Machine, expected_seconds
+from coremerge_jax.merging.cost import Machine
 from coremerge_jax.rules import RULES, Chain
 from coremerge_jax.spaces import Space
 
@@ -32,10 +31,10 @@ BASES = ("task_arithmetic", "tsv")  # to which the others are compared
 NOTES = """\
 Seconds for all modules: median of the rounds, the fastest in brackets. Factors are float32 NumPy
 arrays in memory, before and after. *compile*: first call less the median. *products*, *core*:
-operations that the cost model counts, in products of matrices and in all else; *model*: the
-seconds that it expects from them and from the machine's rates; *memory*: what it expects all
-batches on their way to take at most. A chain is applied from left to right; where no part of it
-merges, adapters are summed. Linear rules need no space."""
+operations in the cost model, in matrix products and in everything else; *model*: the seconds that
+it expects from them and from the machine's rates; *memory*: the most that it expects all batches
+in flight to take. A chain is applied from left to right; if no part of it merges, adapters are
+summed. Linear rules need no space."""
 
 
 class Entry(NamedTuple):
@@ -47,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def entries() -> dict[str, Entry]:
-    """All of them, by name: rules by the names of their parts."""
+    """Returns the rows of the table by name."""
     chains = {
         "tsv, isotropize": cm.chain(cm.tsv(), cm.isotropize()),
         "ties, isotropize": cm.chain(cm.ties(), cm.isotropize()),
@@ -72,7 +71,7 @@ def entries() -> dict[str, Entry]:
 def measure(
     some: Mapping[str, Entry], adapters: Sequence[cm.Adapter], repeat: int
 ) -> list[dict[str, Any]]:
-    """One row of the table for each entry."""
+    """Measures the entries; returns a row of the table for each."""
     rates = Machine.measure(machine.cores())
     runners = {name: _runner(name, entry, adapters) for name, entry in some.items()}
     for name, runner in runners.items():
@@ -110,20 +109,19 @@ def _runner(name: str, entry: Entry, adapters: Sequence[cm.Adapter]) -> Runner:
 
 
 def _expected(entry: Entry, adapters: Sequence[cm.Adapter], rates: Machine) -> dict[str, Any]:
-    """What the cost model says, without compiling and files."""
+    """Returns the estimates of the cost model, without compiling and files."""
     stream = _stream(entry, adapters)
     costs = stream.costs()
-    seconds = expected_seconds(costs, entry.rule, rates, stream.workers, programs=0)
     return {
         "products": sum(one.products for one in costs),
         "core": sum(one.core for one in costs),
         "memory": stream.memory,
-        "model": sum(seconds[stage] for stage in ("products", "core", "copies")),
+        "model": model_seconds(stream, entry.rule, rates),
     }
 
 
 def sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    """The table."""
+    """Returns the table."""
     header = ["rule", "space", "seconds", *(f"/ {base}" for base in BASES)]
     header += [
         "model",
@@ -153,16 +151,13 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parses the command line."""
+    parser = script(__doc__)
     parser.add_argument(
         "--rules", action="append", metavar="PATTERN", help="rows by name or pattern (*tsv*)"
     )
     parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument(
-        "--output", type=Path, default=folder(), help="folder; default: %(default)s"
-    )
+    parser.add_argument("--quick", action="store_true", help="only try it, on tiny modules")
     options = parser.parse_args(argv)
     patterns = options.rules or ["*"]
     options.entries = {
@@ -176,7 +171,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     shape = SHAPE.tiny() if options.quick else SHAPE
     watch = machine.Watch()

@@ -1,9 +1,9 @@
-"""Do more devices merge faster? Measured on simulated ones, and estimated for accelerators.
+"""Times merges on simulated devices, and estimates them for accelerators.
 
     python benchmarks/scaling.py [--only measured|model] [--rules RULE ...] [--repeat N] [--tiny]
 
 Measured: `cm.merge(..., mesh=)` on CPU devices that JAX simulates, a fresh process for each number
-of them. Estimated: what the cost model and public figures of TPUs and GPUs give. Writes tables and
+of them. Estimated: from the cost model and public figures of TPUs and GPUs. Writes tables and
 JSON to ``benchmarks/results/jax-VERSION``. All of it takes about two minutes on two cores.
 """
 
@@ -15,18 +15,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import machine
 import numpy as np
+from common import machine
+from common.paper import RULE_TITLES
+from common.peers import RULES
+from common.publish import Sheet, digits, publish, script
+from common.shapes import SHAPES, Kind, Shape
+from common.timing import Runner
 from jax.sharding import AxisType, Mesh
-from peers import RULES
-from publish import Sheet, digits, folder, publish
-from report import RULE_TITLES
-from shapes import SHAPES, Kind, Shape
-from speed import Runner
 
 import coremerge_jax as cm
 from coremerge_jax.merging.cost import Cost, batch_size, cost
@@ -41,16 +40,16 @@ PARTS = ("measured", "model")
 
 MEASURED_NOTES = """\
 **Measured.** {title}, {layers} layers, {modules} modules, NumPy arrays in memory before and after;
-medians after a first run. A process with N simulated devices has as many cores, as far as there
-are as many ({cores}), one thread of BLAS, and none of XLA within an operation. More devices than
-cores cannot help (*at best*): what is seen is what sharing costs, not how fast accelerators are.
+medians after a first run. A process with N simulated devices has at most N of the {cores} cores,
+one thread of BLAS, and none of XLA within an operation. More devices than cores cannot help (*at
+best*): the table shows the cost of sharing, not the speed of accelerators.
 *times one*: modules per second over those of one device on one core. A mesh (rows, columns) has
 modules spread over its rows, and the rows and columns of each module over its columns. *none*: no
 mesh, but a thread for each core."""
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each number of devices, mesh and rule."""
+    """Returns one row for each number of devices, mesh and rule."""
     rows = [row for devices in options.devices for row in _in_process(devices, options)]
     one = {row["rule"]: row["rate"] for row in rows if row["devices"] == 1}
     for row in rows:
@@ -60,7 +59,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _in_process(devices: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows from a fresh process, as JAX has its devices from its start on."""
+    """Returns rows from a fresh process, as JAX fixes its devices when it starts."""
     flags = [
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={devices}",
@@ -80,7 +79,7 @@ def _in_process(devices: int, options: argparse.Namespace) -> list[dict[str, Any
 
 
 def time_meshes(shape: Shape, rules: Sequence[str], repeat: int) -> list[dict[str, Any]]:
-    """Merges without a mesh, and on all devices of this process, as one axis and as two."""
+    """Times merges without a mesh, and on all devices of this process, on one axis and on two."""
     devices, adapters = jax.device_count(), shape.adapters()
     meshes: list[tuple[int, ...]] = [()] if devices <= machine.cores() else []
     meshes += [(devices,), (devices // 2, 2)] if devices > 1 else []
@@ -111,7 +110,7 @@ def _row(rule: str, size: tuple[int, ...], modules: int, runner: Runner) -> dict
 
 
 def measured_sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    """The table."""
+    """Returns the table."""
     header = ["rule", "mesh", "devices", "seconds", "modules/s", "times one", "at best"]
     return Sheet(
         header,
@@ -177,13 +176,13 @@ figures and the assumptions in the table, which are guesses. {rule}, factors in 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """What a device can do; all rates as they are expected to be reached.
+    """A device, with the rates that it is expected to reach.
 
     Attributes:
         name: of the device.
         double: whether it computes in float64, else in float32.
         products: FLOP/s in products of matrices, in that precision.
-        decompositions: FLOP/s in all else.
+        decompositions: FLOP/s in everything else.
         bandwidth: B/s of its memory.
         memory: bytes.
         link: B/s to other devices of its host, one way.
@@ -205,7 +204,7 @@ class Accelerator:
 
 
 def _reached(what: str, peak: float) -> float:
-    """What is reached of a peak, by assumption."""
+    """Returns the assumed part of a peak."""
     return ASSUMED[what].value * peak
 
 
@@ -232,7 +231,7 @@ H100 = Accelerator(
 
 
 class Cluster(NamedTuple):
-    """So many devices of one sort."""
+    """A number of devices of one sort."""
 
     name: str
     accelerator: Accelerator
@@ -260,7 +259,7 @@ CASES = (
 
 
 def mesh_for(shape: Shape, cluster: Cluster) -> tuple[int, int]:
-    """Rows and columns."""
+    """Returns rows and columns."""
     modules = sum(map(shape.modules, shape.kinds))
     least = min(min(kind.m, kind.n) for kind in shape.kinds) // shape.stacked_rank
     most = min(cluster.devices // modules, cluster.per_host, least)
@@ -269,7 +268,7 @@ def mesh_for(shape: Shape, cluster: Cluster) -> tuple[int, int]:
 
 
 def cost_of_part(shape: Shape, kind: Kind, columns: int, double: bool) -> Cost:
-    """The cost of one module to each of the columns that share it, which have R rows or more."""
+    """Returns the cost of one module to each of the columns that share it (R rows or more)."""
     part = Kind(kind.m // columns, kind.n // columns, kind.names)
     one = cost(group_of(shape, part, 1), cm.chain(RULES[MODELLED]), cm.core())
     if double:
@@ -283,14 +282,14 @@ def cost_of_part(shape: Shape, kind: Kind, columns: int, double: bool) -> Cost:
 
 
 def group_of(shape: Shape, kind: Kind, modules: int) -> Group:
-    """The first modules of a kind."""
+    """Returns the first modules of a kind."""
     paths = tuple(shape.paths(kind, modules))
     tasks = np.zeros((modules, shape.tasks), np.int32)
     return Group(paths, tasks, (kind.m, kind.n), (shape.rank,) * shape.tasks, modules)
 
 
 def compute_seconds(part: Cost, shape: Shape, accelerator: Accelerator, columns: int) -> float:
-    """Of a module: its operations, its bytes in memory, and sums over the columns."""
+    """Returns the seconds of a module: operations, bytes in memory, sums over the columns."""
     grams, size = (1, 8) if accelerator.double else (3, 4)
     added = grams * size * 2 * shape.stacked_rank**2  # bytes, of A and of B
     return (
@@ -302,7 +301,7 @@ def compute_seconds(part: Cost, shape: Shape, accelerator: Accelerator, columns:
 
 
 class Share(NamedTuple):
-    """What the busiest ones have of the modules of a kind.
+    """The largest share of the modules of a kind.
 
     Attributes:
         part: the cost of one module to one device.
@@ -328,12 +327,12 @@ def _share(shape: Shape, kind: Kind, cluster: Cluster, rows: int, columns: int) 
 
 
 def _batches(columns: int) -> int:
-    """How many batches are on their way at once, as in `cm.merge`."""
+    """Returns the number of batches in flight, as in `cm.merge`."""
     return 1 if columns > 1 else 2
 
 
 def estimate(shape: Shape, cluster: Cluster, mesh: tuple[int, int] | None = None) -> dict[str, Any]:
-    """A row of the table: seconds of each stage, and memory."""
+    """Returns a row of the table: seconds of each stage, and memory."""
     rows, columns = mesh or mesh_for(shape, cluster)
     device = cluster.accelerator
     shares = [_share(shape, kind, cluster, rows, columns) for kind in shape.kinds]
@@ -363,12 +362,12 @@ def estimate(shape: Shape, cluster: Cluster, mesh: tuple[int, int] | None = None
 
 
 def model() -> list[dict[str, Any]]:
-    """One row for each case and cluster."""
+    """Returns one row for each case and cluster."""
     return [estimate(shape, cluster) for shape in CASES for cluster in CLUSTERS]
 
 
 def model_sheets(rows: Sequence[Mapping[str, Any]]) -> list[Sheet]:
-    """The estimates, the rates that they come from, and what is assumed."""
+    """Returns the tables of estimates, of their rates, and of assumptions."""
     header = ["adapters", "machine", "mesh", "modules on the busiest device", "GB read per host"]
     header += ["compute, s", "read, s", "write, s", "total, s", "modules/s"]
     header += ["batch", "memory per device, GB"]
@@ -412,15 +411,16 @@ def model_sheets(rows: Sequence[Mapping[str, Any]]) -> list[Sheet]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, help="one of the two, instead of both")
+    """Parses the command line."""
+    parser = script(__doc__)
+    parser.add_argument("--only", choices=PARTS, help="run only this part")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=MEASURED, metavar="RULE")
-    parser.add_argument("--layers", type=int, default=8, help="measured; default: %(default)s")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="layers of the model; default: %(default)s"
+    )
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="only try it, on tiny modules")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if any(n > 1 and n % 2 for n in options.devices):
@@ -431,7 +431,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, estimates, shows and writes; the exit code."""
+    """Measures, estimates, prints and writes the results; returns the exit code."""
     options = parse(argv)
     shape = SHAPE.tiny() if options.tiny else dataclasses.replace(SHAPE, layers=options.layers)
     if options.child:

@@ -1,14 +1,14 @@
-"""Does a merge ever hang? Thousands of merges on 1, 2 and 4 cores, with a limit on each.
+"""Makes thousands of merges on 1, 2 and 4 cores, with a time limit on each, to find hangs.
 
     python benchmarks/soak.py [--merges 10000] [--cores 1 2 4] [--seed 0] [--control]
 
 For each number of cores, a process of its own merges in seeded random order: many signatures,
 rules and spaces; from several threads at once; inside jitted programs that do other work, under
 `jax.vmap` and `jax.grad`. A step that takes too long ends that process, with the Python stack of
-each thread. Results are compared with those of the first time, as another way to fail.
+each thread. Each result is also compared with that of the first time.
 
-``--control`` shows that hangs would be found: without the library's precaution, batches go to
-LAPACK as JAX sends them, which hangs in some releases of JAX (0.9.2 among them).
+``--control`` shows that hangs would be found: without the library's precaution, JAX sends batches
+to LAPACK, which hangs in some releases of JAX (0.9.2 among them).
 """
 
 import argparse
@@ -27,9 +27,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
-from publish import Sheet, digits, folder, publish
+from common import machine
+from common.publish import Sheet, digits, publish, script
 
 import coremerge_jax as cm
 from coremerge_jax.linalg import lapack, matmul
@@ -48,12 +48,12 @@ TSV_ISO = cm.chain(TSV, ISO)
 DARE_TIES = cm.chain(cm.dare(), cm.ties())
 
 
-# --- What is done, in the process that may hang ----------------------------------------------
+# --- The process that may hang ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """Adapters of modules that are alike."""
+    """Adapters with modules of one shape."""
 
     m: int
     n: int
@@ -65,7 +65,7 @@ class Signature:
 
     @functools.cache  # noqa: B019  # signatures live as long as the process
     def adapters(self, dtype: str = "float32") -> list[cm.Adapter]:
-        """One for each rank."""
+        """Returns one adapter for each rank."""
         rng = np.random.default_rng(self.m)
         return [
             cm.Adapter(
@@ -91,12 +91,12 @@ LARGE_FULL = Signature(64, 48, (16,) * 5, 2)  # R > m, n
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One thing to do.
+    """One step of the soak.
 
     Attributes:
         name: for messages.
-        call: does it, and gives arrays.
-        merges: as how many merges it counts.
+        call: takes the step, and returns arrays.
+        merges: the number of merges in it.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Step:
 
 
 def steps(quick: bool) -> list[Step]:
-    """All that are taken at random, or those with fewer programs to compile."""
+    """Returns all steps, or those with fewer programs to compile."""
     plain = [
         _plain(LARGE, TSV),
         _plain(LARGE, TIES),
@@ -143,7 +143,7 @@ def _plain(shape: Signature, rule: cm.rules.Rule, space: Any = None) -> Step:
 
 
 def _in_jit(shape: Signature, rule: cm.rules.Rule) -> Step:
-    """A merge beside products and decompositions that do not depend on it."""
+    """Merges beside products and decompositions that do not depend on it."""
 
     @jax.jit
     def program(adapters: Sequence[cm.Adapter], x: jax.Array) -> tuple:
@@ -157,7 +157,7 @@ def _in_jit(shape: Signature, rule: cm.rules.Rule) -> Step:
 
 
 def _vmapped(shape: Signature, rule: cm.rules.Rule) -> Step:
-    """Projections and merges of several modules at once, in float64."""
+    """Projects and merges several modules at once, in float64."""
 
     @jax.jit
     @jax.vmap
@@ -187,7 +187,7 @@ def _gradient(shape: Signature, rule: cm.rules.Rule) -> Step:
 
 
 def _together(which: Sequence[Step]) -> Step:
-    """Steps from as many threads at once."""
+    """Takes several steps at once, each in a thread."""
 
     def call() -> list[Any]:
         with ThreadPoolExecutor(len(which)) as pool:
@@ -198,14 +198,14 @@ def _together(which: Sequence[Step]) -> Step:
 
 
 def control() -> None:
-    """Undoes what keeps decompositions from waiting for each other."""
+    """Switches off the precaution that keeps decompositions from waiting for each other."""
     for name, function in vars(lapack).items():
         if isinstance(function, jax.custom_batching.custom_vmap):
             setattr(lapack, name, function.fun)
 
 
 def soak(options: argparse.Namespace) -> None:
-    """Takes steps until there were enough merges; prints each before it is taken."""
+    """Takes steps until there are enough merges; prints each before it starts."""
     rng = np.random.default_rng(options.seed)
     if options.control:
         control()
@@ -230,12 +230,12 @@ def _compare(step: Step, found: list[np.ndarray], expected: list[np.ndarray]) ->
             raise AssertionError(f"{step.name}: not what it was the first time")
 
 
-# --- Who watches -----------------------------------------------------------------------------
+# --- The process that watches ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def visible(cores: int) -> Iterator[None]:
-    """Lets processes that are started meanwhile use no more cores."""
+    """Limits processes started in this context to a number of cores."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -248,7 +248,7 @@ def visible(cores: int) -> Iterator[None]:
 
 
 def run(cores: int, arguments: Sequence[str]) -> dict[str, Any]:
-    """Soaks in a process of its own; what came of it."""
+    """Soaks in a process of its own; returns the record of it."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
     # The library has to limit the threads of BLAS itself.
     environment = {name: x for name, x in os.environ.items() if not name.endswith("_NUM_THREADS")}
@@ -276,13 +276,13 @@ def run(cores: int, arguments: Sequence[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Progress:
-    """What a soaking process tells.
+    """Progress of a soaking process.
 
     Attributes:
         cores: for messages.
-        merges: how many are done.
-        seconds: how long they took.
-        step: what is done now.
+        merges: number of merges done.
+        seconds: time of these.
+        step: current step.
         longest: seconds of the longest step, first times (which compile) apart.
     """
 
@@ -305,7 +305,7 @@ class Progress:
 
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
-    """The table."""
+    """Returns the table."""
     return Sheet(
         ["cores", "outcome", "merges", "seconds", "longest step", "hangs"],
         [
@@ -323,23 +323,28 @@ def sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--merges", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="few programs to compile")
-    parser.add_argument("--control", action="store_true", help="what is known to hang")
+    """Parses the command line."""
+    parser = script(__doc__)
+    parser.add_argument(
+        "--merges", type=int, default=10_000, help="merges of each process; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cores", type=int, nargs="+", default=[1, 2, 4], help="numbers of cores; default: 1 2 4"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the order; default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="take fewer kinds of steps")
+    parser.add_argument("--control", action="store_true", help="switch the precaution off")
     parser.add_argument(
         "--patience", type=float, default=PATIENCE, help="seconds for a step; default: %(default)s"
     )
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Soaks, shows and writes; the exit code is 1 if anything hung or failed."""
+    """Soaks, prints and writes the results; returns 1 if anything hung or failed."""
     options = parse(argv)
     if options.child:
         soak(options)

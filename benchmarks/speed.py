@@ -1,4 +1,4 @@
-"""How fast is a merge in memory? Against the paper's algorithm, peft, and the hardware's floor.
+"""Times merges in memory, against the paper's algorithm, peft, and the hardware's floor.
 
     python benchmarks/speed.py [--only SHAPE] [--rules RULE,RULE] [--repeat N] [--check] [--quick]
 
@@ -10,28 +10,22 @@ that a drift of the machine meets all of them. Writes a table, JSON and a plot t
 import argparse
 import dataclasses
 import fnmatch
-import gc
 import importlib.util
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import machine
-import report
-from floor import Files, Floor
-from peers import CONTENDERS, PEFT_RULES, RULES, Merged, relative_error
-from publish import folder, publish
-from shapes import SHAPES, Shape
+from common import machine, report
+from common.floor import Files, Floor
+from common.peers import CONTENDERS, PEFT_RULES, RULES, relative_error
+from common.publish import publish, script
+from common.shapes import SHAPES, Shape
+from common.timing import Runner, model_seconds
 
 import coremerge_jax as cm
-from coremerge_jax.merging.cost import Machine, expected_seconds
+from coremerge_jax.merging.cost import Machine
 
-PATIENCE = 8.0  # seconds: who has used as many in a row of the table is not repeated,
-LEAST = 3  # unless nothing is scaled: then there are as many rounds, so that the median is one
 COMPARED = 8  # modules whose results are compared
 
 PEERS = tuple(name for name in CONTENDERS if name != "ours")
@@ -41,13 +35,13 @@ MAIN = ("ties", "tsv+iso-c")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who runs on a shape.
+    """Contenders and rules that run on a shape.
 
     Attributes:
         rules: the rules that are measured.
         modules: for each contender beside ours, on how many modules of each kind it runs; times
-            are scaled to all of them. None is all.
-        only: rules of contenders that cannot do all, or not in time.
+            are scaled to all of them. None means all.
+        only: rules of contenders that cannot run all, or not in time.
     """
 
     rules: tuple[str, ...]
@@ -55,7 +49,7 @@ class Plan:
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def restrict(self, rules: Sequence[str], peers: Sequence[str]) -> "Plan":
-        """The same for some rules and contenders."""
+        """Returns the plan for only some rules and contenders."""
         return dataclasses.replace(
             self,
             rules=tuple(rule for rule in self.rules if rule in rules),
@@ -63,7 +57,7 @@ class Plan:
         )
 
     def runs(self, contender: str, rule: str) -> bool:
-        """Whether a contender runs a rule."""
+        """Returns whether a contender runs a rule."""
         if contender == "peft" and rule not in PEFT_RULES:
             return False
         return rule in self.only.get(contender, EVERY)
@@ -88,61 +82,8 @@ PLANS = {
 }
 
 
-@dataclasses.dataclass
-class Runner:
-    """One contender on one row of the table.
-
-    Attributes:
-        name: key of the contender, or ``"floor"`` or ``"read"``.
-        call: what is timed.
-        scale: modules of the shape per module that the call merges.
-        merged: what the last call gave.
-        seconds: what the calls took, scaled.
-        first: what the first call took, scaled, where that compiles.
-    """
-
-    name: str
-    call: Callable[[], Any]
-    scale: float = 1.0
-    merged: Merged | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    first: float | None = None
-
-    def warm_up(self) -> None:
-        """Runs once, to compile."""
-        self.first = self._run()
-
-    def round(self) -> None:
-        """Runs once more, unless it has taken long enough."""
-        least = LEAST if self.scale == 1 else 1
-        if len(self.seconds) < least or sum(self.seconds) / self.scale < PATIENCE:
-            self.seconds.append(self._run())
-
-    def _run(self) -> float:
-        self.merged = None
-        gc.collect()
-        time.sleep(0.05)  # idle threads of the library that ran before spin for a while
-        start = time.perf_counter()
-        self.merged = self.call()
-        return (time.perf_counter() - start) * self.scale
-
-    def record(self) -> dict[str, Any]:
-        """The result, for JSON."""
-        median = statistics.median(self.seconds)
-        record: dict[str, Any] = {
-            "seconds": median,
-            "min": min(self.seconds),
-            "runs": len(self.seconds),
-        }
-        if self.first is not None:
-            record["compile"] = max(self.first - median, 0.0) / self.scale
-        if self.scale != 1:
-            record["scaled_by"] = self.scale
-        return record
-
-
 def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
-    """Measures a shape: one row of the table a rule."""
+    """Measures a shape; returns one row of the table for each rule."""
     adapters = shape.adapters()
     floor, files = Floor(shape), Files(shape)
     rates = Machine.measure(machine.cores())
@@ -168,12 +109,9 @@ def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
 
 
 def _expected(rule: str, adapters: Sequence[cm.Adapter], rates: Machine) -> float:
-    """Seconds that the cost model expects of us, without compiling and files."""
+    """Returns the seconds that the cost model expects of our merge."""
     stream = cm.merge_stream(adapters, RULES[rule])
-    seconds = expected_seconds(
-        stream.costs(), cm.chain(RULES[rule]), rates, stream.workers, programs=0
-    )
-    return sum(seconds[stage] for stage in ("products", "core", "copies"))
+    return model_seconds(stream, cm.chain(RULES[rule]), rates)
 
 
 def _runners(shape: Shape, plan: Plan, rule: str, adapters: Sequence[cm.Adapter]) -> list[Runner]:
@@ -189,7 +127,7 @@ def _runners(shape: Shape, plan: Plan, rule: str, adapters: Sequence[cm.Adapter]
 
 
 def _compare(rule: str, runners: Sequence[Runner], times: dict[str, dict]) -> None:
-    """Notes how far the updates of others are from ours, where they should be the same."""
+    """Records the distance of the others' updates from ours, where they should be equal."""
     mine = runners[0].merged
     assert mine is not None
     for runner in runners[1:]:
@@ -212,24 +150,20 @@ def _describe(shape: Shape) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=f"shapes: {', '.join(SHAPES)}"
-    )
+    """Parses the command line."""
+    parser = script(__doc__, epilog=f"shapes: {', '.join(SHAPES)}")
     parser.add_argument(
         "--only", action="append", metavar="SHAPE", help="shapes by name or pattern (tasks-*)"
     )
-    parser.add_argument("--rules", default=",".join(EVERY), help="default: %(default)s")
-    parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny modules: does it all run?")
-    parser.add_argument("--check", action="store_true", help="fail if a target is missed")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=folder(),
-        help="folder; default: %(default)s",
+        "--rules", default=",".join(EVERY), help="rules, with commas; default: %(default)s"
     )
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help="contenders, with commas; default: %(default)s"
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="rounds; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="only try it, on tiny modules")
+    parser.add_argument("--check", action="store_true", help="fail if a target is missed")
     options = parser.parse_args(argv)
     patterns = options.only or ["*"]
     options.shapes = [
@@ -244,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     if any(
         CONTENDERS[name].needs != "jax" and CONTENDERS[name].installed for name in options.peers
@@ -266,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheets = [report.times_sheet(result), report.targets_sheet(result)]
     publish(options.output / "speed", "Speed of a merge in memory", result, sheets, report.NOTES)
     if importlib.util.find_spec("matplotlib"):
-        from plot import draw
+        from common.plot import draw
 
         draw(result, options.output / "speed.svg")
     met = not machine.is_busy(described) and all(target["met"] for target in result["targets"])

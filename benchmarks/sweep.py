@@ -1,4 +1,4 @@
-"""What does a sweep cost? Many candidates on projected adapters, against as many merges.
+"""Times a sweep over candidates on projected adapters, against as many merges.
 
     python benchmarks/sweep.py [ADAPTER...] [--scales N] [--densities N] [--rounds N] [--check]
 
@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import machine
 import numpy as np
-from publish import Sheet, digits, folder, publish
+from common import machine
+from common.publish import Sheet, digits, publish, script
 
 import coremerge_jax as cm
 from coremerge_jax import demo, search
 
 RULE = cm.chain(cm.ties(), cm.isotropize())
 TARGET = 20.0
-COMPARED = 25  # one of so many candidates is compared with what `merge` gives
+COMPARED = 25  # every 25th candidate is compared with the result of `merge`
 NOTES = """\
-Seconds for all candidates, which nothing evaluates. *merges*: one call of `merge` for each, with
-compiled programs; the fastest of the rounds. *sweep*: the median of the rounds, projecting anew,
-with compiled programs. *first*: the same with nothing compiled, and how many programs that
-compiled: as many as a sweep of one candidate does. *error*: largest relative difference of a
-module's update from that of `merge`, over every 25th candidate."""
+Seconds for all candidates, without an evaluation. *merges*: one call of `merge` for each, with
+compiled programs; the fastest of the rounds. *sweep*: the median of the rounds, projection
+included, with compiled programs. *first*: the same with nothing compiled yet, and the number of
+programs compiled, which is that of a sweep of one candidate. *error*: largest relative difference
+of a module's update from that of `merge`, over every 25th candidate."""
 
 
 def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what it gives."""
+    """Returns the seconds of a call, and its result."""
     start = time.perf_counter()
     result = fn()
     return time.perf_counter() - start, result
 
 
 def compilations(fn: Callable[[], Any]) -> tuple[int, float]:
-    """How many programs were compiled, with none at hand before, and the seconds."""
+    """Returns the seconds of a call, and the number of programs compiled, with none before."""
     count = 0
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -58,7 +58,7 @@ def compilations(fn: Callable[[], Any]) -> tuple[int, float]:
 
 
 def measure(adapters: Sequence[cm.Adapter], scales: int, densities: int, rounds: int) -> dict:
-    """The figures for one set of adapters."""
+    """Measures one set of adapters."""
     values = {
         "scale": np.linspace(0.1, 3, scales).tolist(),
         "ties.density": np.linspace(0.1, 0.9, densities).tolist(),
@@ -107,19 +107,22 @@ def _error(found: cm.Adapter, expected: cm.Adapter) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parses the command line."""
+    parser = script(__doc__)
     parser.add_argument("adapters", nargs="*", type=Path, help="PEFT folders")
-    parser.add_argument("--scales", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--densities", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--scales", type=int, default=100, help="number of scales; default: %(default)s"
+    )
+    parser.add_argument(
+        "--densities", type=int, default=5, help="number of densities; default: %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; default: %(default)s")
     parser.add_argument("--check", action="store_true", help="fail if the target is missed")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options = parse(argv)
     watch = machine.Watch()
     paths = options.adapters or demo.adapters()

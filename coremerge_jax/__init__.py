@@ -1,11 +1,18 @@
 """Core Space merging of LoRA adapters in JAX (arXiv 2509.17786).
 
-The public names are those of `__init__.pyi`. They are imported at first use, so that help and
-tab-completion of the command line do not wait for JAX. No public name is that of a module.
+The stub, `__init__.pyi`, lists the public names. They are imported at first use, so that help and
+tab-completion of the command line do not wait for JAX.
 """
+
+import ast
+from pathlib import Path
 
 import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# Every import of the stub can be reached; its `__all__`, read here so that there is one list, is
+# shorter.
+__getattr__, __dir__, _ = lazy_loader.attach_stub(__name__, __file__)
+_stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+__all__ = next(ast.literal_eval(node.value) for node in _stub.body if isinstance(node, ast.Assign))

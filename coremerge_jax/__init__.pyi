@@ -1,22 +1,24 @@
-from . import (
-    demo,
-    diagnosis,
-    io,
-    linalg,
-    rules,
-    search,
-    spaces,
-    verification,
-)
-from .diagnosis import Diagnosis, diagnose
-from .errors import (
-    CoreMergeError,
-    FormatError,
-    MismatchError,
-    ProcessError,
-    RecipeError,
-    UnsupportedError,
-)
+# `__all__` is what users write. What is imported with `as` is public too, but a namespace, the type
+# of a result, or an error that `CoreMergeError` covers.
+from . import demo as demo
+from . import diagnosis as diagnosis
+from . import errors as errors
+from . import io as io
+from . import linalg as linalg
+from . import recipe as recipe
+from . import rules as rules
+from . import search as search
+from . import spaces as spaces
+from . import trees as trees
+from . import verification as verification
+from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import diagnose
+from .errors import CoreMergeError
+from .errors import FormatError as FormatError
+from .errors import MismatchError as MismatchError
+from .errors import ProcessError as ProcessError
+from .errors import RecipeError as RecipeError
+from .errors import UnsupportedError as UnsupportedError
 from .io import (
     apply_adapter,
     load_peft,
@@ -28,8 +30,9 @@ from .io import (
 )
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging.merge import merge, merge_stream
-from .merging.projected import Projected, project
-from .merging.stream import MergeStream
+from .merging.projected import Projected as Projected
+from .merging.projected import project
+from .merging.stream import MergeStream as MergeStream
 from .merging.truncation import truncate
 from .rules import (
     cart,
@@ -50,12 +53,14 @@ from .rules import (
     tsv,
 )
 from .spaces import core, full, knots, tucker
-from .trees.adapters import TreeFormat, from_tree, to_tree
+from .trees.adapters import TreeFormat as TreeFormat
+from .trees.adapters import from_tree, to_tree
 from .trees.axes import Axes
 from .trees.fold import fold_tree
 from .trees.layouts import Layout
 from .trees.nnx import from_nnx, update_nnx
-from .verification import Verification, verify
+from .verification import Verification as Verification
+from .verification import verify
 
 __version__: str
 
@@ -63,40 +68,26 @@ __all__ = [
     "Adapter",
     "Axes",
     "CoreMergeError",
-    "Diagnosis",
-    "FormatError",
     "Kind",
     "Layout",
     "LoRA",
-    "MergeStream",
     "Metadata",
-    "MismatchError",
-    "ProcessError",
-    "Projected",
-    "RecipeError",
-    "TreeFormat",
-    "UnsupportedError",
-    "Verification",
     "apply_adapter",
     "cart",
     "chain",
     "core",
     "dare",
     "dc_merge",
-    "demo",
     "diagnose",
-    "diagnosis",
     "flatten",
     "fold_tree",
     "from_function",
     "from_nnx",
     "from_tree",
     "full",
-    "io",
     "iso_cts",
     "isotropize",
     "knots",
-    "linalg",
     "load_peft",
     "mean",
     "merge",
@@ -107,12 +98,9 @@ __all__ = [
     "pico",
     "project",
     "prune",
-    "rules",
     "save_orbax",
     "save_peft",
     "sce",
-    "search",
-    "spaces",
     "svc",
     "task_arithmetic",
     "ties",
@@ -121,6 +109,5 @@ __all__ = [
     "tsv",
     "tucker",
     "update_nnx",
-    "verification",
     "verify",
 ]

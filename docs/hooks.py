@@ -1,4 +1,4 @@
-"""What MkDocs does for this site beside its plugins: pages from outside of docs/, and equations."""
+"""MkDocs hooks of this site: pages from outside of docs/, help of the commands, equations."""
 
 import functools
 import html
@@ -69,7 +69,7 @@ def _with_site_links(markdown: str, page: Page) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """LaTeX to MathML, which browsers show by themselves."""
+    """Converts LaTeX to MathML, which browsers display without scripts."""
 
     def to_mathml(match: re.Match) -> str:
         display = "block" if match[2] == "[" else "inline"

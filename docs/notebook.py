@@ -14,7 +14,7 @@ PAGE, NOTEBOOK = DOCS / "tutorial.md", DOCS / "tour.ipynb"
 
 
 def cells(text: str) -> list[nbformat.NotebookNode]:
-    """A cell for each block of Python, and for what is between; running them gives the outputs."""
+    """Returns a cell for each block of Python and for each text between, without outputs."""
     lines, found, end, above = text.splitlines(keepends=True), [], 0, None
 
     def add(make: Callable, source: str) -> None:

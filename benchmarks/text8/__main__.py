@@ -1,4 +1,4 @@
-"""`python benchmarks/text8`: see `command`."""
+"""Runs `text8.command`, for ``python benchmarks/text8``."""
 
 import sys
 from pathlib import Path

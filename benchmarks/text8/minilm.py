@@ -44,7 +44,7 @@ class Config:
 
     @classmethod
     def load(cls, folder: Path) -> "Config":
-        """From a folder in Hugging Face's format."""
+        """Loads a folder in Hugging Face's format."""
         found = json.loads((folder / "config.json").read_text())
         known = [field.name for field in dataclasses.fields(cls) if field.name in found]
         return cls(**{name: found[name] for name in known})
@@ -72,7 +72,7 @@ class Embeddings(nnx.Module):
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """``(N, L)`` to ``(N, L, d)``."""
+        """Maps ``(N, L)`` to ``(N, L, d)``."""
         places = self.position_embeddings(jnp.arange(tokens.shape[1]))
         return self.LayerNorm(
             self.word_embeddings(tokens)
@@ -90,7 +90,7 @@ class SelfAttention(nnx.Module):
             setattr(self, name, _adapted(config, rngs))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """``(N, L, d)`` and ``(N, L)`` to ``(N, L, d)``."""
+        """Maps ``(N, L, d)`` and ``(N, L)`` to ``(N, L, d)``."""
         split = (*x.shape[:2], self.heads, -1)
         q, k, v = (layer(x).reshape(split) for layer in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
@@ -105,7 +105,7 @@ class Output(nnx.Module):
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
-        """``(N, L, k)`` and ``(N, L, d)`` to ``(N, L, d)``."""
+        """Maps ``(N, L, k)`` and ``(N, L, d)`` to ``(N, L, d)``."""
         return self.LayerNorm(self.dense(x) + residual)
 
 
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         self.output = Output(_adapted(config, rngs), config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """See `SelfAttention`."""
+        """Maps ``(N, L, d)`` and ``(N, L)`` to ``(N, L, d)``."""
         return self.output(self.self(x, mask), x)
 
 
@@ -128,7 +128,7 @@ class Intermediate(nnx.Module):
         self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, L, d)`` to ``(N, L, k)``."""
+        """Maps ``(N, L, d)`` to ``(N, L, k)``."""
         return jax.nn.gelu(self.dense(x), approximate=False)
 
 
@@ -142,7 +142,7 @@ class Layer(nnx.Module):
         self.output = Output(narrow, config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """See `SelfAttention`."""
+        """Maps ``(N, L, d)`` and ``(N, L)`` to ``(N, L, d)``."""
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
 
@@ -154,7 +154,7 @@ class Layers(nnx.Module):
         self.layer = nnx.List(Layer(config, rngs) for _ in range(config.num_hidden_layers))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """See `SelfAttention`."""
+        """Maps ``(N, L, d)`` and ``(N, L)`` to ``(N, L, d)``."""
         for layer in self.layer:
             x = layer(x, mask)
         return x
@@ -168,7 +168,7 @@ class MiniLM(nnx.Module):
         self.encoder = Layers(config, rngs)
 
     def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """The last hidden states.
+        """Returns the last hidden states.
 
         Args:
             tokens: ``(N, L)``, integers.
@@ -187,7 +187,7 @@ class MiniLM(nnx.Module):
 
 
 def load(folder: Path, rank: int = 0, seed: int = 0) -> MiniLM:
-    """The model with the weights of a folder in Hugging Face's format.
+    """Returns the model with the weights of a folder in Hugging Face's format.
 
     Args:
         folder: has ``config.json`` and ``model.safetensors``.
@@ -199,7 +199,7 @@ def load(folder: Path, rank: int = 0, seed: int = 0) -> MiniLM:
 
 
 def with_weights(config: Config, tensors: Mapping[str, np.ndarray], seed: int = 0) -> MiniLM:
-    """The model with weights by their names in the Hugging Face file."""
+    """Returns the model with weights by their names in the Hugging Face file."""
     model = MiniLM(config, nnx.Rngs(seed))
     state = nnx.state(model, lambda path, _: "lora" not in path)
     loaded = jax.tree_util.tree_map_with_path(
@@ -232,7 +232,7 @@ class Tokens:
         self._tokenizer.enable_truncation(LENGTH)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, int32."""
+        """Returns the tokens of each text, int32."""
         found = self._tokenizer.encode_batch(list(texts))
         return [np.asarray(text.ids, np.int32) for text in found]
 

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def collect(study: Study) -> dict[str, list[Row]]:
-    """All sections by name."""
+    """Returns all sections by name."""
     ranks = dict.fromkeys(study.names, RANK)
     mixed = {name: (RANK, SMALL)[i % 2] for i, name in enumerate(study.names)}
     compare = Compare(study, ranks)
@@ -47,7 +47,7 @@ def collect(study: Study) -> dict[str, list[Row]]:
 
 
 def describe(study: Study, ranks: Mapping[str, int]) -> list[Row]:
-    """What the tasks are, and how good the base model and their own adapters are."""
+    """Describes the tasks, with the accuracy of the base model and of their own adapters."""
     licences = {source.name: source.licence for source in SOURCES}
     base, alone = (scoring.accuracy(x) for x in (study.base(), study.alone(ranks, "test")))
     return [
@@ -81,7 +81,7 @@ class Compare:
         return scoring.resampled(found["correct"], self.alone)
 
     def row(self, method: Method, found: Mapping[str, Any]) -> Row:
-        """One row; see `Study.measure`."""
+        """Returns one row, measured by `Study.measure`."""
         drawn, correct = self._scores(found), found["correct"]
         mean = {x: float(np.mean(y) / np.mean(self.alone[x])) for x, y in correct.items()}
         return {
@@ -97,11 +97,11 @@ class Compare:
         }
 
     def rows(self, chosen: Iterable[Method]) -> list[Row]:
-        """Of several methods."""
+        """Returns the rows of several methods."""
         return [self.row(x, self.study.measure(x, self.ranks)) for x in chosen]
 
     def differences(self, chosen: Iterable[Method]) -> list[Row]:
-        """Of core space to the other spaces, rule by rule."""
+        """Returns differences of core space to the other spaces, rule by rule."""
         rows = []
         for method in chosen:
             if method.space != "core":
@@ -121,7 +121,7 @@ class Compare:
 
 
 def spaces(study: Study, ranks: Mapping[str, int]) -> list[Row]:
-    """How far merges are from those in core space that are the same in theory."""
+    """Returns distances of merges from those in core space that are equal in theory."""
     paths = [study.adapter(name, rank) for name, rank in ranks.items()]
     return [
         {"rule": rule, "space": space, "off": equal(paths, rule, space)} for rule, space in SAME
@@ -151,7 +151,7 @@ def explain(study: Study, rows: Sequence[Row], path: Path) -> None:
 
 
 def curve(study: Study) -> list[Row]:
-    """More and more tasks, in random orders."""
+    """Measures merges of more and more tasks, in random orders."""
     rows = []
     for order in range(ORDERS):
         names = np.random.default_rng(order).permutation(study.names).tolist()

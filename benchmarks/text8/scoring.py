@@ -1,4 +1,4 @@
-"""How good a model is: correct answers, and what they are compared with."""
+"""Scores of a model: its correct answers, relative to those of each task's own adapter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ class Exam:
         return nnx.merge(self._graph, state)(tokens, mask)
 
     def _embeddings(self, state: nnx.State, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """``(N, d)``."""
+        """Returns embeddings, ``(N, d)``."""
         found: list[tuple] = []
         for places, batch in batches(tokens, BATCH):
             found.append((places, self._embed(state, *batch)))
@@ -64,7 +64,7 @@ class Exam:
     def correct(
         self, adapter: cm.Adapter | None, split: str, tasks: Sequence[str] | None = None
     ) -> Correct:
-        """The answers of the base model with an adapter, or alone.
+        """Returns the answers of the base model, with an adapter or alone.
 
         Args:
             adapter: any.
@@ -83,17 +83,17 @@ class Exam:
 
 
 def accuracy(correct: Correct) -> dict[str, float]:
-    """By task."""
+    """Returns the accuracy by task."""
     return {name: float(np.mean(answers)) for name, answers in correct.items()}
 
 
 def normalized(correct: Correct, alone: Correct) -> float:
-    """The mean over tasks of the accuracy, divided by that of the task's own adapter."""
+    """Returns the mean over tasks of the accuracy over that of the task's own adapter."""
     return float(np.mean([np.mean(correct[name]) / np.mean(alone[name]) for name in correct]))
 
 
 def resampled(correct: Correct, alone: Correct) -> np.ndarray:
-    """`normalized` of texts drawn with replacement, ``(RESAMPLES,)``.
+    """Returns `normalized` of texts drawn with replacement, ``(RESAMPLES,)``.
 
     Each task's texts are drawn anew, the same for both models; and the same in each call, so that
     differences of two results are those on equal texts.
@@ -108,6 +108,6 @@ def resampled(correct: Correct, alone: Correct) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """From the 2.5th to the 97.5th percentile."""
+    """Returns the 2.5th and the 97.5th percentile."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

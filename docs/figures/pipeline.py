@@ -18,30 +18,30 @@ TOP = ROWS / 2
 def matrix(
     ax: Axes, x: float, top: float, width: float, height: float, color: str, name: str = ""
 ) -> None:
-    """A rectangle with its upper left corner at a point."""
+    """Draws a rectangle with its upper left corner at a point."""
     ax.add_patch(Rectangle((x, top - height), width, height, fc=color, ec="white", lw=1.5))
     label(ax, x + width / 2, top - height / 2, name, color=INK if color == BASIS else "white")
 
 
 def label(ax: Axes, x: float, y: float, text: str, *, size: float = 13, color: str = INK) -> None:
-    """Text around a point."""
+    """Writes text around a point."""
     ax.text(x, y, text, ha="center", va="center", fontsize=size, color=color, linespacing=1.6)
 
 
 def stage(ax: Axes, x: float, name: str, shapes: str) -> None:
-    """What a stage is, above, and which shapes it has, below."""
+    """Writes the name of a stage above, and its shapes below."""
     ax.text(x, TOP + 0.5, name, ha="center", fontsize=14, color=INK)
     label(ax, x, -TOP - 0.9, shapes, size=12, color=FAINT)
 
 
 def arrow(ax: Axes, x: float, name: str) -> None:
-    """From one stage to the next."""
+    """Draws an arrow from one stage to the next."""
     ax.annotate("", (x + 0.9, 0), (x, 0), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.5})
     label(ax, x + 0.43, 0.28, name, size=12)
 
 
 def draw(ax: Axes) -> None:
-    """All stages from left to right."""
+    """Draws all stages from left to right."""
     for t, color in enumerate(TASKS, start=1):
         top = TOP - (t - 1) * 0.92
         matrix(ax, 0, top, RANK, 0.8, color)

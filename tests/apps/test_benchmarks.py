@@ -6,10 +6,9 @@ import sys
 import warnings
 
 import end_to_end
-import machine
 import pytest
-import report
 import speed
+from common import machine, report
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_speed_with_all_peers(run_speed):
 
 @pytest.mark.nightly
 def test_plot(run_speed, tmp_path):
-    plot = pytest.importorskip("plot", exc_type=ImportError)
+    plot = pytest.importorskip("common.plot", exc_type=ImportError)
     run_speed("--only", "vit-b32", "--only", "tasks-[24]", "--rules", "ties", "--peers", "")
     result = json.loads((tmp_path / "speed.json").read_text())
     for name in ("one.svg", "two.svg"):

@@ -1,4 +1,4 @@
-"""The page of rules and spaces has all of them and says what the code says."""
+"""The page of rules and spaces lists all of them, as the code has them."""
 
 import dataclasses
 import re

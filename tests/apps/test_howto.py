@@ -10,7 +10,8 @@ from orbax.checkpoint import v1 as ocp
 from pages import DOCS, folder, run_page
 
 import coremerge_jax as cm
-from coremerge_jax.trees.families import translate
+from coremerge_jax import demo
+from coremerge_jax.trees import translate
 
 __all__ = ["folder"]  # a fixture
 
@@ -93,12 +94,18 @@ def check_distributed(found):
 def check_search(found):
     losses = [row["validation"] for row in found["fitted"].history]
     assert min(losses) < 0.8 * losses[0]
+
+
+def check_jax(found):
+    assert found["sweep"].shape == (10, 80, 80)
+    assert found["gradient"].shape == (len(demo.TASKS),)
     assert found["step"]._cache_size() == 1
-    assert all(jax.numpy.isfinite(found["gradient"]))
+    assert all(jax.numpy.isfinite(found["slopes"]))
 
 
 CHECK = {
     "distributed": check_distributed,
+    "jax": check_jax,
     "maxtext": check_converted,
     "search": check_search,
     "tunix": check_converted,

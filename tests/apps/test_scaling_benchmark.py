@@ -6,8 +6,8 @@ import math
 
 import pytest
 import scaling
-from machine import cores
-from peers import RULES
+from common.machine import cores
+from common.peers import RULES
 
 import coremerge_jax as cm
 from coremerge_jax.merging.cost import cost

@@ -8,8 +8,8 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from common.publish import publish
 from flax import nnx
-from publish import publish
 from safetensors.numpy import save_file
 from text8 import figure, methods, minilm, results, scoring, sources, study, tables, tasks, training
 from text8.methods import Method

@@ -1,4 +1,4 @@
-"""The paper's equations as they stand, one module at a time, in any array library.
+"""The paper's equations, one module at a time, in any array library.
 
 ``xp`` is `numpy`, `torch` or `jax.numpy`. Definitions are those of the docstrings in
 `coremerge_jax.rules` and `coremerge_jax.spaces`, for factors in general position: no rank is
@@ -16,24 +16,24 @@ SHARE = 0.08  # of CART: the rank as a share of the space's
 
 
 def svd(xp: Any, x: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decompositions, over leading axes."""
+    """Returns thin singular value decompositions, over leading axes."""
     return xp.linalg.svd(x, full_matrices=False)
 
 
 def polar(xp: Any, x: Array) -> Array:
-    """The nearest matrix with orthonormal rows or columns."""
+    """Returns the nearest matrix with orthonormal rows or columns."""
     u, _, vh = svd(xp, x)
     return u @ vh
 
 
 def total(xp: Any, cores: Array, rank: int) -> Array:
-    """Task arithmetic."""
+    """Adds the cores: task arithmetic."""
     del rank
     return xp.sum(cores, axis=0)
 
 
 def ties(xp: Any, cores: Array, rank: int) -> Array:
-    """Trim, elect signs, average what agrees."""
+    """Trims, elects signs, averages the entries that agree."""
     del rank
     magnitude = abs(cores)
     flat = magnitude.reshape(len(cores), -1)
@@ -49,7 +49,7 @@ def ties(xp: Any, cores: Array, rank: int) -> Array:
 
 
 def tsv(xp: Any, cores: Array, rank: int) -> Array:
-    """Task singular vectors, made orthogonal across tasks."""
+    """Merges with singular vectors made orthogonal across tasks."""
     tasks, p, q = cores.shape
     k = rank if tasks * rank <= min(p, q) else min(p, q) // tasks
     u, s, vh = svd(xp, cores)
@@ -59,7 +59,7 @@ def tsv(xp: Any, cores: Array, rank: int) -> Array:
 
 
 def cart(xp: Any, cores: Array, rank: int) -> Array:
-    """Mean, and low-rank deviations from it."""
+    """Adds low-rank deviations to the mean."""
     del rank
     k = math.ceil(SHARE * min(cores.shape[1:]))
     mean = xp.mean(cores, axis=0)
@@ -68,18 +68,18 @@ def cart(xp: Any, cores: Array, rank: int) -> Array:
 
 
 def isotropize(xp: Any, merged: Array) -> Array:
-    """Equal singular values."""
+    """Makes singular values equal."""
     u, s, vh = svd(xp, merged)
     return xp.mean(s) * (u @ vh)
 
 
 def keep(xp: Any, merged: Array) -> Array:
-    """Nothing after the merge."""
+    """Leaves the merge unchanged."""
     del xp
     return merged
 
 
-# What merges, and what comes after the merge.
+# The rule that merges, and the step after the merge.
 RULES: dict[str, tuple[Callable, Callable]] = {
     "ta": (total, keep),
     "ties": (ties, keep),
@@ -89,9 +89,18 @@ RULES: dict[str, tuple[Callable, Callable]] = {
     "tsv+iso-c": (tsv, isotropize),
 }
 
+RULE_TITLES = {
+    "ta": "TA",
+    "ties": "TIES",
+    "tsv": "TSV",
+    "cart": "CART",
+    "iso-c": "Iso-C",
+    "tsv+iso-c": "TSV + Iso-C",
+}
+
 
 def core(xp: Any, rule: str, a: Array, b: Array, tasks: int) -> tuple[Array, Array]:
-    """Core space (arXiv 2509.17786, section 4).
+    """Merges in core space (arXiv 2509.17786, section 4).
 
     Args:
         xp: the array library.
@@ -119,13 +128,13 @@ def _updates(xp: Any, a: Array, b: Array, tasks: int) -> Array:
 
 
 def full(xp: Any, rule: str, a: Array, b: Array, tasks: int) -> Array:
-    """Full space: the rule on the dense updates; see `core`. Returns ``(m, n)``."""
+    """Merges dense updates, in full space; arguments as for `core`, returns ``(m, n)``."""
     merge, finish = RULES[rule]
     return finish(xp, merge(xp, _updates(xp, a, b, tasks), a.shape[0] // tasks))
 
 
 def knots(xp: Any, rule: str, a: Array, b: Array, tasks: int) -> Array:
-    """KnOTS space (arXiv 2410.19735): the rule on the right factors of [ΔW_1 … ΔW_T].
+    """Merges the right factors of [ΔW_1 … ΔW_T], in KnOTS space (arXiv 2410.19735).
 
     As in the core-space paper's code, singular values up to 1e-5 are dropped, and what comes after
     the merge acts on the update.

@@ -22,6 +22,6 @@ class Normalized:
         return [demo.evaluate(adapter, split=split)[task] for task, adapter in pairs]
 
     def __call__(self, merged: cm.Adapter, split: str = "validation") -> float:
-        """On the images of a split."""
+        """Returns the mean on the images of a split."""
         found = demo.evaluate(merged, split=split).values()
         return float(np.mean([x / y for x, y in zip(found, self._alone[split], strict=True)]))

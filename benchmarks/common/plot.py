@@ -9,7 +9,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from report import RULE_TITLES
+
+from common.paper import RULE_TITLES
 
 mpl.rcParams.update({"svg.hashsalt": "coremerge", "font.size": 10})
 
@@ -28,7 +29,7 @@ LINES = {"tsv+iso-c": "-", "ties": ":"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draws what was measured: one panel a model, and one a sweep."""
+    """Draws the results: one panel for each model, and one for each sweep."""
     rows = result["rows"]
     models = [name for name in ("vit-b32", "llama-3-8b") if _of(rows, name)]
     sweeps: list[tuple[str, str, list[Row]]] = [
@@ -75,7 +76,7 @@ def _of(rows: Sequence[Row], shape: str) -> list[Row]:
 
 
 def _model(ax: Axes, rows: Sequence[Row]) -> None:
-    """Seconds of every contender, one line a rule; hollow where scaled from a few modules."""
+    """Draws seconds of every contender, a line for each rule; hollow if scaled."""
     for y, row in enumerate(reversed(rows)):
         ax.axhline(y, color="#e4e4e4", lw=0.8, zorder=0)
         for name, entry in row["times"].items():
@@ -96,7 +97,7 @@ def _mark(ax: Axes, x: float, y: float, name: str, entry: Mapping[str, Any], siz
 
 
 def _sweep(ax: Axes, label: str, field: str, rows: Sequence[Row]) -> None:
-    """Seconds by T or r, for two rules."""
+    """Draws seconds by T or r, for two rules."""
     for name in STYLES:
         for rule, line in LINES.items():
             found = sorted(

@@ -1,4 +1,4 @@
-"""The shapes that are measured, and synthetic adapters of them.
+"""Shapes of models, and synthetic adapters of them as PEFT folders.
 
     python benchmarks/shapes.py SHAPE FOLDER [--tasks T] [--layers N]
 
@@ -40,22 +40,22 @@ class Shape:
 
     @property
     def stacked_rank(self) -> int:
-        """R = T r."""
+        """Returns R = T r."""
         return self.tasks * self.rank
 
     def paths(self, kind: Kind, modules: int | None = None) -> list[str]:
-        """Paths of a kind's modules, or of the first few of them."""
+        """Returns the paths of a kind's modules, or of the first few."""
         every = [
             f"model.layers.{i}.self_attn.{name}" for i in range(self.layers) for name in kind.names
         ]
         return every[:modules]
 
     def modules(self, kind: Kind) -> int:
-        """How many modules of a kind there are."""
+        """Returns the number of modules of a kind."""
         return self.layers * len(kind.names)
 
     def adapters(self, seed: int = 0) -> list[cm.Adapter]:
-        """Seeded float32 adapters, as trained ones look.
+        """Returns seeded float32 adapters that resemble trained ones.
 
         A is drawn as peft initializes it, uniform in ±1/√n (Kaiming's, with a = √5), which training
         moves little. B starts at zero and learns few directions: Gaussian, with singular values
@@ -77,7 +77,7 @@ class Shape:
         ]
 
     def tiny(self) -> "Shape":
-        """The same at a size that only shows that everything runs."""
+        """Returns a tiny version, to try that everything runs."""
         kinds = tuple(Kind(kind.m // 16, kind.n // 16, kind.names[:1]) for kind in self.kinds)
         tasks, rank = min(self.tasks, 4), min(self.rank, 8)
         return dataclasses.replace(self, layers=2, kinds=kinds, tasks=tasks, rank=rank)

@@ -1,15 +1,17 @@
-"""Results to the terminal, to Markdown and to JSON."""
+"""The command line of benchmarks, and their results in the terminal, Markdown and JSON."""
 
+import argparse
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from common import machine
 
 
 class Sheet(NamedTuple):
@@ -22,8 +24,16 @@ class Sheet(NamedTuple):
 
 
 def folder() -> Path:
-    """Where results are kept: one folder for each version of jax."""
-    return Path(__file__).parent / "results" / f"jax-{importlib.metadata.version('jax')}"
+    """Returns the folder of the results, one for each version of jax."""
+    return Path(__file__).parents[1] / "results" / f"jax-{importlib.metadata.version('jax')}"
+
+
+def script(doc: str, **more: Any) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark, described by the first paragraph of its docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], **more)
+    what = "folder for the results; default: %(default)s"
+    parser.add_argument("--output", type=Path, default=folder(), help=what)
+    return parser
 
 
 def publish(
@@ -34,9 +44,9 @@ def publish(
     Args:
         stem: path of the files, without suffix.
         title: headline of the Markdown file.
-        result: what the JSON file holds; under ``"machine"`` that of `machine.describe`.
+        result: content of the JSON file, with `machine.describe` under ``"machine"``.
         sheets: the tables.
-        notes: what the columns mean.
+        notes: meaning of the columns.
     """
     console = Console()
     if not console.is_terminal:
@@ -52,7 +62,7 @@ def publish(
 
 
 def digits(seconds: float) -> str:
-    """Seconds with about three digits, without an exponent."""
+    """Formats seconds with about three digits, without an exponent."""
     places = 4 if seconds < 0.01 else 3 if seconds < 0.1 else 2 if seconds < 10 else 1
     return f"{seconds:.{places}f}"
 
@@ -74,7 +84,7 @@ def _markdown(sheet: Sheet) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with four significant digits, for small files."""
+    """Rounds to four significant digits, for small files."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What no merge can do without: reading the factors, and three matrix products a module.
+"""The floor of a merge: reading the factors, and three matrix products for each module.
 
 Two Gram matrices in float64, R × n × R and R × m × R, and one product m × R × R in float32. Each is
 timed with the fastest library at hand for it (NumPy's BLAS, XLA, PyTorch's if it is imported), on
@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from shapes import Kind, Shape
+
+from common.shapes import Kind, Shape
 
 Product = Callable[[np.ndarray, np.ndarray], Callable[[], Any]]
 
@@ -44,7 +45,7 @@ class Floor:
 
     Attributes:
         flop: floating point operations of the products, as full products.
-        libraries: which library is fastest for each product.
+        libraries: the fastest library for each product.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -93,9 +94,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 class Files:
-    """Files with as many bytes as the float32 factors of each adapter, and their reading.
+    """Files with as many bytes as the float32 factors of each adapter, to read.
 
-    They have just been written: what is timed is a copy out of the page cache.
+    They have just been written, so reading them is a copy out of the page cache.
     """
 
     def __init__(self, shape: Shape) -> None:

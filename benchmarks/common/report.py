@@ -3,27 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from publish import Sheet, digits
+from common.paper import RULE_TITLES
+from common.publish import Sheet, digits
 
 Row = Mapping[str, Any]
 
-RULE_TITLES = {
-    "ta": "TA",
-    "ties": "TIES",
-    "tsv": "TSV",
-    "cart": "CART",
-    "iso-c": "Iso-C",
-    "tsv+iso-c": "TSV + Iso-C",
-}
 NOTES = """\
 Seconds for all modules: median of the rounds, the fastest in brackets. `~`: run on a few modules
 and scaled by their number. Factors are float32 NumPy arrays in memory, before and after.
-*compile*: first call less the median. *model*: what the cost model of `--dry-run` expects of
-us, from the machine's rates. *floor*: two Gram matrices in float64 and one product
+*compile*: first call less the median. *model*: the estimate of the cost model of
+`--dry-run`, from the machine's rates. *floor*: two Gram matrices in float64 and one product
 m × R × R in float32 per module, each with the fastest of NumPy's BLAS, PyTorch's and XLA, on all
 cores. *read*: files of the factors' size out of the page cache. *error*: largest relative
-difference of an update of PyTorch's from ours, over up to 8 modules. Where nothing stands, the
-contender has no such rule or was not run."""
+difference of an update of PyTorch's from ours, over up to 8 modules. An empty cell: the contender
+has no such rule, or was not run."""
 
 # (shape, rule, what, bound): a speedup over PyTorch of at least; so many floors at most; from
 # `FEW` adapters on, at most so many times the growth that the cost model expects.
@@ -41,7 +34,7 @@ TARGETS = (
 
 
 def ratio(row: Row, over: str, under: str) -> float | None:
-    """How many times longer one took than another; None if one was not measured."""
+    """Returns the time of one over that of another; None if one was not measured."""
     times = row["times"]
     if over not in times or under not in times:
         return None
@@ -49,7 +42,7 @@ def ratio(row: Row, over: str, under: str) -> float | None:
 
 
 def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Which targets are met; one that was not measured is not."""
+    """Returns the targets, and whether they are met; one that was not measured is not."""
     found = {(row["shape"], row["rule"]): row for row in rows}
     verdicts = []
     for shape, rule, what, bound in TARGETS:
@@ -72,13 +65,13 @@ def _measured(what: str, row: Row, few: Row) -> float | None:
 
 
 def progress(row: Row) -> str:
-    """One row in one line."""
+    """Returns a row in one line."""
     times = ", ".join(f"{name} {_seconds(entry)}" for name, entry in row["times"].items())
     return f"{row['title']}: {RULE_TITLES[row['rule']]}: {times}"
 
 
 def times_sheet(result: Mapping[str, Any]) -> Sheet:
-    """What everyone took."""
+    """Returns the table of times."""
     measured = {name for row in result["rows"] for name in row["times"]}
     peers = [name for name in result["contenders"] if name in measured - {"ours", "torch"}]
     header = [
@@ -117,7 +110,7 @@ def _row(row: Row, peers: Sequence[str]) -> list[str]:
 
 
 def targets_sheet(result: Mapping[str, Any]) -> Sheet:
-    """Which targets were met."""
+    """Returns the table of targets."""
     titles = {
         "speedup": "PyTorch / ours at least",
         "floors": "ours / floor at most",

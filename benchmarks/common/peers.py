@@ -1,4 +1,4 @@
-"""The contenders: each prepares a merge of adapters by a rule, and gives the call to time.
+"""The contenders: each prepares a merge of adapters by a rule, and returns the call to time.
 
 Factors are NumPy float32 arrays in memory, before and after.
 """
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paper
 
 import coremerge_jax as cm
+from common import paper
 from coremerge_jax.rules import Rule
 
 RULES: dict[str, Rule] = {
@@ -35,7 +35,7 @@ class Contender(NamedTuple):
     """A way to merge.
 
     Attributes:
-        title: what it is, for people.
+        title: for the table.
         prepare: makes the call to time, from the rule's name and the adapters.
         compiles: whether the first call compiles, and is to be timed apart.
         needs: the module that must be installed.
@@ -50,27 +50,27 @@ class Contender(NamedTuple):
 
     @property
     def installed(self) -> bool:
-        """Whether it can be run here."""
+        """Returns whether it can run here."""
         return importlib.util.find_spec(self.needs) is not None
 
 
 def ours(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """This library."""
+    """Prepares this library."""
     return lambda: cm.merge(adapters, RULES[rule])
 
 
 def torch_core(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """The paper's algorithm, one module after another."""
+    """Prepares the paper's algorithm, one module after another."""
     return _in_torch("core", rule, adapters, "float64")
 
 
 def torch_full(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """Full space: the rule on dense updates."""
+    """Prepares full space: the rule on dense updates."""
     return _in_torch("full", rule, adapters, "float32")
 
 
 def torch_knots(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """KnOTS space, from dense updates."""
+    """Prepares KnOTS space, from dense updates."""
     return _in_torch("knots", rule, adapters, "float32")
 
 
@@ -94,7 +94,7 @@ def _in_torch(space: str, rule: str, adapters: Sequence[cm.Adapter], dtype: str)
 
 
 def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """The paper's algorithm with `jax.numpy.linalg.svd`, all modules of a shape in one batch."""
+    """Prepares the paper's algorithm with `jax.numpy.linalg.svd`, a batch for each shape."""
     groups: dict[tuple[int, int], list[str]] = {}
     for path, lora in adapters[0].items():
         groups.setdefault(lora.shape, []).append(path)
@@ -120,7 +120,7 @@ def naive_jax(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
 
 
 def peft_merge(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
-    """``add_weighted_adapter`` of peft on a model of the modules alone."""
+    """Prepares ``add_weighted_adapter`` of peft on a model of only these modules."""
     model, layers = _peft_model(adapters)
     names = [f"task{t}" for t in range(len(adapters))]
 
@@ -149,7 +149,7 @@ def peft_merge(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
 
 
 def _peft_model(adapters: Sequence[cm.Adapter]) -> tuple[Any, dict[str, Any]]:
-    """A model of linear layers with these adapters, and its layers by module path."""
+    """Returns a model of linear layers with these adapters, and its layers by module path."""
     import torch
 
     with _quiet():
@@ -201,7 +201,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def relative_error(x: cm.LoRA | np.ndarray, expected: cm.LoRA) -> float:
-    """Frobenius norm of the difference of two updates, relative to the second."""
+    """Returns the Frobenius norm of the difference of two updates, relative to the second."""
     if isinstance(x, np.ndarray):
         dense = np.asarray(expected.dense(), np.float64)
         return float(np.linalg.norm(x - dense) / np.linalg.norm(dense))

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""The machine that a benchmark runs on, and its load."""
 
 import contextlib
 import importlib.metadata
@@ -13,7 +13,7 @@ PACKAGES = ("coremerge-jax", "jax", "jaxlib", "numpy", "scipy", "torch", "peft")
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -23,7 +23,7 @@ BUSY = 0.1
 
 
 class Watch:
-    """How much of the machine other processes use, from now on; Linux only.
+    """A measurement of the load of other processes, from its creation on; Linux only.
 
     Threads that wait for each other while others have their cores take ten times as long, or
     longer: PyTorch's do. On a busy machine a comparison shows nothing.
@@ -33,7 +33,7 @@ class Watch:
         self._start = self._read()
 
     def others(self) -> float | None:
-        """Their share of all cores; None if that is not known."""
+        """Returns their share of all cores; None if it is not known."""
         start, now = self._start, self._read()
         if start is None or now is None:
             return None
@@ -44,7 +44,7 @@ class Watch:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds: of all processes, of this one and those it has waited for, of the clock."""
+        """Returns seconds: of all processes, of this one and its children, of the clock."""
         try:
             line = Path("/proc/stat").read_text().split("\n", 1)[0]
         except OSError:
@@ -55,7 +55,7 @@ class Watch:
 
 
 def is_busy(machine: dict[str, Any]) -> bool:
-    """Whether others used so much that times mean little; says so."""
+    """Returns whether others used so much that times mean little; prints a warning if so."""
     busy = (machine["others"] or 0) > BUSY
     if busy:
         share = f"{machine['others']:.0%}"
@@ -64,7 +64,7 @@ def is_busy(machine: dict[str, Any]) -> bool:
 
 
 def describe(watch: Watch) -> dict[str, Any]:
-    """The machine, the versions, and the BLAS libraries loaded by now with their threads.
+    """Returns the machine, versions, and the BLAS libraries loaded by now with their threads.
 
     Args:
         watch: made before the measurements.
@@ -82,7 +82,7 @@ def describe(watch: Watch) -> dict[str, Any]:
 
 
 def summary(machine: dict[str, Any]) -> str:
-    """The machine in two sentences."""
+    """Returns the machine in two sentences."""
     others = machine["others"]
     share = "" if others is None else f"; other processes used {others:.0%} of the cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())

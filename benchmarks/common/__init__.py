@@ -1,0 +1,1 @@
+"""Pieces that the benchmarks share: the machine, shapes, contenders, timing, tables, plots."""
