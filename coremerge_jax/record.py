@@ -1,28 +1,34 @@
-"""The record of a merge, coremerge.json: how it was made, of which files."""
+"""The record of a merge, coremerge.json: its recipe, its precision and its sources."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from coremerge_jax import __version__
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io import untrusted
+from coremerge_jax.io.formats import hash_source
 from coremerge_jax.io.outputs import RECORD
 from coremerge_jax.lora import Adapter
-from coremerge_jax.recipe import PRECISIONS, Recipe
+from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.processes import exchange, failing_together
+from coremerge_jax.recipe import PRECISIONS, Recipe, Resolved
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
+def describe_sources(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """Returns name, path and hashes of each adapter of a recipe.
 
-def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[dict[str, Any]]:
-    """Returns the adapters of a recipe, with hashes of their files: each process hashes some."""
-    import jax
+    Args:
+        recipe: the recipe, with the paths of its adapters.
+        adapters: the same adapters, opened.
 
-    from coremerge_jax.io.formats import hash_source
-    from coremerge_jax.merging.processes import exchange, failing_together
-
+    Raises:
+        FormatError: a file cannot be read.
+        ProcessError: another process of the job has failed; each hashes a share of the files.
+    """
     with failing_together():
         own = range(jax.process_index(), len(adapters), jax.process_count())
         hashes = [(t, hash_source(recipe.adapters[t])) for t in own]
@@ -33,16 +39,14 @@ def describe_sources(recipe: "Recipe", adapters: "Sequence[Adapter]") -> list[di
     ]
 
 
-def provenance(recipe: "Recipe", sources: "Sequence[dict[str, Any]]") -> dict[str, Any]:
-    """Returns the record of a merge by a recipe."""
-    from coremerge_jax.merging.precision import computing
-
-    with computing(recipe.precision) as dtype:
+def provenance(resolved: Resolved, sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the record of a merge by a recipe; ``sources`` are from `describe_sources`."""
+    with computing(resolved.recipe.precision) as dtype:
         precision = dtype.name
     return {
         "coremerge_version": __version__,
         "precision": precision,
-        "recipe": recipe.explicit().to_dict(),
+        "recipe": resolved.explicit.to_dict(),
         "sources": list(sources),
     }
 
@@ -56,12 +60,12 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An adapter that was merged, as its record says or as it is found.
+    """An adapter that was merged, as a record has it or as it was found.
 
     Attributes:
-        name: of the adapter.
-        path: where it is; None in memory.
-        sha256: of its files by name, if known.
+        name: name of the adapter.
+        path: its folder or Hugging Face id; None for an adapter in memory.
+        sha256: hexadecimal digests of its files, by file name; empty if unknown.
     """
 
     name: str | None
@@ -71,12 +75,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class MergeRecord:
-    """Record of how a merge was made.
+    """Record of a merge, as read from its folder.
 
     Attributes:
-        recipe: how.
-        sources: of what, in the order of the recipe.
-        precision: that it was computed in, if known.
+        recipe: the recipe.
+        sources: the adapters, in the order of the recipe.
+        precision: precision of the computation, if known.
     """
 
     recipe: Recipe
@@ -88,8 +92,8 @@ def read_record(merged: Adapter | str | Path) -> MergeRecord | None:
     """Returns the record in the folder of a merge; None if there is none.
 
     Raises:
-        FormatError: it is broken.
-        RecipeError: its recipe is none that this version knows.
+        FormatError: the record is broken.
+        RecipeError: this version does not know a field or value of its recipe.
     """
     if isinstance(merged, Adapter) or not untrusted.is_regular(file := Path(merged) / RECORD):
         return None

@@ -1,7 +1,7 @@
-"""The command line ``coremerge``: one small module a command.
+"""The command line ``coremerge``: one module per command, which parses, calls and shows.
 
-Commands import the heavy parts of the library when they run, so that help, completion and usage
-errors come at once.
+Commands import JAX and all that needs it when they run, so that help, completion and usage errors
+come at once.
 """
 
 import errno
@@ -77,11 +77,11 @@ def _coremerge(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: one line, not a traceback, for whatever goes wrong."""
+    """Runs the command line and exits. An error is shown in one line, without a traceback."""
     debug = bool(os.environ.get("COREMERGE_DEBUG"))
     end = unwind_on_signals()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started the command
+        if getattr(sys, name) is None:  # closed by the program that started the command
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show Δ
@@ -105,7 +105,7 @@ def _run(args: Sequence[str] | None, *, debug: bool) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever reads the output has read enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
@@ -118,22 +118,22 @@ def _run(args: Sequence[str] | None, *, debug: bool) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keeps from the terminal what libraries say beside raising errors."""
-    # XLA lists, with every program from its cache, processor features that it would prefer. JAX
-    # sets the level to 1, also for the processes that a program with JAX starts.
+    """Hides what libraries print beside raising errors."""
+    # XLA lists processor features that it would prefer with every program from its cache. JAX sets
+    # the level to 1, also for the processes that a program with JAX starts.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Reads of orbax that fail after the first, in its threads and event loops.
+    # After a first failure, orbax reports further ones from its threads and event loops.
     sys.unraisablehook = lambda _: None
     threading.excepthook = lambda _: None
 
 
 def _print_warnings() -> None:
-    """Prints warnings of coremerge as notes, and drops those of libraries.
+    """Prints warnings of coremerge as notes, and hides those of libraries.
 
-    Those of a user's own code, such as a function that judges, are shown as ever.
+    Warnings of a user's own code, such as the function of ``--evaluate``, are shown as usual.
     """
     shown = warnings.showwarning
     folders = sysconfig.get_paths()
@@ -180,8 +180,8 @@ def _report(error: Exception) -> int:
         text = str(error) or "out of memory"
     else:
         text = (
-            f"unexpected {type(error).__name__} ({error}); this is a mistake in coremerge: please "
-            "report it, with what COREMERGE_DEBUG=1 shows"
+            f"unexpected {type(error).__name__} ({error}); this is a bug in coremerge: please "
+            "report it, with the traceback that COREMERGE_DEBUG=1 shows"
         )
     if text:
         say(f"error: {' '.join(text.split())}", err=True)
@@ -189,6 +189,6 @@ def _report(error: Exception) -> int:
 
 
 def _describe_usage_error(error: Any) -> str:
-    """Returns the message, and where to read more; nothing where help has just been shown."""
+    """Returns the message and the command for help; nothing if help has just been shown."""
     message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
     return f"{message} (see '{context.command_path} --help')" if message and context else message

@@ -28,7 +28,7 @@ _LONGEST = 4000  # characters of a line that is not in a table
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Prints lines to stdout or stderr; what is in names and files cannot steer the terminal."""
+    """Prints lines to stdout or stderr; control characters in names are shown as escapes."""
     for line in lines:
         typer.echo(shortened(printable(line), _LONGEST), err=err)
 
@@ -56,7 +56,7 @@ def print_table(
 
 
 def show(table: Table) -> None:
-    """Prints to stdout: in color and fitted on a terminal, plain and unwrapped in a pipe."""
+    """Prints a table to stdout: fitted and in color on a terminal, plain in a pipe."""
     console = Console()
     if not console.is_terminal:
         console.width = 1000
@@ -69,15 +69,15 @@ def print_json(value: Any) -> None:
 
 
 class Stages:
-    """Shows the stages of long work on stderr, where that is a terminal, and times them."""
+    """A display of stages on stderr, if that is a terminal, which also measures their seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._console = Console(stderr=True)
 
     @contextmanager
-    def __call__(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Times the block; calling the given function advances its bar by one of ``total``."""
+    def __call__(self, stage: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Shows and times the block; the yielded function advances its bar by one of ``total``."""
         bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -90,13 +90,13 @@ class Stages:
         )
         start = time.perf_counter()
         with bar:
-            task = bar.add_task(name, total=total)
+            task = bar.add_task(stage, total=total)
             yield lambda: bar.advance(task)
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 def describe_paths(paths: Sequence[str]) -> str:
-    """Returns ``24: query, key, …``: how many modules, and the last parts of their names."""
+    """Returns ``24: query, key, …``: the number of modules, and the last parts of their names."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{len(paths)}: {shown}"
@@ -109,7 +109,7 @@ def describe_ranks(ranks: Iterable[int]) -> str:
 
 
 def describe_range(values: Iterable[float], form: str = "d") -> str:
-    """Returns ``12`` where all values print alike, else ``12–31``."""
+    """Returns ``12`` if all values print alike, else ``12–31``."""
     low, high = min(values := list(values)), max(values)
     shown = format(low, form), format(high, form)
     return shown[0] if shown[0] == shown[1] else "–".join(shown)

@@ -1,4 +1,4 @@
-"""The devices of a command: those of this process, or of all processes of a job."""
+"""Options for devices, and the processes of a distributed job."""
 
 import os
 from functools import partial
@@ -9,18 +9,18 @@ from coremerge_jax.errors import RecipeError
 
 devices_option = partial(typer.Option, show_default=False, rich_help_panel="Devices")
 
-# Beside the coordinator's address, which JAX reads itself.
+# JAX reads the address of the coordinator itself, and these only on some clusters.
 _ENVIRONMENT = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 
 
 def join_job(patience: int) -> None:
-    """Makes this process one of a job; JAX finds the others on TPU, Slurm, Open MPI, Kubernetes.
+    """Joins this process to a job. JAX finds the others on TPU, Slurm, Open MPI and Kubernetes.
 
     Args:
-        patience: seconds after which a process that gives no sign of life is taken for dead.
+        patience: seconds without a sign of life after which a process counts as dead.
 
     Raises:
-        RecipeError: the others are not found.
+        RecipeError: the other processes are not found.
     """
     import jax
 
@@ -30,9 +30,9 @@ def join_job(patience: int) -> None:
         if value and not value.isdecimal():
             raise RecipeError(f"{variable} must be a whole number, got {value!r}")
         given |= {name: int(value)} if value else {}
-    # Else JAX takes SIGTERM for a note that there is time to save something.
+    # Otherwise JAX takes SIGTERM for a notice of preemption, and does not end the process.
     jax.config.update("jax_enable_preemption_service", False)
-    # Devices of several processes never compute together here, and Gloo would write to stdout.
+    # Devices of several processes never compute together here, and Gloo writes to stdout.
     jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(
@@ -45,5 +45,5 @@ def join_job(patience: int) -> None:
         raise RecipeError(
             f"no distributed job ({' '.join(str(error).split())}); give JAX_COORDINATOR_ADDRESS "
             "(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment, "
-            "or start on TPU or by Slurm, which tell them"
+            "or start it on TPU or with Slurm, which provide them"
         ) from error

@@ -46,7 +46,7 @@ def inspect(
 def _problem(adapters: "Sequence[Adapter]") -> str | None:
     """Returns the reason why default options cannot merge the adapters; None if they can."""
     try:
-        Recipe(rules=("mean",)).stream(adapters)
+        Recipe(rules=("mean",)).resolve().stream(adapters)
     except CoreMergeError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ import typer
 from rich.filesize import decimal
 
 from coremerge_jax.cli.console import Stages, print_json, say
-from coremerge_jax.cli.options import run_option
+from coremerge_jax.cli.options import Force, Json, run_option
 from coremerge_jax.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,24 +33,22 @@ def report(
     ],
     merged: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADAPTER", help="What was made of them, by any method.", show_default=False
-        ),
+        typer.Option(metavar="ADAPTER", help="Their merge, by any method.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="OUT.html", help="File for the page.", show_default=False
+            "-o", "--output", metavar="OUT", help="HTML file to write.", show_default=False
         ),
     ] = None,
     allow_mismatch: Annotated[
         bool,
         run_option(
-            "--allow-mismatch", help="Go on even if base models differ or no module is common."
+            "--allow-mismatch", help="Compare even if base models differ or no module is common."
         ),
     ] = False,
-    force: Annotated[bool, run_option("--force", help="Replace OUT if it exists.")] = False,
-    as_json: Annotated[bool, run_option("--json", help="Print the numbers as JSON.")] = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Show what adapters share, where they conflict, and what a merge kept of each."""
     if output is None and not as_json:
@@ -67,8 +65,8 @@ def report(
 
 
 def _check(output: Path, inputs: list[str], force: bool) -> None:
-    """Refuses, before there is any work, what could not be written in the end."""
-    from coremerge_jax.diagnosis.page import MARK  # refuses where there is no matplotlib
+    """Refuses an output that could not be written, before any work."""
+    from coremerge_jax.diagnosis.page import MARK  # raises without matplotlib
     from coremerge_jax.io.outputs import check_file
 
     check_file(output, mark=MARK, inputs=inputs, force=force)
@@ -77,11 +75,11 @@ def _check(output: Path, inputs: list[str], force: bool) -> None:
 
 
 def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":
-    from coremerge_jax.cli.runtime import keep_compiled_programs
     from coremerge_jax.diagnosis import diagnose
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.linalg.threads import processors
     from coremerge_jax.merging.cost import Machine
+    from coremerge_jax.run import keep_compiled_programs
 
     keep_compiled_programs()
     stage = Stages()

@@ -9,7 +9,7 @@ from coremerge_jax.cli.console import print_json, print_table
 
 
 def rules(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """List the merge rules and spaces, their parameters and defaults."""
     from coremerge_jax.rules import RULES

@@ -1,4 +1,4 @@
-"""Signals that end a command."""
+"""Signals that end a command, after it has removed its temporary files."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-_PATIENCE = 10.0  # seconds that the tidying up after a signal may take
+_PATIENCE = 10.0  # seconds that cleaning up after a signal may take
 
-_IMPORTS = 5.0  # seconds that imports may take before it begins
+_IMPORTS = 5.0  # seconds that a signal waits for an import to end
 
 
 class Ended(SystemExit):
@@ -19,21 +19,21 @@ class Ended(SystemExit):
 
 
 def unwind_on_signals() -> Callable[[int], None]:
-    """Has the first signal to end unwind the command, so that temporary files go.
+    """Makes the first signal raise an exception, so that the command removes temporary files.
 
-    Those that come meanwhile are ignored; after a few seconds, one ends the process at once. What
-    the shell has had the process ignore, it goes on to ignore. During an import, the signal waits:
-    extension modules crash if an exception is raised while they are initialized, or swallow it.
+    Further signals are ignored for a few seconds; after that, one ends the process at once. Signals
+    that the process ignores already stay ignored. During an import, the signal waits: extension
+    modules crash, or swallow it, if an exception is raised while they are initialized.
 
     Returns:
-        What has any further signal end the process at once, with an exit code: for the end of the
-        command, when the interpreter shuts down.
+        A function for the end of the command: after it is called with an exit code, any signal
+        ends the process at once with that code, also while the interpreter shuts down.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    came: list[float] = []  # when signals came
-    since: list[float] = []  # when the command began to unwind
+    came: list[float] = []  # times of the signals
+    since: list[float] = []  # time at which the command began to unwind
 
     def stop(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -57,7 +57,7 @@ def unwind_on_signals() -> Callable[[int], None]:
             signal.signal(number, lambda *_: os._exit(code))
         others = [x for x in threading.enumerate() if x is not threading.main_thread()]
         if since and not all(x.daemon for x in others):
-            # Python would wait for them, and some wait for what the signal has cut off.
+            # Python would wait for these threads, and some wait for work that the signal cut off.
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
@@ -69,7 +69,7 @@ def unwind_on_signals() -> Callable[[int], None]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Returns True if a frame, or one that has called it, is of Python's import system."""
+    """Returns True if a frame, or one that called it, belongs to Python's import system."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coremerge_jax.cli.console import Stages, print_json, print_table, say
-from coremerge_jax.cli.options import Given, takes_options
-from coremerge_jax.cli.runtime import keep_compiled_programs
-from coremerge_jax.lora import DTYPES
-from coremerge_jax.recipe import Recipe
+from coremerge_jax.cli.options import Given, Json, takes_recipe
+from coremerge_jax.recipe import DTYPES, Recipe
 
 if TYPE_CHECKING:
     from coremerge_jax.verification import Check, Verification
@@ -26,11 +24,11 @@ coremerge verify merged --base models/llama
 
 coremerge verify other --sources math code --rule ties:density=0.2 --weights 1,0.5
 
-Options that tell how it was merged replace what its record (coremerge.json) says; one without a \
-record needs them. Exit code 1: there is a defect."""
+Options of the merge replace those in its record (coremerge.json); a merge without a record needs \
+them. Exit code 1: there is a defect."""
 
 
-@takes_options
+@takes_recipe
 def verify(
     merged: Annotated[
         str,
@@ -46,7 +44,8 @@ def verify(
             "-s",
             "--sources",
             metavar="ADAPTER...",
-            help="What was merged, in any order if there is a record. Default: as it says.",
+            help="Adapters that were merged, in any order if there is a record. Default: those of "
+            "the record.",
             show_default=False,
         ),
     ] = None,
@@ -55,19 +54,20 @@ def verify(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="The base model, as for apply: check also that the merge fits it.",
+            help="Base model, as for apply: also check that the merge fits it.",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     *,
     given: Given,
+    as_json: Json = False,
 ) -> None:
     """Check a merge: merge again as recorded, and compare."""
+    from coremerge_jax.run import keep_compiled_programs
     from coremerge_jax.verification import verify as check
 
     options = dict(given.options)
-    # The words after the first of --sources come as arguments.
+    # Words after the first of --sources are parsed as arguments.
     names = [*(sources or ()), *options.pop("adapters", ())] or None
     recipe: Any = options
     if given.file:
@@ -98,7 +98,7 @@ def _show_modules(found: "Verification") -> None:
     columns = ("worst modules", "‖ΔW‖", "expected", "error", "explained by rounding")
     print_table(columns, rows, right=columns[1:])
     losses = ", ".join(f"{dtype} {_worst_loss(found, dtype)}" for dtype in DTYPES)
-    say(f"what writing it in other dtypes loses, at most: {losses}; it is in {found.dtype}")
+    say(f"largest loss by writing it in another dtype: {losses}; it is in {found.dtype}")
 
 
 def _excess(one: "Check") -> float:

@@ -10,7 +10,6 @@ import numpy as np
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.merging.checks import check_whole, short
-from coremerge_jax.recipe import _build
 from coremerge_jax.search.parameters import SCALE
 
 Proposals = Generator[dict[str, Any], float, None]
@@ -140,10 +139,3 @@ line = Line
 random = Random
 
 METHODS: dict[str, Callable[..., Method]] = {"grid": grid, "line": line, "random": random}
-
-
-def parse_method(text: str) -> "Method":
-    """Returns the way to search that ``NAME[:key=value,...]`` describes."""
-    from coremerge_jax.search.methods import METHODS
-
-    return _build("method", text, METHODS)

@@ -124,7 +124,7 @@ class Comparison:
     ) -> None:
         self.found, self.adapters, self.recipe, self.dtype = found, adapters, recipe, dtype
         self._single = "float32" in (recipe.precision, precision)
-        self.outline = recipe.stream(adapters).outline
+        self.outline = recipe.resolve().stream(adapters).outline
         there = found.outline
         self.paths = [
             path
@@ -156,7 +156,7 @@ class Comparison:
     ) -> Iterator[tuple[str, LoRA, Expected]]:
         """Yields modules as they are and should be; by another recipe or of others, if given."""
         recipe, wanted = recipe or self.recipe, set(paths)
-        for part in recipe.stream(adapters or self.adapters):
+        for part in recipe.resolve().stream(adapters or self.adapters):
             found = self.read(path for path in part if path in wanted)
             expected = _expected(recipe, part, found)
             yield from ((path, lora, expected[path]) for path, lora in found.items())
@@ -169,14 +169,18 @@ class Comparison:
         """
         count, recipe = len(self.adapters), self.recipe
         streams = [
-            recipe.stream([_Jittered(x, i * count + t) for t, x in enumerate(self.adapters)])
+            recipe.resolve().stream(
+                [_Jittered(x, i * count + t) for t, x in enumerate(self.adapters)]
+            )
             for i in range(probes)
         ]
         if self._single:
             for precision in PRECISIONS:
-                streams += [dataclasses.replace(recipe, precision=precision).stream(self.adapters)]
+                streams += [
+                    dataclasses.replace(recipe, precision=precision).resolve().stream(self.adapters)
+                ]
         largest = dict.fromkeys(paths, 0.0)
-        for part, *others in zip(recipe.stream(self.adapters), *streams, strict=True):
+        for part, *others in zip(recipe.resolve().stream(self.adapters), *streams, strict=True):
             found = self.read(path for path in part if path in largest)
             expected = _expected(recipe, part, found)
             for other in others:

@@ -132,7 +132,7 @@ def _without_one(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
 def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]:
     """Returns a recipe and sources, for a merge in which one is missing."""
     weights, adapters = list(comparison.weights), list(comparison.adapters)
-    if comparison.recipe.build_rule().needs_key:  # whose numbers depend on places in the list
+    if comparison.recipe.resolve().rule.needs_key:  # whose numbers depend on places in the list
         del weights[t], adapters[t]
     else:
         weights[t] = 0.0

@@ -43,9 +43,10 @@ def write_merge(sources, out, **fields):
     """Merges as the command line does."""
     recipe = Recipe(adapters=tuple(map(str, sources)), **fields)
     adapters = [cm.open_peft(path) for path in sources]
-    card = provenance(recipe, describe_sources(recipe, adapters))
+    resolved = recipe.resolve()
+    card = provenance(resolved, describe_sources(recipe, adapters))
     how = {"dtype": recipe.dtype, "rank": recipe.rank, "energy": recipe.energy}
-    cm.save_peft(recipe.stream(adapters), out, card=card, force=True, **how)
+    cm.save_peft(resolved.stream(adapters), out, card=card, force=True, **how)
     return out
 
 

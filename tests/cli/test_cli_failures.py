@@ -200,9 +200,9 @@ def paused(*args, **kwargs):
 module.{name} = paused
 """
 STAGES = {
-    "reading": PAUSE.format(module="checkpoint", name="open_adapter"),
-    "merging": PAUSE.format(module="truncation", name="truncate"),
-    "writing": PAUSE.format(module="checkpoint.peft.writer", name="model_card"),
+    "reading": PAUSE.format(module="io.formats", name="open_adapter"),
+    "merging": PAUSE.format(module="merging.truncation", name="truncate"),
+    "writing": PAUSE.format(module="io.peft.writer", name="model_card"),
 }
 
 

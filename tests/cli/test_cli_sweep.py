@@ -8,8 +8,9 @@ import pytest
 from helpers import assert_same
 
 import coremerge_jax as cm
+from coremerge_jax.cli.options import parse_values
 from coremerge_jax.io.peft.reader import load_peft
-from coremerge_jax.recipe import Recipe, parse_values
+from coremerge_jax.recipe import Recipe
 
 TASK = """
 import numpy as np

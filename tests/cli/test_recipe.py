@@ -9,17 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coremerge_jax.cli.options import parse_scale, parse_size, parse_values, parse_weights
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.recipe import (
     Recipe,
     format_rule,
     format_space,
     parse_rule,
-    parse_scale,
-    parse_size,
     parse_space,
-    parse_values,
-    parse_weights,
 )
 from coremerge_jax.rules import RULES, cart, dare, isotropize, task_arithmetic, ties, tsv
 from coremerge_jax.spaces import SPACES
@@ -183,7 +180,7 @@ def test_text_of_a_recipe():
         ("precision: double", "unknown precision 'double'; expected one of: float32, float64"),
         ("seed: -1", "seed must be a whole number"),
         ("seed: null", "seed must be a whole number"),
-        ("extras: avg", "unknown policy for extras 'avg'; expected one of: error, first, mean"),
+        ("extras: avg", "unknown extras 'avg'; expected one of: error, first, mean"),
         ("allow_mismatch: 1", "allow_mismatch must be true or false, got 1"),
         ("seed: 1\nseed: 2", "recipe, line 1: 'seed' is given twice"),
         ("rules: [", "recipe, line 1: "),
@@ -254,7 +251,7 @@ def test_weights():
 
 def test_chain_of_two_merges_is_refused():
     with pytest.raises(RecipeError, match="merges once"):
-        Recipe(rules=("tsv", "mean")).build_rule()
+        Recipe(rules=("tsv", "mean")).resolve()
 
 
 def test_a_range_ends_with_its_last_number():

@@ -64,7 +64,7 @@ def test_a_broken_file_is_read_or_refused_in_one_line(inputs, kind):
 
 LOADERS = {
     "merged/coremerge.json": lambda file: read_record(file.parent),
-    "recipe.yaml": lambda file: Recipe.load(file).check(),
+    "recipe.yaml": lambda file: Recipe.load(file).resolve(),
 }
 
 
