@@ -1,12 +1,23 @@
 """Laws that hold for every space and every rule to which they apply."""
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from definitions import cart, dc_merge, flatten, iso_cts, pico, svc, tsv
+from cases import (
+    CASES,
+    CUTTING,
+    ELEMENTWISE,
+    LINEAR,
+    RANDOM,
+    SINGULAR,
+    SPACES,
+    SPECTRAL,
+)
 from helpers import (
     KEY,
     assert_same,
@@ -25,6 +36,12 @@ import coremerge_jax as cm
 # read the same backwards, so that reversed adapters need no other program.
 SHAPES = modules((16, 12))
 RANKS = [(2, 4, 2), (6, 5, 6)]
+EQUAL = (3, 3, 3)
+PLACES = {name: place.space for name, place in SPACES.items() if place.laws}
+# Where the singular values belong to the coordinates, as definitions on updates have it.
+SCALED = {"knots, scaled": cm.knots(scaled=True)}
+# Relative error of a merge in float32 where rounding errors of the factors do not grow.
+FLOAT32 = 5e-6
 
 
 def merge(adapters, rule, **options):
@@ -32,144 +49,125 @@ def merge(adapters, rule, **options):
     return cm.merge(adapters, rule, **{"weights": [1.0] * len(adapters), "key": KEY} | options)
 
 
-LINEAR = {"mean": cm.mean(), "task_arithmetic": cm.task_arithmetic()}
-SPECTRAL = {
-    "tsv": cm.tsv(),
-    "cart": cm.cart(rank=2, scale=0.7),
-    "isotropize": cm.isotropize(),
-    "flatten|tsv|flatten": cm.chain(cm.flatten(), cm.tsv(), cm.flatten(power=0.3)),
-    "svc": cm.svc(),
-}
-# What is cut to a rank turns with rounding errors, and copies then span directions of their own.
-CUTTING = {
-    "tsv of a rank": cm.tsv(rank=2),
-    "iso_cts": cm.iso_cts(common=3, specific=1),
-}
-ELEMENTWISE = {
-    "ties": cm.ties(density=0.4),
-    "sce": cm.sce(density=0.4),
-    "prune": cm.prune(density=0.4),
-    "ties of the model": cm.ties(density=0.4, elect="count", reduce="max", scope="model"),
-}
-RANDOM = {"dare": cm.dare(drop=0.3), "dare|ties": cm.chain(cm.dare(drop=0.3), cm.ties())}
-# Pico looks at factors, which KnOTS space does not have; there, singular values coincide, for which
-# DC-Merge is not defined.
-SINGULAR = {
-    "dc_merge": cm.dc_merge(density=0.2, rho=5.0),
-    "pico|tsv": cm.chain(cm.pico(), cm.tsv()),
-}
-SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots()}
+class Law(NamedTuple):
+    """A check, and where it holds.
+
+    Attributes:
+        check: takes a case, a space, the ranks of the adapters and a seed.
+        holds: whether it does for a case in a space.
+        spaces: names of spaces.
+        ranks: lists of ranks.
+        narrow: false if tests with one version of JAX are enough.
+    """
+
+    check: Callable
+    holds: Callable
+    spaces: tuple[str, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    narrow: bool
 
 
-# With the scope of a module, all laws of a rule and a space follow each other, which use the same
-# compiled programs.
-def rules(*tables):
-    table = {name: rule for part in tables for name, rule in part.items()}
-    return pytest.mark.parametrize("rule", table.values(), ids=table.keys(), scope="module")
+LAWS: list[Law] = []
+CORE = ("core",)
 
 
-def choices(name, values):
-    return pytest.mark.parametrize(name, values, ids=str, scope="module")
+def law(*kinds, to=lambda *_: True, spaces=tuple(PLACES), ranks=tuple(RANKS), narrow=True):
+    """Registers a law of rules of these kinds, or of any if there is none."""
+
+    def register(check):
+        def holds(case, space):
+            if kinds and (case.kind not in kinds or (case.kind == SINGULAR and space != "core")):
+                return False
+            return to(case, space)
+
+        LAWS.append(Law(check, holds, spaces, ranks, narrow))
+        return check
+
+    return register
 
 
-every_ranks = choices("ranks", [RANKS[0], pytest.param(RANKS[1], marks=pytest.mark.wide)])
-every_space = pytest.mark.parametrize(
-    "space",
-    [
-        pytest.param(space, id=name, marks=[] if name == "core" else [pytest.mark.wide])
-        for name, space in SPACES.items()
-    ],
-    scope="module",
-)
+def laws_of(case):
+    """Yields the laws of a case, each with a space and ranks."""
+    for space, ranks in itertools.product([*PLACES, *SCALED], [*RANKS, EQUAL]):
+        for law in LAWS:
+            if space in law.spaces and ranks in law.ranks and law.holds(case, space):
+                yield law, space, ranks
 
 
-@every_space
-@rules(
-    LINEAR,
-    {
-        "tsv": cm.tsv(),
-        "cart": cm.cart(rank=2),
-        "ties": cm.ties(density=1.0),
-        "dare": cm.dare(drop=0.0),
-    },
-)
-@choices("rank", [4, 20])
-def test_one_adapter_comes_back(rule, space, seed, rank):
-    (adapter,) = random_adapters(SHAPES, [rank], seed)
-    assert_same(merge([adapter], rule, space=space), adapter, 1e-12)
+def every_law():
+    """Those of one rule and one space follow each other, which use the same compiled programs."""
+    for case in CASES.values():
+        for law, space, ranks in laws_of(case):
+            narrow = law.narrow and case.narrow and space == "core" and ranks == RANKS[0]
+            yield pytest.param(
+                law,
+                case,
+                space,
+                ranks,
+                id=f"{law.check.__name__}-{case.name}-{space}-{ranks}",
+                marks=[] if narrow else [pytest.mark.wide],
+            )
 
 
-@every_space
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
-@every_ranks
-def test_order_of_adapters_is_irrelevant(rule, space, seed, ranks):
+EVERY = LINEAR, SPECTRAL, CUTTING, ELEMENTWISE
+
+
+@law(*EVERY, SINGULAR)
+def order_of_adapters_is_irrelevant(case, space, ranks, seed):
     adapters = random_adapters(SHAPES, ranks, seed)
-    merged = merge(adapters, rule, space=space)
-    assert_same(merge(adapters[::-1], rule, space=space), merged, 1e-8)
+    merged = merge(adapters, case.rule, space=space)
+    assert_same(merge(adapters[::-1], case.rule, space=space), merged, 1e-8)
 
 
-@every_space
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
-@every_ranks
-def test_scaling_an_adapter_equals_its_weight(rule, space, seed, ranks):
+@law(*EVERY, RANDOM, SINGULAR)
+def scaling_an_adapter_equals_its_weight(case, space, ranks, seed):
     adapters = random_adapters(SHAPES, ranks, seed)
     weights = np.random.default_rng(seed).uniform(0.5, 2, len(ranks))
     scaled = [
         map_factors([adapter], lambda a, b, w=w: (a, w * b))[0]
         for adapter, w in zip(adapters, weights, strict=True)
     ]
-    weighted = merge(adapters, rule, space=space, weights=weights)
-    assert_same(weighted, merge(scaled, rule, space=space), 1e-9)
+    weighted = merge(adapters, case.rule, space=space, weights=weights)
+    assert_same(weighted, merge(scaled, case.rule, space=space), 1e-9)
 
 
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
-@every_ranks
-def test_weight_zero_equals_absence(rule, seed, ranks):
+@law(*EVERY, RANDOM, SINGULAR, spaces=CORE)
+def weight_zero_equals_absence(case, space, ranks, seed):
     adapters = random_adapters(SHAPES, ranks, seed)
-    absent = [adapters[0], *adapters]
-    weights = [1.0] * len(ranks) + [0.0]
-    merged = merge(adapters, rule)
-    assert_same(merge([*adapters, adapters[0]], rule, weights=weights), merged, 0)
-    if rule not in RANDOM.values():  # which draw by the place in the list
-        assert_same(merge(absent, rule, weights=weights[::-1]), merged, 0)
+    merged = merge(adapters, case.rule, space=space)
+    # RANDOM rules draw by the place in the list. The other lists have one signature.
+    for place in (3,) if case.kind == RANDOM else (3, 2):
+        more, weights = list(adapters), [1.0] * len(ranks)
+        more.insert(place, adapters[-1])
+        weights.insert(place, 0.0)
+        assert_same(merge(more, case.rule, space=space, weights=weights), merged, 0)
 
 
-@pytest.mark.wide
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM, SINGULAR)
-def test_weights_of_one_equal_none(rule, seed):
-    adapters = random_adapters(SHAPES, RANKS[0], seed)
-    assert_same(merge(adapters, rule, weights=None), merge(adapters, rule), 1e-9)
+@law(*EVERY, to=lambda case, _: case.name in ("tsv", "ties"), spaces=CORE, ranks=RANKS[:1])
+def weight_zero_equals_absence_also_of_the_first(case, space, ranks, seed):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    weights = [0.0] + [1.0] * len(ranks)
+    merged = merge([adapters[0], *adapters], case.rule, space=space, weights=weights)
+    assert_same(merged, merge(adapters, case.rule, space=space), 0)
 
 
-@rules(
-    {
-        "task_arithmetic": cm.task_arithmetic(),
-        "tsv": cm.tsv(),
-        "isotropize": cm.isotropize(),
-        "ties": cm.ties(density=0.4),
-        "prune": cm.prune(density=0.4),
-    },
-)  # not those with a mean or a variance, which count every adapter that is there
-def test_an_adapter_of_zero_update_equals_absence(rule, seed):
-    adapters = random_adapters(SHAPES, (2, 4, 2), seed)
+@law(*EVERY, RANDOM, SINGULAR, spaces=CORE, ranks=RANKS[:1], narrow=False)
+def weights_of_one_equal_none(case, space, ranks, seed):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    expected = merge(adapters, case.rule, space=space)
+    assert_same(merge(adapters, case.rule, space=space, weights=None), expected, 1e-9)
+
+
+@law(*EVERY, to=lambda case, _: case.zero_is_absent, spaces=CORE, ranks=RANKS[:1])
+def an_adapter_of_zero_update_equals_absence(case, space, ranks, seed):
+    adapters = random_adapters(SHAPES, ranks, seed)
     (zero,) = map_factors(adapters[:1], lambda a, b: (0 * a, 0 * b))
-    assert_same(merge([*adapters, zero], rule), merge(adapters, rule), 1e-9)
+    expected = merge(adapters, case.rule, space=space)
+    assert_same(merge([*adapters, zero], case.rule, space=space), expected, 1e-9)
 
 
-@every_ranks
-def test_the_halves_of_an_adapter_sum_to_it(seed, ranks):
-    (adapter,) = random_adapters(SHAPES, [sum(ranks)], seed)
-    cuts = np.cumsum((0, *ranks))
-    parts = [
-        map_factors([adapter], lambda a, b, i=i, j=j: (a[i:j], b[:, i:j]))[0]
-        for i, j in itertools.pairwise(cuts)
-    ]
-    assert_same(merge(parts, cm.task_arithmetic()), adapter, 1e-12)
-
-
-@rules(LINEAR, SPECTRAL, CUTTING)
-@every_ranks
-def test_only_the_update_matters(rule, seed, ranks):
+@law(LINEAR, SPECTRAL, CUTTING, spaces=CORE)
+def only_the_update_matters(case, space, ranks, seed):
     """A → G A, B → B G⁻¹ changes nothing."""
     adapters = random_adapters(SHAPES, ranks, seed)
     rng = np.random.default_rng(seed)
@@ -178,75 +176,37 @@ def test_only_the_update_matters(rule, seed, ranks):
         gauge = orthogonal(rng, len(a)) * rng.uniform(0.5, 2, (len(a), 1))
         return gauge @ a, b @ np.linalg.inv(gauge)
 
-    merged = merge(adapters, rule)
-    assert_same(merge(map_factors(adapters, regauge), rule), merged, 1e-8)
+    merged = merge(adapters, case.rule, space=space)
+    assert_same(merge(map_factors(adapters, regauge), case.rule, space=space), merged, 1e-8)
 
 
-@every_space
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
-@every_ranks
-def test_commutes_with_permutations_and_rotations(rule, space, seed, ranks):
+@law(*EVERY, SINGULAR)
+def commutes_with_permutations_and_rotations(case, space, ranks, seed):
     rng = np.random.default_rng(seed)
     adapters = random_adapters(SHAPES, ranks, seed)
-    if rule in ELEMENTWISE.values():
+    if case.kind == ELEMENTWISE:
         left, right = (np.eye(16)[rng.permutation(16)], np.eye(12)[rng.permutation(12)])
     else:
         left, right = orthogonal(rng, 16), orthogonal(rng, 12)
     turned = map_factors(adapters, lambda a, b: (a @ right.T, left @ b))
-    merged = merge(adapters, rule, space=space)
+    merged = merge(adapters, case.rule, space=space)
     rotated = {path: left @ dense(lora) @ right.T for path, lora in merged.items()}
-    assert_same(merge(turned, rule, space=space), rotated, 1e-8)
+    assert_same(merge(turned, case.rule, space=space), rotated, 1e-8)
 
 
-@every_space
-@every_ranks
-def test_task_arithmetic_is_the_dense_sum(space, seed, ranks):
+@law(SPECTRAL, CUTTING, SINGULAR, spaces=CORE)
+def core_and_full_space_are_the_same(case, space, ranks, seed):
     adapters = random_adapters(SHAPES, ranks, seed)
-    expected = {path: sum(dense(adapter[path]) for adapter in adapters) for path in SHAPES}
-    assert_same(merge(adapters, cm.task_arithmetic(), space=space), expected, 1e-12)
+    full = merge(adapters, case.rule, space=cm.full())
+    assert_same(merge(adapters, case.rule, space=space), full, 1e-8)
 
 
-@rules(SPECTRAL, CUTTING)
-@every_ranks
-def test_spectral_rules_are_the_same_in_core_and_full_space(rule, seed, ranks):
-    adapters = random_adapters(SHAPES, ranks, seed)
-    full = merge(adapters, rule, space=cm.full())
-    assert_same(merge(adapters, rule, space=cm.core()), full, 1e-8)
-
-
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE)
-@every_ranks
-def test_rank_is_bounded(rule, seed, ranks):
-    for (m, n), lora in zip(
-        SHAPES.values(), merge(random_adapters(SHAPES, ranks, seed), rule).values(), strict=True
-    ):
+@law(*EVERY, spaces=CORE)
+def rank_is_bounded(case, space, ranks, seed):
+    merged = merge(random_adapters(SHAPES, ranks, seed), case.rule, space=space)
+    for (m, n), lora in zip(SHAPES.values(), merged.values(), strict=True):
         assert lora.rank <= min(m, n, sum(ranks))
         assert lora.shape == (m, n)
-
-
-@rules(RANDOM)
-def test_the_seed_alone_decides(rule, seed):
-    """Not the order of modules, how many are merged at once, nor the precision."""
-    adapters = random_adapters(modules((12, 16)), (2, 3), seed)
-    merged = merge(adapters, rule)
-    turned = [a.replace(modules={path: a[path] for path in ("x2", "x0")}) for a in adapters]
-    again = merge(turned, rule)
-    for path in again:
-        np.testing.assert_array_equal(dense(again[path]), dense(merged[path]))
-    other = merge(adapters, rule, key=jax.random.key(1))
-    assert any(distance(dense(other[path]), dense(merged[path])) > 1e-3 for path in merged)
-
-    def growth(path):
-        """Singular vectors of the stacked factors turn as their singular values are close."""
-        stacks = [
-            np.vstack([x[path].a for x in adapters]),
-            np.hstack([x[path].b for x in adapters]),
-        ]
-        values = (np.linalg.svd(stack, compute_uv=False) for stack in stacks)
-        return max(s[0] / np.min(-np.diff(s)) for s in values)
-
-    coarse = merge(adapters, rule, key=KEY, precision="float32")
-    assert_same(coarse, merged, FLOAT32, growth)
 
 
 def degenerate(ranks, seed):
@@ -269,118 +229,158 @@ def degenerate(ranks, seed):
     return [of_ranks(*adapters) for adapters in some], of_ranks(zero, zero, zero)
 
 
-@every_space
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
-@every_ranks
-def test_degenerate_adapters_give_finite_results(rule, space, seed, ranks):
+@law(*EVERY, RANDOM, SINGULAR)
+def degenerate_adapters_give_finite_results(case, space, ranks, seed):
     some, nothing = degenerate(ranks, seed)
     for adapters in some:
-        merged = merge(adapters, rule, space=space)
+        merged = merge(adapters, case.rule, space=space)
         assert all(np.isfinite(dense(lora)).all() for lora in merged.values())
-    merged = merge(nothing, rule, space=space)
+    merged = merge(nothing, case.rule, space=space)
     assert not any(np.any(dense(lora)) for lora in merged.values())
 
 
-def of_updates(definition):
-    return lambda loras: definition([dense(lora) for lora in loras])
+@law(LINEAR, to=lambda case, _: case.name == "task_arithmetic")
+def task_arithmetic_is_the_dense_sum(case, space, ranks, seed):
+    adapters = random_adapters(SHAPES, ranks, seed)
+    expected = {path: sum(dense(adapter[path]) for adapter in adapters) for path in SHAPES}
+    assert_same(merge(adapters, case.rule, space=space), expected, 1e-12)
 
 
-# Their definitions tell how far rounding errors of the factors may grow.
-DEFINITIONS = {
-    "mean": of_updates(lambda x: np.mean(x, axis=0)),
-    "task_arithmetic": of_updates(sum),
-    "tsv": of_updates(tsv),
-    "cart": of_updates(lambda x: cart(x, 2, 0.7)),
-    "isotropize": of_updates(lambda x: flatten(sum(x), 0)),
-    "flatten|tsv|flatten": of_updates(
-        lambda x: flatten(tsv([flatten(y, 0.5) for y in x]), 0.3),
-    ),
-    "svc": of_updates(lambda x: svc(sum(x), x)),
-    "tsv of a rank": of_updates(lambda x: tsv(x, 2)),
-    "iso_cts": of_updates(lambda x: iso_cts(x, 3, 1)),
-    "dc_merge": of_updates(lambda x: dc_merge(x, 0.2, 5.0)),
-    "pico|tsv": lambda loras: pico(loras, tsv),
-}
-# Relative error of a merge in float32 where rounding errors of the factors do not grow.
-FLOAT32 = 5e-6
+def is_defined(case, space):
+    return case.definition is not None and space.removesuffix(", scaled") in case.defined_in
 
 
-def defined(*tables):
-    table = {name: (rule, DEFINITIONS[name]) for part in tables for name, rule in part.items()}
+DEFINED = ("core", "full", *SCALED)
+
+
+@law(to=is_defined, spaces=DEFINED, ranks=RANKS[:1], narrow=False)
+@law(
+    to=lambda case, _: case.name.startswith("dc_merge"),
+    spaces=DEFINED,
+    ranks=(EQUAL,),
+    narrow=False,
+)
+def equals_its_definition(case, space, ranks, seed):
+    """Padding of ranks is not counted, nor what a space has beyond the adapters' directions."""
+    adapters = random_adapters(SHAPES, ranks, seed)
+    merged = merge(adapters, case.rule, space=space)
+    expected = {path: case.definition([x[path] for x in adapters]) for path in SHAPES}
+    assert_same(merged, expected, 1e-9)
+
+
+@pytest.mark.parametrize(("law", "case", "space", "ranks"), list(every_law()))
+def test_law(law, case, space, ranks, seed):
+    law.check(case, (PLACES | SCALED)[space], ranks, seed)
+
+
+ALONE = [case for case in CASES.values() if case.alone]
+
+
+@pytest.mark.parametrize("rank", [4, 20])
+@pytest.mark.parametrize(
+    "space",
+    [pytest.param(x, marks=[] if x == "core" else [pytest.mark.wide]) for x in PLACES],
+)
+@pytest.mark.parametrize("case", ALONE, ids=[case.name for case in ALONE])
+def test_one_adapter_comes_back(case, space, seed, rank):
+    (adapter,) = random_adapters(SHAPES, [rank], seed)
+    assert_same(merge([adapter], case.alone, space=PLACES[space]), adapter, 1e-12)
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+def test_the_halves_of_an_adapter_sum_to_it(seed, ranks):
+    (adapter,) = random_adapters(SHAPES, [sum(ranks)], seed)
+    cuts = np.cumsum((0, *ranks))
+    parts = [
+        map_factors([adapter], lambda a, b, i=i, j=j: (a[i:j], b[:, i:j]))[0]
+        for i, j in itertools.pairwise(cuts)
+    ]
+    assert_same(merge(parts, cm.task_arithmetic()), adapter, 1e-12)
+
+
+def of_kinds(*kinds):
     return pytest.mark.parametrize(
-        ("rule", "definition"), table.values(), ids=table.keys(), scope="module"
+        "case",
+        [
+            pytest.param(case, id=case.name, marks=[] if case.narrow else [pytest.mark.wide])
+            for case in CASES.values()
+            if case.kind in kinds
+        ],
+        scope="module",
     )
 
 
-@defined(SPECTRAL)
-def test_rounding_noise_is_not_inflated(rule, definition, seed):
+LARGE = modules((48, 64))
+
+
+@of_kinds(RANDOM)
+def test_the_seed_alone_decides(case, seed):
+    """Not the order of modules, how many are merged at once, nor the precision."""
+    adapters = random_adapters(SHAPES, RANKS[0], seed)
+    merged = merge(adapters, case.rule)
+    turned = [a.replace(modules={path: a[path] for path in ("x2", "x0")}) for a in adapters]
+    again = merge(turned, case.rule)
+    for path in again:
+        np.testing.assert_array_equal(dense(again[path]), dense(merged[path]))
+    other = merge(adapters, case.rule, key=jax.random.key(1))
+    assert any(distance(dense(other[path]), dense(merged[path])) > 1e-3 for path in merged)
+
+    def growth(path):
+        """Singular vectors of the stacked factors turn as their singular values are close."""
+        stacks = [
+            np.vstack([x[path].a for x in adapters]),
+            np.hstack([x[path].b for x in adapters]),
+        ]
+        values = (np.linalg.svd(stack, compute_uv=False) for stack in stacks)
+        return max(s[0] / np.min(-np.diff(s)) for s in values)
+
+    coarse = merge(adapters, case.rule, key=KEY, precision="float32")
+    assert_same(coarse, merged, FLOAT32, growth)
+
+
+@of_kinds(SPECTRAL)
+def test_rounding_noise_is_not_inflated(case, seed):
     """A copy that differs by float32 rounding adds no directions of its own."""
-    adapter, other = random_adapters(SHAPES, (3, 3), seed, dtype="float32")
+    adapter, other = random_adapters(LARGE, RANKS[0][:2], seed, dtype="float32")
     factor = np.float32(1.7)
     (copy,) = map_factors([adapter], lambda a, b: (a * factor, b / factor))
-    exact = cm.merge([adapter, adapter, other], rule)
+    exact = cm.merge([adapter, other, adapter], case.rule, precision="float64")
 
     def growth(path):
         return sensitivity(
-            lambda loras: definition([loras[0], *loras]), [adapter[path], other[path]]
+            lambda loras: case.definition([*loras, loras[0]]), [adapter[path], other[path]]
         )
 
-    assert_same(cm.merge([adapter, copy, other], rule), exact, FLOAT32, growth)
+    merged = cm.merge([adapter, other, copy], case.rule, precision="float64")
+    assert_same(merged, exact, FLOAT32, growth)
 
 
-@defined(LINEAR, SPECTRAL, CUTTING, SINGULAR)
-def test_float32_agrees_with_float64(rule, definition, seed):
-    adapters = random_adapters(modules((48, 64)), (2, 4, 2), seed, dtype="float32")
-    exact = cm.merge(adapters, rule, precision="float64")
+@of_kinds(LINEAR, SPECTRAL, CUTTING, SINGULAR)
+def test_float32_agrees_with_float64(case, seed):
+    adapters = random_adapters(LARGE, RANKS[0], seed, dtype="float32")
+    exact = cm.merge(adapters, case.rule, precision="float64")
 
     def growth(path):
-        return sensitivity(definition, [adapter[path] for adapter in adapters])
+        return sensitivity(case.definition, [adapter[path] for adapter in adapters])
 
-    assert_same(cm.merge(adapters, rule, precision="float32"), exact, FLOAT32, growth)
+    assert_same(cm.merge(adapters, case.rule, precision="float32"), exact, FLOAT32, growth)
 
 
-@rules(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
-def test_gradients_are_finite_where_singular_values_coincide(rule):
+@of_kinds(LINEAR, SPECTRAL, CUTTING, ELEMENTWISE, RANDOM)
+def test_gradients_are_finite_where_singular_values_coincide(case):
     """One adapter with equal singular values, one that repeats it, one of lower rank."""
     eye = np.eye(6, dtype=np.float32)
     loras = [(eye[:3], eye[:, :3]), (eye[:3], eye[:, :3]), (eye[2:4], eye[:, 2:4])]
 
     def loss(factors):
         adapters = [cm.Adapter({"q": cm.LoRA(a=a, b=b)}) for a, b in factors]
-        return jnp.sum(cm.merge(adapters, rule, key=KEY)["q"].dense() ** 2)
+        return jnp.sum(cm.merge(adapters, case.rule, key=KEY)["q"].dense() ** 2)
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(jax.tree.map(jnp.asarray, loras))
     assert np.isfinite(value)
     assert value > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
-
-
-@rules(SINGULAR)
-@every_ranks
-def test_rules_of_core_and_full_space(rule, seed, ranks):
-    """Order, weights, rotations, absence and the space do not matter."""
-    adapters = random_adapters(SHAPES, ranks, seed)
-    merged = merge(adapters, rule)
-    assert_same(merge(adapters[::-1], rule), merged, 1e-8)
-    assert_same(merge(adapters, rule, space=cm.full()), merged, 1e-8)
-    assert_same(merge([*adapters, adapters[0]], rule, weights=[1, 1, 1, 0]), merged, 0)
-    rng = np.random.default_rng(seed)
-    left, right = orthogonal(rng, 16), orthogonal(rng, 12)
-    turned = map_factors(adapters, lambda a, b: (a @ right.T, left @ b))
-    rotated = {path: left @ dense(lora) @ right.T for path, lora in merged.items()}
-    assert_same(merge(turned, rule), rotated, 1e-8)
-    scaled = map_factors(adapters[:1], lambda a, b: (a, 2 * b)) + adapters[1:]
-    assert_same(merge(adapters, rule, weights=[2, 1, 1]), merge(scaled, rule), 1e-9)
-
-
-@rules(SINGULAR)
-@every_ranks
-def test_rules_of_core_space_are_finite(rule, seed, ranks):
-    some, nothing = degenerate(ranks, seed)
-    for adapters in some:
-        assert all(np.isfinite(dense(x)).all() for x in merge(adapters, rule).values())
-    assert not any(np.any(dense(x)) for x in merge(nothing, rule).values())
 
 
 def test_dc_merge_refuses_derivatives():
