@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from coremerge_jax.linalg import matmul
-from coremerge_jax.lora import Array, LoRA, widest
+from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
@@ -88,7 +89,7 @@ class Settings(NamedTuple):
 
     ranks: tuple[int, ...]
     space: Space
-    dtype: Any
+    dtype: np.dtype
     shape: tuple[int, int]
     devices: Devices | None = None
 
@@ -147,17 +148,17 @@ def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> 
     )
 
 
-def module_key(key: jax.Array | None, name: Array) -> jax.Array | None:
+def module_key(key: PRNGKeyArray | None, name: UInt[Array, ""]) -> PRNGKeyArray | None:
     """Returns the key of a module, which does not depend on other modules or their order."""
     return None if key is None else jax.random.fold_in(key, name)
 
 
 def merge_projection(
     rule: Chain,
-    key: jax.Array | None,
+    key: PRNGKeyArray | None,
     projection: Projection,
-    tasks: jax.Array,
-    name: jax.Array,
+    tasks: Int[Array, " T"],
+    name: UInt[Array, ""],
     *,
     keep_a: bool,
 ) -> LoRA:
@@ -188,12 +189,12 @@ def merge_linear(rule: Chain, module: Inputs, settings: Settings) -> LoRA:
     return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
 
 
-def finish(b: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+def finish(b: Float[Array, "m r"], scale: Float[Array, ""], dtype: np.dtype) -> Float[Array, "m r"]:
     """Returns the merged B as it is given out: scaled and rounded."""
     return (b * scale).astype(dtype)
 
 
-def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
+def _by_rank(values: Float[Array, " T"], ranks: tuple[int, ...]) -> Float[Array, " R"]:
     """Repeats one value per adapter for each of its ranks: ``(T,)`` to ``(R,)``."""
     return jnp.repeat(values, np.asarray(ranks), total_repeat_length=sum(ranks))
 
@@ -205,11 +206,11 @@ def _by_rank(values: jax.Array, ranks: tuple[int, ...]) -> jax.Array:
 def merge_stack(
     rule: Chain,
     inputs: Inputs,
-    key: jax.Array | None,
+    key: PRNGKeyArray | None,
     settings: Settings,
     *,
     keep_a: bool = False,
-) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
+) -> tuple[Float[Array, "L r n"] | None, Float[Array, "L m r"], Bool[Array, " L"], Facts]:
     """Merges modules: projects them, applies the rule and finishes.
 
     Args:
@@ -263,7 +264,7 @@ def merge_stack(
 @partial(jax.jit, static_argnames=("settings", "elementwise"))
 def project_stack(
     inputs: Inputs, settings: Settings, elementwise: bool
-) -> tuple[Projection, jax.Array, jax.Array]:
+) -> tuple[Projection, Bool[Array, " L"], Bool[Array, " L"]]:
     """Projects modules.
 
     Returns:
@@ -283,14 +284,14 @@ def project_stack(
 @partial(jax.jit, static_argnames="keep_a")
 def merge_projected(
     rule: Chain,
-    key: jax.Array | None,
+    key: PRNGKeyArray | None,
     projection: Projection,
-    tasks: jax.Array,
-    names: jax.Array,
-    weights: jax.Array | None,
+    tasks: Int[Array, "L T"],
+    names: UInt[Array, " L"],
+    weights: Float[Array, "L T"] | None,
     *,
     keep_a: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "L r n"], Float[Array, "L m r"]]:
     """Merges projected modules, multiplied by weights ``(L, T)``.
 
     Returns:
@@ -309,8 +310,11 @@ def merge_projected(
 
 @partial(jax.jit, static_argnames="dtypes")
 def finish_stack(
-    a: jax.Array, b: jax.Array, scales: jax.Array, dtypes: tuple[np.dtype, np.dtype]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    a: Float[Array, "L r n"],
+    b: Float[Array, "L m r"],
+    scales: Float[Array, " L"],
+    dtypes: tuple[np.dtype, np.dtype],
+) -> tuple[Float[Array, "L r n"], Float[Array, "L m r"], Float[Array, " L"]]:
     """Returns the merged factors as they are given out, and the largest magnitude in each B."""
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
     b = jax.vmap(partial(finish, dtype=of_b))(b.astype(scales.dtype), scales)
@@ -318,7 +322,7 @@ def finish_stack(
 
 
 @jax.jit
-def norm_squares(projection: Projection) -> jax.Array:
+def norm_squares(projection: Projection) -> Float[Array, "L T"]:
     """Returns ``(L, T)``, the squared Frobenius norms of projected updates."""
     return over_modules(lambda one: one.squares, projection)
 
@@ -336,7 +340,11 @@ def _on_devices(
 
 
 def _facts(
-    rule: Chain, module: Inputs, factors: Cores | None, b: jax.Array, settings: Settings
+    rule: Chain,
+    module: Inputs,
+    factors: Cores | None,
+    b: Float[Array, "m r"],
+    settings: Settings,
 ) -> Facts:
     """Returns the facts of one module.
 
@@ -364,7 +372,7 @@ def _facts(
     return jax.lax.stop_gradient(facts)
 
 
-def _row_sums(x: jax.Array) -> jax.Array:
+def _row_sums(x: Float[Array, "p q"]) -> Float[Array, " p"]:
     """Returns ``(p,)``, the sum of the magnitudes in each row of ``(p, q)``.
 
     It is zero only for zeros, and not finite if an entry is not. On CPU, a product with a vector
@@ -374,7 +382,7 @@ def _row_sums(x: jax.Array) -> jax.Array:
     return matmul(wide, jnp.ones(x.shape[1], wide.dtype))
 
 
-def _column_peaks(x: jax.Array) -> jax.Array:
+def _column_peaks(x: Float[Array, "p q"]) -> Float[Array, " q"]:
     """Returns ``(q,)``, the largest magnitude in each column of ``(p, q)``; NaN if one is NaN.
 
     Magnitudes are compared as integers, whose order is that of their bit patterns, with NaN above
@@ -386,6 +394,6 @@ def _column_peaks(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=0), x.dtype)
 
 
-def _largest(x: jax.Array, ends: np.ndarray, dtype: Any) -> jax.Array:
+def _largest(x: Float[Array, " R"], ends: np.ndarray, dtype: np.dtype) -> Float[Array, " T"]:
     """Returns the largest of the ``(R,)`` numbers of each adapter."""
     return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from coremerge_jax.linalg import accumulate
-from coremerge_jax.lora import Array
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.program import Inputs, Settings, module_key, project_module
 from coremerge_jax.rules import Chain, Context, Equivariance, ties
@@ -24,7 +24,7 @@ from coremerge_jax.rules.rule import dense
 BITS = 16
 
 # Counts ``(T, 2^BITS)`` of the next bits of magnitudes, and ``(T,)``, the number of magnitudes.
-Counts = tuple[Array, Array]
+Counts = tuple[Array | np.ndarray, Array | np.ndarray]
 
 
 def find_thresholds(
@@ -33,8 +33,8 @@ def find_thresholds(
     passes: Callable[..., Iterable[Counts]],
     over_all: Callable[..., Sequence],
     dtype: np.dtype,
-    traced: Sequence[Any],
-) -> jax.Array:
+    traced: Sequence[jax.core.Tracer],
+) -> Float[Array, " T"]:
     """Finds the thresholds of a model-wide `ties`, over the cores of all modules.
 
     A threshold would be an entry itself, and the program that merges may compute this entry with
@@ -78,12 +78,12 @@ def find_thresholds(
 def count_stack(
     rule: Chain,
     inputs: Inputs,
-    key: jax.Array | None,
+    key: PRNGKeyArray | None,
     settings: Settings,
-    once: jax.Array,
-    known: jax.Array,
-    shift: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    once: Bool[Array, " L"],
+    known: UInt[Array, " T"],
+    shift: UInt[Array, ""],
+) -> tuple[Int[Array, "T digits"], Int[Array, " T"]]:
     """Counts the next digits in the cores of each adapter, and the cores' entries.
 
     Args:
@@ -138,8 +138,11 @@ def count_stack(
 
 @jax.jit
 def _next_digit(
-    counts: jax.Array, known: jax.Array, wanted: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    counts: Int[Array, "T digits"],
+    known: UInt[Array, " T"],
+    wanted: Int[Array, " T"],
+    shift: UInt[Array, ""],
+) -> tuple[UInt[Array, " T"], Int[Array, " T"], UInt[Array, " T"]]:
     """Adds the next digit of the ``wanted``-th smallest entries to what is known of them.
 
     Args:
