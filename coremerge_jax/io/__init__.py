@@ -1,18 +1,5 @@
-"""Files to adapters and back."""
+"""Files to adapters and back. Names are imported at first use: some need JAX, and help must not."""
 
-from coremerge_jax.io.base_model.apply import apply_adapter
-from coremerge_jax.io.formats import hash_source, open_adapter
-from coremerge_jax.io.orbax import open_orbax, save_orbax
-from coremerge_jax.io.peft.reader import load_peft, open_peft
-from coremerge_jax.io.peft.writer import save_peft
+import lazy_loader
 
-__all__ = [
-    "apply_adapter",
-    "hash_source",
-    "load_peft",
-    "open_adapter",
-    "open_orbax",
-    "open_peft",
-    "save_orbax",
-    "save_peft",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
