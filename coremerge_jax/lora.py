@@ -6,9 +6,9 @@ A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` an
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -245,17 +245,17 @@ class Adapter(Mapping[str, LoRA]):
         )
 
     @property
+    def in_memory(self) -> bool:
+        """True if the factors are arrays in memory, False if they are read when asked for."""
+        return True
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """The folders that factors are still to be read from: none for an adapter in memory."""
         return ()
 
-    @property
-    def in_memory(self) -> bool:
-        """True if the factors are in memory; False if they are still to be read from a file."""
-        return True
-
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """Returns the modules with these paths; an adapter in a file reads them at once."""
+        """Returns the modules with these paths; an `AdapterFile` reads them all in one go."""
         return {path: self[path] for path in paths}
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
@@ -279,12 +279,12 @@ class Adapter(Mapping[str, LoRA]):
 class AdapterFile(Adapter):
     """An adapter whose factors are still in a file: made of its outline. Not a pytree.
 
-    Who makes one says how modules are read.
+    Subclasses define `read`.
     """
 
     @property
     def in_memory(self) -> bool:
-        """False: factors are read when they are asked for."""
+        """False: factors are read when they are asked for, and not kept."""
         return False
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
@@ -306,7 +306,90 @@ class AdapterFile(Adapter):
         return Adapter(self._modules, metadata=self.metadata, extras=self.extras)
 
 
+class AdapterSource(Protocol):
+    """An adapter as a merge reads it: an `Adapter`, or an `AdapterFile`.
+
+    Iteration gives the paths of the modules, in order. A merge plans with `outline`, and reads the
+    factors of a batch of modules with `read`.
+
+    Attributes:
+        metadata: origin, and what writing the adapter needs.
+        extras: tensors that are not low-rank updates, by name.
+    """
+
+    metadata: Metadata
+    extras: dict[str, Array]
+
+    @property
+    def outline(self) -> Adapter:
+        """The adapter with shapes and dtypes in place of its factors."""
+
+    @property
+    def in_memory(self) -> bool:
+        """True if the factors are arrays, which may be traced or lie on devices.
+
+        False if they are read from files as NumPy arrays, anew at each access.
+        """
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that factors are still to be read from; empty if they are in memory."""
+
+    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
+        """Returns the modules with these paths."""
+
+    def __getitem__(self, path: str) -> LoRA: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, path: object, /) -> bool: ...
+
+
+class ModuleStream(Protocol):
+    """An adapter whose modules come in parts: each module once, in any order.
+
+    A `MergeStream` is one. A class that inherits from this one needs `outline` and iteration only;
+    the rest then describes a stream of one process.
+    """
+
+    @property
+    def outline(self) -> Adapter:
+        """The adapter with shapes and dtypes in place of its factors."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that are read while the stream is iterated over."""
+        return ()
+
+    @property
+    def processes(self) -> Mapping[int, int]:
+        """The number of devices of each process that shares the stream; empty if none does."""
+        return {}
+
+    @property
+    def spread(self) -> bool:
+        """True if the factors are spread over the devices of several processes."""
+        return False
+
+    def share(
+        self, together: Iterable[Sequence[str]] | None = None
+    ) -> "tuple[ModuleStream, dict[str, int]]":
+        """Returns the share of this process, and the process of every module by path.
+
+        Args:
+            together: the paths of all modules, in lists of those that one process has to do; by
+                default, each by itself.
+        """
+        del together
+        return self, dict.fromkeys(self.outline, jax.process_index())
+
+    def __iter__(self) -> Iterator[Mapping[str, LoRA]]: ...
+
+
 # Dtypes of weights that take an update.
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 
+# Dtypes of written factors.
 DTYPES = ("float32", "bfloat16", "float16")

@@ -298,7 +298,13 @@ class _Watched:
     def processes(self) -> Mapping[int, int]:
         return self.stream.processes
 
-    def share(self, together: Iterable[Sequence[str]]) -> "tuple[_Watched, dict[str, int]]":
+    @property
+    def spread(self) -> bool:
+        return self.stream.spread
+
+    def share(
+        self, together: Iterable[Sequence[str]] | None = None
+    ) -> "tuple[_Watched, dict[str, int]]":
         share, owner = self.stream.share(together)
         return dataclasses.replace(self, stream=share), owner
 

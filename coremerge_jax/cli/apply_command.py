@@ -21,6 +21,7 @@ from coremerge_jax.cli.console import (
 )
 from coremerge_jax.cli.convert_command import NAMES, parse_axes
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.formats import described
 
 if TYPE_CHECKING:
     from coremerge_jax.io.base_model.apply import Folding
@@ -45,8 +46,8 @@ def apply(
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="A PEFT adapter folder, a Hugging Face id, or an orbax checkpoint that tells its "
-            "alpha (else: coremerge convert first).",
+            help=f"The adapter: {described()}. A checkpoint has to record its alpha (else: "
+            "coremerge convert first).",
             show_default=False,
         ),
     ],

@@ -17,6 +17,9 @@ from coremerge_jax.cli.console import (
     say,
 )
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.formats import all_targets, described, find_target, open_adapter
+from coremerge_jax.io.orbax_folder import FAMILIES
+from coremerge_jax.io.outputs import check_output
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
@@ -35,7 +38,7 @@ _source = partial(
 
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
 
-NAMES = "tunix|tunix-gemma|gemma|maxtext-llama3.1|maxtext-qwen"
+NAMES = "|".join(FAMILIES)
 
 LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
 
@@ -45,8 +48,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="An orbax checkpoint (or a folder of steps), a PEFT adapter folder or a Hugging "
-            "Face id.",
+            help=f"The adapter: {described()}.",
             show_default=False,
         ),
     ],
@@ -54,7 +56,7 @@ def convert(
     to: Annotated[
         str,
         _target(
-            metavar=f"peft|orbax|{NAMES}",
+            metavar="|".join(all_targets()),
             help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
             "one that this implementation of a model family restores.",
         ),
@@ -116,20 +118,12 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
-    from coremerge_jax.io.formats import open_adapter
-    from coremerge_jax.io.orbax import save_orbax
-    from coremerge_jax.io.outputs import ADAPTER, CHECKPOINT, check_output
-    from coremerge_jax.io.peft.writer import save_peft
-    from coremerge_jax.trees.families import NAME_MAPS, translate
-
-    known = ("peft", "orbax", *NAME_MAPS)
-    if to not in known:
-        raise RecipeError(f"--to {to!r}: expected one of {', '.join(known)}")
-    if like is not None and to != "orbax":
-        raise RecipeError("--like is for --to orbax")
-    if dtype is not None and to != "peft":
-        raise RecipeError("--dtype is for --to peft")
-    if names is not None and to in NAME_MAPS:
+    target = find_target(to)
+    for option, value in (("like", like), ("dtype", dtype)):
+        if value is not None and option not in target.targets[to]:
+            takers = [name for name in all_targets() if option in find_target(name).targets[name]]
+            raise RecipeError(f"--{option} is for --to {' or '.join(takers)}")
+    if names is not None and to in FAMILIES:
         raise RecipeError(f"--names is not for --to {to}, which has names of its own")
     told: dict[str, Any] = {
         "layout": layout,
@@ -143,65 +137,21 @@ def convert(
     options = {key: value for key, value in told.items() if value is not None}
     if scan_axis is not None:
         options["scan_axis"] = _parse_scan_axis(scan_axis)
-    inputs: list[str | Path] = [source, *([like] if like else [])]
-    kind = ADAPTER if to == "peft" else CHECKPOINT
-    check_output(output, kind=kind, inputs=inputs, force=force)
-    given, like_options = _share(source, like, options)
-    adapter = open_adapter(source, **given)
+    check_output(output, kind=target.name, inputs=[source, *([like] if like else [])], force=force)
+    written: dict[str, Any] = {"like": like, "dtype": dtype, "head_dim": head_dim}
+    written = {key: x for key, x in written.items() if x is not None and key in target.targets[to]}
+    if like is not None:
+        from coremerge_jax.io.orbax import share_options
+
+        options, more = share_options(source, like, options)
+        written |= more
+    adapter = open_adapter(source, **options)
     if names is not None:
+        from coremerge_jax.trees.families import translate
+
         adapter = translate(adapter, names, head_dim=head_dim)
-    if to == "peft":
-        save_peft(adapter, output, dtype=dtype or "float32", force=force)
-    elif to == "orbax":
-        save_orbax(adapter, output, like=like, force=force, **like_options)
-    else:
-        save_orbax(adapter, output, to=to, head_dim=head_dim, force=force)
+    target.save(adapter, output, to=to, force=force, **written)
     _show(source, adapter.outline, output, to, as_json)
-
-
-_OF_TREES = ("layout", "scan_axis", "axes", "ignore")
-
-
-def _share(
-    source: str, like: Path | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options for the source, and for the checkpoint to be like: that may need them as well.
-
-    Where both are orbax checkpoints, a pattern is for the one, or both, in which it matches.
-    """
-    if like is None:
-        return options, {}
-    from coremerge_jax.io.orbax_tree import is_orbax, open_tree
-    from coremerge_jax.trees.layouts import LAYOUTS
-    from coremerge_jax.trees.paths import flatten, matches
-
-    target = {key: x for key, x in options.items() if key in _OF_TREES}
-    if not is_orbax(source):
-        return {key: x for key, x in options.items() if key not in target}, target
-    there = open_tree(source, item=options.get("item"), step=options.get("step"))
-    keys = [list(flatten(tree.tree)) for tree in (there, open_tree(like))]
-    layouts = LAYOUTS.values()
-    modules = [
-        [factor.module for key in tree for x in layouts if (factor := x.match(key))]
-        for tree in keys
-    ]
-    given = dict(options)
-    known = LAYOUTS.get(options.get("layout", ""))
-    if known and not any(map(known.match, keys[1])):
-        target.pop("layout")
-    for option, found in (("ignore", keys), ("axes", modules)):
-        for pattern in options.get(option, ()):
-            hits = [any(matches(key, [pattern]) for key in tree) for tree in found]
-            for kept, hit in ((given, hits[0] or not hits[1]), (target, hits[1])):
-                if not hit:
-                    kept[option] = _without(kept[option], pattern)
-    return given, target
-
-
-def _without(patterns: Any, pattern: str) -> Any:
-    if isinstance(patterns, dict):
-        return {key: x for key, x in patterns.items() if key != pattern}
-    return [x for x in patterns if x != pattern]
 
 
 def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:

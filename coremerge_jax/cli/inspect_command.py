@@ -6,6 +6,7 @@ import typer
 
 from coremerge_jax.cli.console import describe_paths, describe_ranks, print_json, print_table, say
 from coremerge_jax.errors import CoreMergeError
+from coremerge_jax.io.formats import described
 from coremerge_jax.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="PEFT folders, orbax checkpoints, or Hugging Face ids.",
+            help=f"Adapters, each {described()}.",
             show_default=False,
         ),
     ],

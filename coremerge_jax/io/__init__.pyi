@@ -1,16 +1,18 @@
 from .base_model.apply import apply_adapter
-from .formats import hash_source, open_adapter
+from .formats import Format, hash_source, open_adapter, register_format
 from .orbax import open_orbax, save_orbax
 from .peft.reader import load_peft, open_peft
 from .peft.writer import save_peft
 
 __all__ = [
+    "Format",
     "apply_adapter",
     "hash_source",
     "load_peft",
     "open_adapter",
     "open_orbax",
     "open_peft",
+    "register_format",
     "save_orbax",
     "save_peft",
 ]

@@ -1,4 +1,7 @@
-"""Folders of adapters and models: local ones, and those of the Hugging Face hub."""
+"""Folders of adapters and models: local ones, and those of the Hugging Face hub.
+
+huggingface_hub is imported late: it takes half a second that local folders need not wait.
+"""
 
 import re
 import urllib.error
@@ -6,56 +9,84 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
-
 from coremerge_jax.errors import CoreMergeError, FormatError
 from coremerge_jax.io.outputs import find_left
-from coremerge_jax.io.untrusted import check_path, refuse_url
+from coremerge_jax.io.untrusted import check_path
 
 # Revisions are names that git takes.
-_HUB_ID = re.compile(
-    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?"
-)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@((?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?")
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Returns True for ``owner/name`` or ``owner/name@revision``, unless it may be a local path."""
+    path = Path(source)
+    is_id = isinstance(source, str) and _HUB_ID.fullmatch(source)
+    return bool(is_id) and not path.exists() and not path.parent.exists()
+
+
+def source_name(source: str | Path) -> str:
+    """Returns the name of a folder, or of a repository on the hub, for messages and tables."""
+    folder = Path(source)
+    return folder.resolve().name if folder.is_dir() else Path(str(source).partition("@")[0]).name
+
+
+def not_found(source: str | Path, expected: str) -> FormatError:
+    """Returns the error for a source that no format recognises.
+
+    Args:
+        source: the path that was given.
+        expected: the files or folders that could be there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return FormatError(f"{source}: no adapter in this folder; expected {expected}")
+    if path.exists():
+        return FormatError(f"{source}: is a file; expected {expected}")
+    if str(source).startswith("~"):
+        return FormatError(f"{source}: no such folder; give the path itself in place of ~")
+    for kind, left in find_left(path.absolute()):
+        if kind == "old":
+            return FormatError(
+                f"{source}: no such folder; a run that was killed has moved it to {left}: rename "
+                "it back"
+            )
+    return FormatError(f"{source}: no such folder")
 
 
 def find_folder(source: str | Path, download: Callable[..., Path], config: str) -> Path:
     """Returns a folder, or that of a Hugging Face id.
 
     Args:
-        source: see `locate`.
-        download: gives the folder of a repository and revision; its ``local_files_only`` says
-            whether it may only look into the local cache.
+        source: a folder or an id.
+        download: gives the folder of a repository; takes ``revision``, and ``local_files_only`` to
+            look into the local cache alone.
         config: a file that the folder has, for messages.
 
     Raises:
         FormatError: there is no such folder, or the id can neither be found nor downloaded.
     """
-    refuse_url(source)
     check_path(source)
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise FormatError(f"{source}: is a file; give the folder that contains {config}")
-    hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
-    if not hub_id or folder.parent.exists():
-        told = "; give the path itself in place of ~" if str(source).startswith("~") else ""
-        for kind, left in find_left(folder.absolute()):
-            if kind == "old":
-                told = f"; a run that was killed has moved it to {left}: rename it back"
-        raise FormatError(f"{source}: no such folder{told}")
+    if not is_hub_id(source):
+        raise not_found(source, f"the folder that contains {config}")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, _, revision = str(source).partition("@")
     for local in (True, False):
         if not local and not _hub_answers():
             break
         try:
-            return download(hub_id["repo"], revision=hub_id["revision"], local_files_only=local)
+            return download(repo, revision=revision or None, local_files_only=local)
         except LocalEntryNotFoundError:
             continue
         except CoreMergeError:
             raise
         except (OSError, ValueError) as error:
-            raise FormatError(f"{source}: not on the Hugging Face hub ({_line(error)})") from error
+            lines = (line for line in str(error).splitlines() if line.strip())
+            line = next(lines, type(error).__name__)
+            raise FormatError(f"{source}: not on the Hugging Face hub ({line})") from error
     raise FormatError(
         f"{source}: no such folder, not in the Hugging Face cache, and the hub cannot be reached"
     )
@@ -63,6 +94,8 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
 
 def _hub_answers() -> bool:
     """Asks once: huggingface_hub itself would retry for half a minute without a network."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -72,7 +105,3 @@ def _hub_answers() -> bool:
         return True
     except OSError:
         return False
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

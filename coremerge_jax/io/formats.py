@@ -1,44 +1,159 @@
-"""Whatever holds an adapter, by what is in it."""
+"""The formats that adapters are read from and written to: a table with one row for each.
 
-import hashlib
-import stat
+A new format is one file with a class like `Format`, and one row of `FORMATS`. A program adds its
+own with `register_format`. Opening, hashing, messages and the command line go by this table.
+"""
+
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from coremerge_jax.errors import RecipeError
-from coremerge_jax.io import peft
-from coremerge_jax.io.orbax import open_orbax
-from coremerge_jax.io.orbax_tree import is_orbax, walk
-from coremerge_jax.io.untrusted import check_path, refuse_url
-from coremerge_jax.lora import Adapter
+from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.io.folders import not_found
+from coremerge_jax.io.orbax_folder import OrbaxFormat
+from coremerge_jax.io.peft.files import PeftFormat
+from coremerge_jax.io.untrusted import check_path
+
+if TYPE_CHECKING:
+    from coremerge_jax.lora import Adapter
 
 
-def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> Adapter:
-    """Opens a PEFT folder, a Hugging Face id, or an orbax checkpoint.
+class Format(Protocol):
+    """A format of adapters on disk.
+
+    The command line imports it for its help, so its file should import JAX within methods only.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of what is written, in messages and records, such as ``"PEFT adapter"``."""
+
+    @property
+    def description(self) -> str:
+        """One line for help and messages: what it is, and the files that show it."""
+
+    @property
+    def targets(self) -> Mapping[str, Collection[str]]:
+        """The names that ``coremerge convert --to`` has for it; for each, the options of `save`."""
+
+    @property
+    def options(self) -> Collection[str]:
+        """The options of `open`, beside the name."""
+
+    def recognises(self, source: str | Path) -> bool:
+        """Returns True if a source is of this format, whole or broken. Must not raise."""
+
+    def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
+        """Opens an adapter.
+
+        Args:
+            source: what `recognises` has accepted.
+            name: a name for messages and tables; by default that of the folder or file.
+            **options: some of `options`.
+
+        Raises:
+            FormatError: it is broken.
+            UnsupportedError: it is more than a low-rank update of the base model.
+        """
+
+    def save(
+        self, adapter: "Adapter", out: str | Path, *, to: str, force: bool = False, **options: Any
+    ) -> None:
+        """Writes an adapter: all of it, or nothing (see `atomic.atomic_folder`).
+
+        Args:
+            adapter: what to write.
+            out: the folder to make.
+            to: one of `targets`.
+            force: replace an older output of this format.
+            **options: some of those that `targets` has for it.
+
+        Raises:
+            FormatError: the output may not be written.
+        """
+
+    def hash(self, source: str | Path) -> dict[str, str]:
+        """Returns the SHA-256 of the files of a source, by name."""
+
+
+# Orbax first: its checkpoints may have an adapter_config.json beside them.
+FORMATS: list[Format] = [OrbaxFormat(), PeftFormat()]
+
+
+def register_format(added: Format) -> None:
+    """Adds a format: `open_adapter`, merges and the command line then know it.
+
+    It is asked last whether it recognises a source.
+
+    Raises:
+        FormatError: there already is a format with this name or one of its targets.
+    """
+    taken = {name for known in FORMATS for name in (known.name, *known.targets)}
+    if twice := taken & {added.name, *added.targets}:
+        raise FormatError(f"format {added.name!r}: {min(twice)!r} is another format's already")
+    FORMATS.append(added)
+
+
+def find_format(source: str | Path) -> Format:
+    """Returns the format of a source.
+
+    Raises:
+        FormatError: there is no such source, or no format recognises it.
+    """
+    check_path(source)
+    for known in FORMATS:
+        if known.recognises(source):
+            return known
+    raise not_found(source, described())
+
+
+def find_target(to: str) -> Format:
+    """Returns the format that a name for ``coremerge convert --to`` stands for.
+
+    Raises:
+        RecipeError: there is no such name.
+    """
+    for known in FORMATS:
+        if to in known.targets:
+            return known
+    raise RecipeError(f"--to {to!r}: expected one of {', '.join(all_targets())}")
+
+
+def all_targets() -> list[str]:
+    """Returns the names for ``coremerge convert --to``."""
+    return [to for known in FORMATS for to in known.targets]
+
+
+def described() -> str:
+    """Returns what adapters look like, in each format, for help and messages."""
+    return ", or ".join(known.description for known in FORMATS)
+
+
+def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
+    """Opens an adapter of any format: a PEFT folder, a Hugging Face id, or an orbax checkpoint.
+
+    Factors stay in the files until they are asked for.
 
     Args:
         source: see `open_peft` and `open_orbax`.
         name: a name for messages and tables; that of the folder by default.
-        **options: of `open_orbax`; PEFT folders tell all of it themselves.
+        **options: of `open_orbax`; a PEFT folder records all of this itself.
 
     Raises:
         FormatError: there is no such adapter, or it is broken.
-        RecipeError: options for a PEFT folder.
+        RecipeError: an option is not for adapters of this format.
         UnsupportedError: it is more than a low-rank update of the base model.
     """
-    refuse_url(source)
-    check_path(source)
-    if is_orbax(source):
-        return open_orbax(source, name=name, **options)
-    if options:
-        raise RecipeError(
-            f"{source}: no orbax checkpoint; {', '.join(options)} can be said of these only"
-        )
-    return peft.open_peft(source, name=name)
+    known = find_format(source)
+    if wrong := ", ".join(option for option in options if option not in known.options):
+        others = [x.name for x in FORMATS if options.keys() & set(x.options)]
+        told = f"no {' or '.join(others)}; {wrong} can be given for these only"
+        raise RecipeError(f"{source}: {told if others else f'unknown option {wrong}'}")
+    return known.open(source, name=name, **options)
 
 
 def hash_source(source: str | Path) -> dict[str, str]:
-    """Returns the SHA-256 of what an adapter was read from.
+    """Returns the SHA-256 of the files that an adapter is read from.
 
     Args:
         source: see `open_adapter`.
@@ -49,12 +164,4 @@ def hash_source(source: str | Path) -> dict[str, str]:
     Raises:
         FormatError: see `open_adapter`.
     """
-    refuse_url(source)
-    if not is_orbax(source):
-        return peft.hash_source(source)
-    whole = hashlib.sha256()
-    for file in sorted(path for path, mode in walk(Path(source)) if mode and stat.S_ISREG(mode)):
-        whole.update(str(file.relative_to(source)).encode())
-        with file.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"all files": whole.hexdigest()}
+    return find_format(source).hash(source)

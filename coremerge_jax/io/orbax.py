@@ -16,17 +16,18 @@ import numpy as np
 
 from coremerge_jax import __version__
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, UnsupportedError
+from coremerge_jax.io.adapter_config import CONFIG, read_adapter_config
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
-from coremerge_jax.io.orbax_tree import MARKER, SCAN, OrbaxTree, open_tree, write_tree
+from coremerge_jax.io.orbax_folder import MARKER, TREE_OPTIONS, is_orbax
+from coremerge_jax.io.orbax_tree import SCAN, OrbaxTree, open_tree, write_tree
 from coremerge_jax.io.outputs import CHECKPOINT, check_output, write_record
-from coremerge_jax.io.peft.config import PeftConfig
-from coremerge_jax.io.peft.files import CONFIG
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.adapters import TreeFormat, to_tree
 from coremerge_jax.trees.checks import check_alpha, check_rank
 from coremerge_jax.trees.families import find_names, outline_tree
-from coremerge_jax.trees.paths import flatten, key_of
+from coremerge_jax.trees.layouts import LAYOUTS
+from coremerge_jax.trees.paths import flatten, key_of, matches
 from coremerge_jax.trees.slots import Places, Slot
 
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
@@ -212,6 +213,50 @@ def save_orbax(
             write_record(folder, CHECKPOINT, {**origin, "rank": rank, "to": to or "orbax"})
 
 
+def share_options(
+    source: str | Path, like: str | Path, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides options between a source and the checkpoint that its copy is to be like.
+
+    Where both are orbax checkpoints, a pattern is for the one, or both, in which it matches.
+
+    Args:
+        source: what `open_adapter` takes.
+        like: see `save_orbax`.
+        options: of `open_orbax`.
+
+    Returns:
+        The options to open the source with, and those for `save_orbax`.
+    """
+    target = {key: x for key, x in options.items() if key in TREE_OPTIONS}
+    if not is_orbax(source):
+        return {key: x for key, x in options.items() if key not in target}, target
+    there = open_tree(source, item=options.get("item"), step=options.get("step"))
+    keys = [list(flatten(tree.tree)) for tree in (there, open_tree(like))]
+    layouts = LAYOUTS.values()
+    modules = [
+        [factor.module for key in tree for x in layouts if (factor := x.match(key))]
+        for tree in keys
+    ]
+    given = dict(options)
+    known = LAYOUTS.get(options.get("layout", ""))
+    if known and not any(map(known.match, keys[1])):
+        target.pop("layout")
+    for option, found in (("ignore", keys), ("axes", modules)):
+        for pattern in options.get(option, ()):
+            hits = [any(matches(key, [pattern]) for key in tree) for tree in found]
+            for kept, hit in ((given, hits[0] or not hits[1]), (target, hits[1])):
+                if not hit:
+                    kept[option] = _without(kept[option], pattern)
+    return given, target
+
+
+def _without(patterns: Any, pattern: str) -> Any:
+    if isinstance(patterns, dict):
+        return {key: x for key, x in patterns.items() if key != pattern}
+    return [x for x in patterns if x != pattern]
+
+
 def _scan(axis: Any) -> dict[str, Any]:
     """Returns the metadata that says how layers are stacked, for later readers."""
     return dict(zip(SCAN, (True, axis), strict=False)) if axis in (0, 1) else {}
@@ -245,7 +290,7 @@ def _told(source: OrbaxTree) -> dict[str, float | int]:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             return {}
-        where, lora = f"{file}:", PeftConfig.read(file).fields
+        where, lora = f"{file}:", read_adapter_config(file)
         names = {"rank": "r", "alpha": "lora_alpha"}
     if not isinstance(lora, Mapping):
         raise FormatError(

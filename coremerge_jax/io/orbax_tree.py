@@ -7,9 +7,6 @@ import contextlib
 import contextvars
 import errno
 import os
-import re
-import stat
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,25 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError
-from coremerge_jax.io.untrusted import read_json, refuse_url
+from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.io.orbax_folder import MARKER, find_tree, refuse_special_files
+from coremerge_jax.io.untrusted import read_json
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.paths import flatten, key_of
 
-MARKER = "_CHECKPOINT_METADATA"
-
 SCAN = ("scan_layers", "param_scan_axis", "scan_axis")  # of custom metadata, as MaxText has it
 
-_TREE = "_METADATA"  # in the folder of each tree of arrays
-
-_STEP = re.compile(r"(?:.*_)?(\d{1,18})", re.ASCII)  # folder of a step
-
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax is still writing
-
 _LONG = 200  # characters of others' messages
-
-# Where training stacks put trained parameters, in a checkpoint of several items.
-_ITEMS = ("model_params", "lora", "state", "params", "items", "default", "pytree", "model")
 
 
 class OrbaxTree:
@@ -54,7 +41,7 @@ class OrbaxTree:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self.item = folder, item
-        _refuse_special_files(folder)
+        refuse_special_files(folder)
         try:
             if (folder / MARKER).exists():  # orbax would go on without what it says
                 read_json(folder / MARKER, "an orbax checkpoint")
@@ -129,31 +116,14 @@ def open_tree(source: str | Path, *, item: str | None = None, step: int | None =
 
     Args:
         source: a checkpoint, or a folder of steps of a CheckpointManager.
-        item: which of several trees; by default the one that training stacks keep parameters in.
-        step: which of several steps; by default the last.
-
-    A last step that is not finished, as while it is being written, is passed over with a warning.
+        item: the tree to read if there are several; by default the one that training stacks keep
+            parameters in.
+        step: the step to read; by default the last that is finished.
 
     Raises:
         FormatError: there is no such checkpoint, or it is broken.
     """
-    folder, item = _find(Path(source), step, item)
-    if step is None and _STEP.fullmatch(folder.name):
-        _warn_of_unfinished(folder, Path(os.path.realpath(source)))
-    return OrbaxTree(folder, item)
-
-
-def _warn_of_unfinished(folder: Path, source: Path) -> None:
-    """Says which step was opened, if it is not the last one in the folder that was given."""
-    if folder.parent == source:
-        last = _steps(source)[-1]
-        if last != folder:
-            warnings.warn(
-                f"{last}: not finished, or cut off: trees are missing; read the last whole step, "
-                f"{folder.name}",
-                CoreMergeWarning,
-                stacklevel=3,
-            )
+    return OrbaxTree(*find_tree(Path(source), step, item))
 
 
 def write_tree(
@@ -269,177 +239,6 @@ def is_array(leaf: Any) -> bool:
 
 def _outline(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
-
-
-# --- Where the tree is ---------------------------------------------------------------------------
-def is_orbax(source: str | Path) -> bool:
-    """Tells whether a folder looks like an orbax checkpoint, or like one of several steps.
-
-    One that is broken, or unfinished, does too.
-    """
-    folder = Path(source)
-    try:
-        if not folder.is_dir():
-            return False
-        if _is_marked(folder) or any(_items(step) or _is_marked(step) for step in _steps(folder)):
-            return True
-        return not any(folder.iterdir()) and _is_step_of_others(folder)
-    except OSError:
-        return False
-
-
-def _is_marked(folder: Path) -> bool:
-    """Tells whether orbax has written, or begun to write, a checkpoint or steps into a folder."""
-    return (
-        os.path.lexists(folder / MARKER)
-        or bool(_items(folder))
-        or any(_UNFINISHED in path.name for path in folder.iterdir())
-    )
-
-
-def _is_step_of_others(folder: Path) -> bool:
-    """Tells whether there are other steps beside a folder, and trees in these."""
-    folder = Path(os.path.realpath(folder))
-    if not _STEP.fullmatch(folder.name):
-        return False
-    return any(_items(step) for step in _steps(folder.parent))
-
-
-def _steps(folder: Path) -> list[Path]:
-    """Returns the folders of steps, the first one first."""
-    return [path for _, path in sorted(_numbered(folder).items())]
-
-
-def _numbered(folder: Path) -> dict[int, Path]:
-    names = ((_STEP.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
-    return {int(match[1]): path for match, path in names if match and path.is_dir()}
-
-
-def _find(source: Path, step: int | None, item: str | None) -> tuple[Path, str | None]:
-    """Returns the folder of a checkpoint, and the name of the tree in it that holds parameters."""
-    refuse_url(source)
-    if not source.is_dir():
-        what = "a link that leads nowhere" if source.is_symlink() else "no such folder"
-        raise FormatError(f"{source}: {what}")
-    source = Path(os.path.realpath(source))
-    items = _items(source)
-    if not items:
-        source = _find_step(source, step)
-        items = _items(source)
-    elif step is not None and not _is_step(source, step):
-        raise FormatError(f"{source}: one checkpoint, without steps; leave step ({step}) out")
-    if items == [None] and not (source / MARKER).exists() and (source.parent / MARKER).exists():
-        source, items = source.parent, [source.name]  # an item's own folder was given
-    if item is not None and item not in items:
-        raise FormatError(f"{source}: no item {item!r}; there are {_listed(items)}")
-    if item is None and len(items) > 1:
-        known = [name for name in _ITEMS if name in items]
-        if not known:
-            raise FormatError(
-                f"{source}: several items, {_listed(items)}; say which with item (coremerge "
-                "convert --item)"
-            )
-        item = known[0]
-    return source, item or items[0]
-
-
-def _is_step(folder: Path, step: int) -> bool:
-    names = (folder.name, folder.parent.name)
-    return any((found := _STEP.fullmatch(name)) and int(found[1]) == step for name in names)
-
-
-def _find_step(source: Path, step: int | None) -> Path:
-    """Returns the folder of a step: of the last one that is whole, unless one is asked for.
-
-    Raises:
-        FormatError: there is no such step, or it is not whole.
-    """
-    steps = _numbered(source)
-    whole = [number for number, path in steps.items() if _is_whole(path, steps.values())]
-    last = f"; the last whole step is {max(whole)}" if whole else ""
-    if step is not None:
-        if step not in steps:
-            raise FormatError(f"{source}: no step {step}; there are {sorted(steps)}")
-        if step not in whole:
-            raise FormatError(f"{steps[step]}: not finished, or cut off: trees are missing{last}")
-        return steps[step]
-    if not whole:
-        if steps or _is_marked(source):
-            what = "whole step" if steps else f"tree of arrays ({_TREE})"
-            raise FormatError(f"{source}: not finished, or cut off: no {what} in it")
-        if _is_step_of_others(source):
-            found = _find_step(source.parent, None)
-            raise FormatError(
-                f"{source}: not finished, or cut off: no tree of arrays in it; the last whole "
-                f"step is {found}"
-            )
-        raise FormatError(f"{source}: not an orbax checkpoint: no tree of arrays in it")
-    return steps[max(whole)]
-
-
-def _is_whole(step: Path, steps: Collection[Path]) -> bool:
-    """Tells whether a step has all trees that it has begun, as far as other steps show that."""
-    items = _items(step)
-    names = {name for other in steps for name in _items(other) if name is not None}
-    begun = {name for name in names if (step / name).is_dir()}
-    unfinished = any(_UNFINISHED in path.name for path in step.iterdir())
-    return bool(items) and begun <= set(items) and not unfinished
-
-
-def _items(folder: Path) -> list[str | None]:
-    """Returns the trees of arrays in a checkpoint: None stands for the checkpoint itself."""
-    if os.path.lexists(folder / _TREE):
-        return [None]
-    found = sorted(path.name for path in folder.iterdir() if os.path.lexists(path / _TREE))
-    return [name for name in found if _UNFINISHED not in name]
-
-
-def _listed(items: Sequence[str | None]) -> str:
-    return ", ".join(repr(name or "the checkpoint itself") for name in items)
-
-
-# --- What is in its files ------------------------------------------------------------------------
-def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
-    """Yields all that is in a folder but folders; those that links lead to are entered once.
-
-    Gives:
-        Each path, and its mode as `stat` has it, None where a link leads nowhere.
-    """
-    waiting, seen = [folder], {_identity(folder.stat())}
-    while waiting:
-        for path in sorted(waiting.pop().iterdir()):
-            try:
-                status = path.stat()
-            except OSError:
-                yield path, None
-                continue
-            if not stat.S_ISDIR(status.st_mode):
-                yield path, status.st_mode
-            elif _identity(status) not in seen:
-                seen.add(_identity(status))
-                waiting.append(path)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _refuse_special_files(folder: Path) -> None:
-    """Refuses what would block, or never end, when orbax reads it."""
-    for path, mode in walk(folder):
-        if mode is None:
-            raise FormatError(f"{path}: a link that leads nowhere; copy the checkpoint again")
-        if not stat.S_ISREG(mode):
-            raise FormatError(
-                f"{path}: no regular file but {_special(mode)}; a checkpoint has files and folders "
-                "only"
-            )
-
-
-def _special(mode: int) -> str:
-    kinds = {"FIFO": stat.S_ISFIFO, "SOCK": stat.S_ISSOCK, "CHR": stat.S_ISCHR, "BLK": stat.S_ISBLK}
-    names = {"FIFO": "a FIFO", "SOCK": "a socket", "CHR": "a device", "BLK": "a device"}
-    return next((names[kind] for kind, test in kinds.items() if test(mode)), "something else")
 
 
 def _line(error: Exception) -> str:

@@ -32,9 +32,7 @@ _ELSEWHERE = "choose another output, or move it away"
 
 # Kinds of outputs.
 ADAPTER = "PEFT adapter"
-
 CHECKPOINT = "orbax adapter"
-
 MODEL = "model"
 
 

@@ -78,17 +78,20 @@ def is_regular(file: Path) -> bool:
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
     if not stat.S_ISREG(mode):
-        raise FormatError(f"{file}: not a regular file; expected a file, not {_kind(mode)}")
+        raise FormatError(f"{file}: not a regular file; expected a file, not {kind_of(mode)}")
     return True
 
 
 def check_path(path: str | Path) -> None:
-    """Checks that the system, and a record in UTF-8, can take a path, which need not exist.
+    """Checks that a path may be read: it is local, and the system and a record in UTF-8 take it.
+
+    It need not exist.
 
     Raises:
-        FormatError: it is not UTF-8, too long, a loop of links, in a folder that may not be
-            entered, or has a NUL in it.
+        FormatError: it is an address (`refuse_url`), not UTF-8, too long, a loop of links, in a
+            folder that may not be entered, or has a NUL in it.
     """
+    refuse_url(path)
     try:
         for text in (os.fspath(path), os.path.basename(os.path.realpath(path))):  # noqa: PTH119
             text.encode()
@@ -108,7 +111,8 @@ def _unreadable(path: str | Path, error: OSError | ValueError) -> FormatError:
     return FormatError(f"{str(path)!r:.300}: {getattr(error, 'strerror', None) or error}")
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """Returns the kind of something in a folder, by its mode: "a pipe", "a device"."""
     tests = {
         "a folder": stat.S_ISDIR,
         "a pipe": stat.S_ISFIFO,

@@ -77,7 +77,7 @@ def test_options_of_checkpoints_for_a_peft_folder(coremerge, tmp_path, tunix):
     cm.save_peft(adapter, tmp_path / "peft")
     result = coremerge("convert", tmp_path / "peft", "-o", tmp_path / "out", "--alpha", 8)
     assert result.code == 2
-    assert "no orbax checkpoint; alpha can be said of these only" in result.err
+    assert "no orbax adapter; alpha can be given for these only" in result.err
 
 
 def test_json(coremerge, tmp_path, tunix):
@@ -95,7 +95,7 @@ def test_json(coremerge, tmp_path, tunix):
         (["--alpha", 8, "--layout", "nnx"], ["layout 'nnx'"]),
         (["--alpha", 8, "--step", 3], ["no step 3", "[1]"]),
         (["--alpha", 8, "--item", "x"], ["no item 'x'", "model_params"]),
-        (["--alpha", 8, "--to", "keras"], ["--to 'keras'", "peft, orbax, tunix"]),
+        (["--alpha", 8, "--to", "keras"], ["--to 'keras'", "orbax, tunix", "peft"]),
         (["--alpha", 8, "--names", "bert"], ["names 'bert'", "tunix"]),
         (["--alpha", 8, "--axes", "x"], ["--axes 'x'", "PATTERN=A,B"]),
         (["--alpha", 8, "--axes", "*=ir,rx"], ["axes 'rx'", "one letter"]),

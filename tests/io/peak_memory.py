@@ -1,5 +1,6 @@
 """Prints by how many MiB each way to write and to read 192 MiB of modules raises peak memory."""
 
+import functools
 import json
 import re
 import sys
@@ -8,13 +9,18 @@ from pathlib import Path
 import numpy as np
 
 import coremerge_jax as cm
+from coremerge_jax.lora import ModuleStream
 
 LORA = cm.LoRA(np.ones((32, 1 << 13), np.float32), np.ones((1 << 13, 32), np.float32))  # 2 MiB
 
 
-class Stream:
+class Stream(ModuleStream):
     def __init__(self, count):
-        self.outline = cm.Adapter({f"layers.{i}.q": LORA for i in range(count)}).outline
+        self.count = count
+
+    @functools.cached_property
+    def outline(self):
+        return cm.Adapter({f"layers.{i}.q": LORA for i in range(self.count)}).outline
 
     def __iter__(self):
         for path in self.outline:

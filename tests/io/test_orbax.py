@@ -15,7 +15,7 @@ from helpers import assert_same, dense, random_adapters
 from orbax.checkpoint import v1 as ocp
 
 import coremerge_jax as cm
-from coremerge_jax.io.orbax_tree import is_orbax
+from coremerge_jax.io.orbax_folder import is_orbax
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(3) for name in ("q", "v")} | {"head": (4, 8)}
 LORA = {"lora_rank": 2, "lora_alpha": 8}
@@ -315,7 +315,7 @@ def loop(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(fifo, "a FIFO"), (device, "a device"), (loop, "leads nowhere")]
+    ("make", "message"), [(fifo, "a pipe"), (device, "a device"), (loop, "leads nowhere")]
 )
 @pytest.mark.parametrize("name", ["state/extra", "state/_METADATA", "_CHECKPOINT_METADATA"])
 def test_what_would_block_is_refused(adapter, tmp_path, make, message, name):

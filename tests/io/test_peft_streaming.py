@@ -15,17 +15,21 @@ from kinds import assert_same, update
 
 import coremerge_jax as cm
 from coremerge_jax.io.tensors import TensorReader
+from coremerge_jax.lora import ModuleStream
 
 
-@dataclasses.dataclass
-class Stream:
+class Stream(ModuleStream):
     """Parts of an adapter."""
 
-    outline: cm.Adapter
-    parts: Iterable[dict[str, cm.LoRA]]
+    def __init__(self, outline: cm.Adapter, parts: Iterable[dict[str, cm.LoRA]]):
+        self._outline, self._parts = outline, parts
+
+    @property
+    def outline(self):
+        return self._outline
 
     def __iter__(self):
-        return iter(self.parts)
+        return iter(self._parts)
 
 
 @pytest.fixture

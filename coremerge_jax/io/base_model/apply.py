@@ -18,10 +18,11 @@ from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.base_model.folder import INDEX, BaseModel
 from coremerge_jax.io.base_model.places import Update, find_tensors, place_updates
 from coremerge_jax.io.base_model.replacements import place_extras, refuse_tied
-from coremerge_jax.io.orbax_tree import is_orbax, open_tree, write_tree
+from coremerge_jax.io.orbax_folder import is_orbax
+from coremerge_jax.io.orbax_tree import open_tree, write_tree
 from coremerge_jax.io.outputs import MODEL, RECORD, check_output, write_record
 from coremerge_jax.io.tensors import LazyTensor, TensorEditor
-from coremerge_jax.io.untrusted import check_path, refuse_url
+from coremerge_jax.io.untrusted import check_path
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
 from coremerge_jax.trees import fold as addition
 from coremerge_jax.trees.families import find_names
@@ -409,11 +410,10 @@ def find_folding(
     """Checks that an adapter fits a base model, of whichever kind; see `apply_adapter`."""
     if not math.isfinite(scale):
         raise RecipeError(f"scale is {scale}; expected a finite number")
-    refuse_url(base)
     check_path(base)
     if is_orbax(base):
         return TreeFolding(adapter, base, scale=scale, **options)
     if options:
         told = ", ".join(f"{name} (--{name.replace('_', '-')})" for name in options)
-        raise RecipeError(f"{base}: no orbax checkpoint; {told} can be said of these only")
+        raise RecipeError(f"{base}: no orbax checkpoint; {told} can be given for these only")
     return FileFolding(adapter, base, scale=scale)

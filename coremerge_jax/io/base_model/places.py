@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from coremerge_jax.errors import MismatchError, UnsupportedError, nearest
 from coremerge_jax.io.base_model.folder import BaseModel
-from coremerge_jax.io.peft import experts
-from coremerge_jax.io.peft.config import unwrapped
+from coremerge_jax.io.module_paths import split_expert, unwrapped
 from coremerge_jax.lora import Adapter, Kind, LoRA
 
 
@@ -78,7 +77,7 @@ def _place_experts(
 ) -> list[Update]:
     """Places the updates of all experts of a parameter ``(experts, m, n)``, or of one."""
     shape, loras = base.floating(name).shape, groups[name]
-    index = {path: experts.split_path(path)[1] for path in loras}
+    index = {path: split_expert(path)[1] for path in loras}
     (m, n), *others = {lora.shape for lora in loras.values()}
     ways = [way for way in (False, True) if shape[-2:] == ((n, m) if way else (m, n))]
     if len(shape) == 2:  # peft takes a matrix for a layer, which is never transposed
@@ -212,7 +211,7 @@ def _find(modules: Mapping[str, Kind], tensors: Collection[str], prefix: Prefix)
 
 def _candidates(path: str, kind: Kind) -> tuple[str, ...]:
     if kind.name == "expert":
-        return (experts.split_path(path)[0],)
+        return (split_expert(path)[0],)
     path = unwrapped(path)
     if kind.name == "linear":  # of a torch.nn.MultiheadAttention, whose weight is a parameter
         return f"{path}.weight", f"{path}.in_proj_weight"

@@ -10,10 +10,8 @@ import numpy as np
 from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.io.base_model.folder import CONFIG, BaseModel
 from coremerge_jax.io.base_model.places import Prefix, nearest_tensors
-from coremerge_jax.io.peft.config import unwrapped
+from coremerge_jax.io.module_paths import LORA_BIAS, TOKENS, unwrapped
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
-
-_LORA_BIAS = ".lora_B.bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +63,8 @@ def place_extras(base: BaseModel, outline: Adapter, prefix: Prefix) -> Extras:
 
 
 def _place(extras: Extras, base: BaseModel, outline: Adapter, prefix: Prefix, name: str) -> None:
-    value, added = outline.extras[name], name.endswith(_LORA_BIAS)
-    tensor = prefix(unwrapped(name.removesuffix(_LORA_BIAS)) + ".bias" if added else name)
+    value, added = outline.extras[name], name.endswith(LORA_BIAS)
+    tensor = prefix(unwrapped(name.removesuffix(LORA_BIAS)) + ".bias" if added else name)
     if tensor in base.shard:
         _check(base, tensor, name, value)
         (extras.biases if added else extras.replaced)[tensor] = value
@@ -129,8 +127,6 @@ def _token_rows(base: BaseModel, tensor: str, path: str, value: Array, outline: 
         )
     return Rows(rows, value)
 
-
-TOKENS = ".token_adapter.trainable_tokens_delta"
 
 _UNTIE = (
     "folding would change both; load the model with tie_word_embeddings=False, copy the input "

@@ -6,12 +6,13 @@ inside (its path has `.base_layer`). That is certain for gate_up_proj and down_p
 shapes can prove it.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from coremerge_jax.errors import FormatError, UnsupportedError
-from coremerge_jax.io.peft.config import WRAPPED
+from coremerge_jax.io.module_paths import WRAPPED
 
 Shape = tuple[int, ...]
 
@@ -74,13 +75,8 @@ def name_levels(
 
 
 def _release(version: str) -> tuple[int, ...]:
-    major, _, rest = version.partition(".")
-    minor = rest.partition(".")[0]
-    return (int(major), int(minor)) if _is_index(major) and _is_index(minor) else (0, 0)
-
-
-def _is_index(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(\.|$)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def count(rows: int, rank: int) -> int:
@@ -96,7 +92,7 @@ def count(rows: int, rank: int) -> int:
 
 
 def unpack(a: np.ndarray, b: np.ndarray, *, rank: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of one expert's factors: rows ``e * r + i`` of A and columns ``i * E + e`` of B."""
+    """Returns copies of one expert's rows ``e * r + i`` of A, and columns ``i * E + e`` of B."""
     rows = slice(index * rank, (index + 1) * rank)
     return a[rows].copy(), b[:, index :: len(a) // rank].copy()
 
@@ -106,18 +102,6 @@ def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
     a = np.concatenate([a for a, _ in parts])
     b = np.stack([b for _, b in parts], axis=2)
     return a, b.reshape(len(b), -1)
-
-
-def split_path(path: str) -> tuple[str, int]:
-    """Returns the parameter path and index of an expert's path ``parameter[index]``.
-
-    Raises:
-        FormatError: the path has no index.
-    """
-    parameter, bracket, index = path.removesuffix("]").rpartition("[")
-    if not bracket or not _is_index(index):
-        raise FormatError(f"module {path!r}: an expert's path ends in [index]")
-    return parameter, int(index)
 
 
 def nest(parameters: Iterable[str]) -> dict[str, str]:

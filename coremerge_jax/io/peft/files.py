@@ -1,21 +1,60 @@
-"""Location of an adapter's files: a folder, or the Hugging Face cache."""
+"""PEFT adapters as a format: where their files are, how they are recognised."""
 
 import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import FormatError, UnsupportedError
-from coremerge_jax.io.folders import find_folder
+from coremerge_jax.io.adapter_config import CONFIG
+from coremerge_jax.io.folders import find_folder, is_hub_id
+from coremerge_jax.io.outputs import ADAPTER
 from coremerge_jax.io.untrusted import is_regular
 
-CONFIG = "adapter_config.json"
+if TYPE_CHECKING:
+    from coremerge_jax.lora import Adapter, ModuleStream
 
 WEIGHTS = "adapter_model.safetensors"
-
 PICKLE = "adapter_model.bin"
+
+
+class PeftFormat:
+    """PEFT's adapters, in a folder or on the Hugging Face hub. See `formats.Format`."""
+
+    name = ADAPTER
+    description = f"a PEFT adapter folder ({CONFIG} and {WEIGHTS}) or its Hugging Face id"
+    targets: Mapping[str, tuple[str, ...]] = {"peft": ("dtype",)}
+    options = ()
+
+    def recognises(self, source: str | Path) -> bool:
+        """Returns True for a folder with one of peft's files, and for a Hugging Face id."""
+        files = (Path(source, name) for name in (CONFIG, WEIGHTS, PICKLE))
+        return any(map(os.path.lexists, files)) or is_hub_id(source)
+
+    def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
+        """Calls `open_peft`."""
+        from coremerge_jax.io.peft.reader import open_peft
+
+        return open_peft(source, name=name, **options)
+
+    def save(
+        self, adapter: "Adapter | ModuleStream", out: str | Path, *, to: str, **options: Any
+    ) -> None:
+        """Calls `save_peft`."""
+        from coremerge_jax.io.peft.writer import save_peft
+
+        del to  # the only target
+        save_peft(adapter, out, **options)
+
+    def hash(self, source: str | Path) -> dict[str, str]:
+        """Returns the SHA-256 of both files by name."""
+        folder = locate(source)
+        digests = {}
+        for file in (folder / CONFIG, weights_file(folder)):
+            with file.open("rb") as stream:
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return digests
 
 
 def locate(source: str | Path) -> Path:
@@ -32,6 +71,9 @@ def locate(source: str | Path) -> Path:
 
 
 def _download(repo: str, **options: Any) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for file in (WEIGHTS, CONFIG):
         try:
             path = huggingface_hub.hf_hub_download(repo, file, **options)
@@ -61,20 +103,3 @@ def weights_file(folder: Path) -> Path:
             "load the adapter with peft and save it again, which writes safetensors"
         )
     raise FormatError(f"{folder}: no {WEIGHTS}")
-
-
-def hash_source(source: str | Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file that an adapter was read from.
-
-    Args:
-        source: what `load_peft` takes.
-
-    Returns:
-        File name to hexadecimal digest.
-    """
-    folder = locate(source)
-    digests = {}
-    for file in (folder / CONFIG, weights_file(folder)):
-        with file.open("rb") as stream:
-            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests

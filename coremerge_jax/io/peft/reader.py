@@ -11,17 +11,12 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError, UnsupportedError, nearest
+from coremerge_jax.io.adapter_config import CONFIG, RETRAIN
+from coremerge_jax.io.folders import source_name
+from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost
 from coremerge_jax.io.peft import experts
-from coremerge_jax.io.peft.config import (
-    RETRAIN,
-    WRAPPED,
-    PeftConfig,
-    extra_name,
-    is_copy,
-    is_extra,
-    split_factor,
-)
-from coremerge_jax.io.peft.files import CONFIG, locate, weights_file
+from coremerge_jax.io.peft.config import PeftConfig, extra_name, is_copy, is_extra, split_factor
+from coremerge_jax.io.peft.files import locate, weights_file
 from coremerge_jax.io.tensors import LazyTensor, TensorReader
 from coremerge_jax.lora import Adapter, AdapterFile, Kind, LoRA, Metadata
 
@@ -141,7 +136,7 @@ class Contents:
         return tensor
 
     def _find_modules(self) -> Iterator[tuple[str, FactorSource]]:
-        targets = self.config.names("target_parameters")
+        targets = self.config.fields.get("target_parameters") or ()
         packed: dict[str, dict[str, tuple[str, str]]] = {}
         for path, parts in self._groups.items():
             bias = parts.pop("lora_B.bias", None)
@@ -150,8 +145,8 @@ class Contents:
                     raise FormatError(
                         f"{self.file}: module {path!r} has a lora_B.bias, but lora_bias is false"
                     )
-                scale = self.config.scale(_pattern_path(path))
-                self._biases[f"{path}.lora_B.bias"] = bias, scale
+                scale = self.config.scale(outermost(path))
+                self._biases[f"{path}{LORA_BIAS}"] = bias, scale
             owner = path
             while owner.endswith(WRAPPED):
                 owner = owner.removesuffix(WRAPPED)
@@ -227,13 +222,13 @@ class Contents:
     ) -> FactorSource:
         """Returns a module with tensors of its own, and with the rank of the configuration."""
         self._check_shapes(path, a, b)
-        rank = self.config.rank(_pattern_path(path))
+        rank = self.config.rank(outermost(path))
         if a[0] != rank:
             raise FormatError(
                 f"{self.file}: module {path!r} has rank {a[0]}, but {CONFIG} says {rank}; "
                 "take both files from one checkpoint, or correct r and rank_pattern"
             )
-        scale = self.config.scale(_pattern_path(path))
+        scale = self.config.scale(outermost(path))
         return FactorSource(self.file, path, _outline(rank, b[0], a[1], kind), keys, factors, scale)
 
     def _experts(
@@ -343,11 +338,6 @@ def _check_finite(file: Path, key: str, value: np.ndarray) -> None:
         raise FormatError(f"{file}: tensor {key!r} has NaN or infinite values")
 
 
-def _pattern_path(path: str) -> str:
-    """Returns the path that peft matches patterns with: that of the outermost wrapped module."""
-    return path.partition(WRAPPED)[0]
-
-
 def _is_float(dtype: np.dtype) -> bool:
     return not np.issubdtype(dtype, np.integer) and dtype != np.bool_
 
@@ -418,11 +408,11 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         UnsupportedError: the adapter is more than a low-rank update of the base model.
     """
     folder = locate(source)
-    config = PeftConfig.read(folder / CONFIG)
+    config = PeftConfig(folder / CONFIG)
     reader = TensorReader(weights_file(folder))
     contents = Contents(reader, config)
     metadata = Metadata(
-        name=name or _name(source, folder),
+        name=name or source_name(source),
         base_model=config.fields.get("base_model_name_or_path") or None,
         task_type=config.fields.get("task_type") or None,
         rank=int(config.fields["r"]),
@@ -450,7 +440,3 @@ def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         metadata=opened.metadata,
         extras={key: np.asarray(value) for key, value in opened.extras.items()},
     )
-
-
-def _name(source: str | Path, folder: Path) -> str:
-    return (folder.resolve() if Path(source).is_dir() else Path(str(source).split("@")[0])).name

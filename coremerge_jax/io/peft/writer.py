@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.io.adapter_config import CONFIG
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
 from coremerge_jax.io.card import model_card
+from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost, split_expert, unwrapped
 from coremerge_jax.io.outputs import ADAPTER, check_output, write_record
 from coremerge_jax.io.peft import experts
-from coremerge_jax.io.peft.config import PREFIX, WRAPPED, unwrapped
-from coremerge_jax.io.peft.files import CONFIG, WEIGHTS
+from coremerge_jax.io.peft.config import PREFIX
+from coremerge_jax.io.peft.files import WEIGHTS
 from coremerge_jax.io.tensors import TensorReader, TensorWriter
-from coremerge_jax.lora import DTYPES, Adapter, Array, Kind, LoRA
+from coremerge_jax.lora import DTYPES, Adapter, Array, Kind, LoRA, ModuleStream
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.merging.processes import exchange
 
@@ -74,7 +76,7 @@ class PeftLayout:
         self._parameters = _parameters(path for path in outline if path not in self._layers)
         self._pairs: dict[str, list[_Pair]] = {}
         for path, lora in self._layers.items():
-            self._pairs.setdefault(_outer(path), []).append(_Pair(path, lora.kind, [path]))
+            self._pairs.setdefault(outermost(path), []).append(_Pair(path, lora.kind, [path]))
         for parameter, path in experts.nest(self._parameters).items():
             pair = _Pair(path, Kind("expert"), self._parameters[parameter])
             self._pairs.setdefault(parameter, []).append(pair)
@@ -91,7 +93,7 @@ class PeftLayout:
             for path, lora in self._layers.items():
                 if lora.kind.name in ("linear", "conv2d"):
                     zeros = np.zeros(lora.shape[0], np.float32)
-                    extras.setdefault(f"{path}.lora_B.bias", zeros)
+                    extras.setdefault(f"{path}{LORA_BIAS}", zeros)
         wrapped: dict[str, str] = {}
         for pairs in self._pairs.values():
             for pair in pairs:
@@ -105,7 +107,7 @@ class PeftLayout:
         return placed
 
     def _has_lora_bias(self) -> bool:
-        return any(name.endswith(".lora_B.bias") for name in self._outline.extras)
+        return any(name.endswith(LORA_BIAS) for name in self._outline.extras)
 
     def keys(self, groups: Iterable[str]) -> list[str]:
         """Returns the names of the tensors of groups."""
@@ -146,7 +148,7 @@ class PeftLayout:
             "lora_bias": self._has_lora_bias(),
             "init_lora_weights": True,
             "fan_in_fan_out": any(k.transposed for k in kinds if k.name == "linear"),
-            "target_modules": list(dict.fromkeys(map(_outer, self._layers))),
+            "target_modules": list(dict.fromkeys(map(outermost, self._layers))),
             **metadata.config,
         }
         if self._parameters:
@@ -160,7 +162,7 @@ def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
     """Returns the experts of each fused parameter, in order."""
     found: dict[str, dict[int, str]] = {}
     for path in paths:
-        parameter, index = experts.split_path(path)
+        parameter, index = split_expert(path)
         found.setdefault(parameter, {})[index] = path
     for parameter, parts in found.items():
         if sorted(parts) != list(range(len(parts))):
@@ -170,11 +172,6 @@ def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
     return {path: [parts[index] for index in sorted(parts)] for path, parts in found.items()}
 
 
-def _outer(path: str) -> str:
-    """Returns the layer that a module is part of: an attention has its output projection."""
-    return path.partition(WRAPPED)[0]
-
-
 def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the factors with zeros up to a rank, which does not change the update."""
     more = rank - lora.rank
@@ -182,24 +179,27 @@ def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))) if more else (a, b)
 
 
-class Stream(Protocol):
-    """An adapter whose modules come in parts, each module once, in any order.
+class _Parts(ModuleStream):
+    """An adapter as a stream: the modules of one group after the other."""
 
-    One that several processes share has, as a `MergeStream`, a ``share`` for each of them, and says
-    which they are in ``processes``; or it says that its factors are ``spread`` over their devices.
-
-    Attributes:
-        outline: the adapter with shapes in place of its factors.
-    """
+    def __init__(self, adapter: Adapter, groups: Iterable[Sequence[str]]) -> None:
+        self._adapter, self._groups = adapter, groups
 
     @property
-    def outline(self) -> Adapter: ...  # noqa: D102
+    def outline(self) -> Adapter:
+        return self._adapter.outline
 
-    def __iter__(self) -> Iterator[Mapping[str, LoRA]]: ...
+    @property
+    def spread(self) -> bool:
+        adapter = self._adapter
+        return adapter.in_memory and any(map(is_spread, jax.tree.leaves(dict(adapter))))
+
+    def __iter__(self) -> Iterator[Mapping[str, LoRA]]:
+        return map(self._adapter.read, self._groups)
 
 
 def save_peft(
-    adapter: Adapter | Stream,
+    adapter: Adapter | ModuleStream,
     out: str | Path,
     *,
     dtype: str = "float32",
@@ -238,18 +238,19 @@ def save_peft(
     """
     card = dict(card or {})
     inputs = [source["path"] for source in card.get("sources", ()) if source.get("path")]
-    inputs += getattr(adapter, "folders", ())
+    inputs += adapter.folders
     check_output(out, kind=ADAPTER, inputs=inputs, force=force)
     if dtype not in DTYPES:
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     layout, factors = PeftLayout(adapter.outline), jnp.dtype(dtype)
     cut = partial(_cut, rank=rank, energy=energy)
-    shared, spread = bool(getattr(adapter, "processes", ())), _is_spread(adapter)
-    write = _write_share if shared else _write_spread if spread else _write_all
-    open_folder = shared_folder if shared or spread else atomic_folder
+    stream = _Parts(adapter, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
+    together = bool(stream.processes or stream.spread)
+    write = _write_share if stream.processes else _write_spread if stream.spread else _write_all
+    open_folder = shared_folder if together else atomic_folder
     with open_folder(out, kind=ADAPTER, inputs=inputs, force=force) as folder:
-        ranks, kept = write(adapter, layout, factors, folder, cut)
-        if not (shared or spread) or jax.process_index() == 0:
+        ranks, kept = write(stream, layout, factors, folder, cut)
+        if not together or jax.process_index() == 0:
             content = {"modules": len(layout.group), "rank": max(ranks.values()), "dtype": dtype}
             base_model = adapter.outline.metadata.base_model
             readme, provenance = model_card(base_model, {**content, **card})
@@ -264,16 +265,9 @@ def save_peft(
 Written = tuple[dict[str, int], dict[str, float]]
 
 
-def _is_spread(adapter: Any) -> bool:
-    if type(adapter) is Adapter:  # not in a file
-        return any(map(is_spread, jax.tree.leaves(dict(adapter))))
-    return getattr(adapter, "spread", False)
-
-
-def _write_spread(adapter: Any, layout: PeftLayout, *how: Any) -> Written:
-    """Gathers what is on devices of all processes; one process writes it."""
-    parts = _parts(adapter, layout)
-    near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in parts)
+def _write_spread(stream: ModuleStream, layout: PeftLayout, *how: Any) -> Written:
+    """Gathers factors from the devices of all processes; process 0 writes them."""
+    near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in stream)
     if jax.process_index() == 0:
         return exchange(_write_all(near, layout, *how))[0]
     for _ in near:
@@ -282,21 +276,21 @@ def _write_spread(adapter: Any, layout: PeftLayout, *how: Any) -> Written:
 
 
 def _write_all(
-    adapter: Any, layout: PeftLayout, dtype: np.dtype, folder: Path, cut: Callable
+    parts: Iterable[Mapping[str, LoRA]],
+    layout: PeftLayout,
+    dtype: np.dtype,
+    folder: Path,
+    cut: Callable,
 ) -> Written:
     kept: dict[str, float] = {}
-    parts = cut(_parts(adapter, layout), kept=kept)
+    parts = cut(parts, kept=kept)
     with _weights(folder / WEIGHTS, layout, dtype) as file:
         ranks = _write_groups(file, layout, layout.groups, parts, dtype)
     return ranks, kept
 
 
-def _parts(adapter: Any, layout: PeftLayout) -> Iterable[Mapping[str, LoRA]]:
-    return map(adapter.read, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
-
-
 def _write_share(
-    stream: Any, layout: PeftLayout, dtype: np.dtype, folder: Path, cut: Callable
+    stream: ModuleStream, layout: PeftLayout, dtype: np.dtype, folder: Path, cut: Callable
 ) -> Written:
     """Writes this process's share to a file of its own, then all these files into one."""
     kept: dict[str, float] = {}
