@@ -146,7 +146,10 @@ def test_completion(line, expected):
     assert set(found) == expected
 
 
-@pytest.mark.parametrize("args", [["--help"], ["merge", "-h"], ["merge", "a", "--rank", "0"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["--version"], ["sweep", "-h"], ["verify", "-h"], ["merge", "a", "--rank", "0"]],
+)
 def test_help_and_usage_errors_do_not_wait_for_jax(args):
     code = (
         "import atexit, sys; from coremerge_jax.cli import main; "

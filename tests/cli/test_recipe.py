@@ -6,12 +6,19 @@ import json
 import math
 
 import pytest
+import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coremerge_jax import cli, lora
 from coremerge_jax.cli.options import parse_scale, parse_size, parse_values, parse_weights
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.peft.writer import save_peft
+from coremerge_jax.merging.merge import merge_stream
+from coremerge_jax.merging.projected import project
 from coremerge_jax.recipe import (
+    DTYPES,
+    OPTIONS,
     Recipe,
     format_rule,
     format_space,
@@ -316,3 +323,26 @@ def test_refuses_extreme_values(values, message):
 def test_refuses_size(text):
     with pytest.raises(RecipeError, match="size must be like"):
         parse_size(text)
+
+
+# --- Fields as options -----------------------------------------------------------------------
+
+
+def test_every_field_is_declared_and_goes_somewhere():
+    functions = {"merge_stream": merge_stream, "project": project, "save_peft": save_peft}
+    assert list(OPTIONS) == [field.name for field in dataclasses.fields(Recipe)]
+    for name, option in OPTIONS.items():
+        assert option.passed_to or name in ("adapters", "rules", "space", "seed")
+        for function in option.passed_to:
+            assert name in inspect.signature(functions[function]).parameters
+
+
+def test_names_that_are_known_without_jax_are_those_of_the_library():
+    assert DTYPES == lora.DTYPES
+    assert tuple(SPACES) == cli.options.SPACES
+
+
+def test_every_option_has_help():
+    for command in typer.main.get_command(cli.app).commands.values():
+        for parameter in command.params:
+            assert parameter.help.rstrip().endswith("."), f"{command.name} {parameter.name}"
