@@ -115,7 +115,9 @@ class NameMap:
 
     def fits(self, paths: Iterable[str]) -> bool:
         """Returns True if all of these are names of this implementation."""
-        return all(any(_match(rule.ours, path) for rule in self.rules) for path in paths)
+        return all(
+            any(_match(rule.ours, path) is not None for rule in self.rules) for path in paths
+        )
 
     def rule(
         self, path: str, adapter: Mapping[str, LoRA], *, theirs: bool = False
