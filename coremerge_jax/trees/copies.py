@@ -5,7 +5,7 @@ An optimizer's moments, gradients and averages have the keys and shapes of the p
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.trees.layouts import Factor
@@ -89,14 +89,15 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
             or all factors belong to an optimizer.
     """
     places = [_place(key, factor) for key, factor in factors.items()]
+    roots = {place.root for place in places if "optimizer" in place.sorts}
     groups: dict[tuple[str, ...], list[_Place]] = {}
     for place in places:
         groups.setdefault(place.inner, []).append(place)
-    roots = {place.root for place in places if "optimizer" in place.sorts}
     for group in groups.values():
         group = [place for place in group if "optimizer" not in place.sorts]
         if len(group) > 1:
-            roots |= {place.root for place in group if place is not _model(group)}
+            model = _model(group)
+            roots |= {place.root for place in group if place is not model}
     kept = [place for place in places if not _is_below(place.key, roots)]
     if places and not kept:
         raise FormatError(
@@ -104,7 +105,10 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
             "the model's parameters"
         )
     _refuse_unknown_copies(kept)
-    found = {key for key in keys if _is_below(key, roots) or _is_optimizer(key)}
+    found = {
+        key for key in keys if _is_below(key, roots) or "optimizer" in _sorts(key.split("/"))[:-1]
+    }
+    # What else a train state holds beside its parameters, such as counters, is not the model's.
     train_state = bool(found) or {"step", "opt_state"} & {key.split("/")[0] for key in keys}
     if train_state and any(place.key.startswith("params/") for place in kept):
         found |= {key for key in keys if not key.startswith("params/")}
@@ -115,7 +119,7 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
 
 def _place(key: str, factor: Factor) -> _Place:
     parts = factor.module.split("/")
-    sorts = [_sort(part, parts[i + 1 : i + 2]) for i, part in enumerate(parts)]
+    sorts = _sorts(parts)
     # Names of trees are above all numbers and lists of layers, and a module's own name is none.
     end = next((i for i, part in enumerate(parts) if _is_inside(parts[:i], part)), len(parts) - 1)
     first = next((i for i in range(end) if sorts[i]), end)
@@ -147,12 +151,17 @@ def _is_inside(above: list[str], part: str) -> bool:
     return container(part) is not None or is_numbered(part)
 
 
-def _sort(part: str, following: list[str]) -> str | None:
-    """Returns the sort of tree that a name is of; None for a module's name."""
-    if _OPTIMIZER.fullmatch(part):
-        # Optimizers of flax before 0.11 hold the model itself.
-        return "model" if following == ["model"] else "optimizer"
-    return next((sort for sort, names in _SORTS.items() if names.fullmatch(part)), None)
+def _sorts(parts: Sequence[str]) -> list[str | None]:
+    """Returns the sort of tree that each part of a path names; None for a module's name."""
+    sorts = []
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        if _OPTIMIZER.fullmatch(part):
+            # Optimizers of flax before 0.11 hold the model itself.
+            sort: str | None = "model" if following == "model" else "optimizer"
+        else:
+            sort = next((sort for sort, names in _SORTS.items() if names.fullmatch(part)), None)
+        sorts.append(sort)
+    return sorts
 
 
 def _model(group: list[_Place]) -> _Place:
@@ -195,10 +204,3 @@ def _uncertain(one: _Place, two: _Place) -> FormatError:
 
 def _is_below(key: str, roots: Collection[str]) -> bool:
     return any(key.startswith(f"{root}/") for root in roots if root)
-
-
-def _is_optimizer(key: str) -> bool:
-    parts = key.split("/")
-    return any(
-        _sort(part, parts[i + 1 : i + 2]) == "optimizer" for i, part in enumerate(parts[:-1])
-    )
