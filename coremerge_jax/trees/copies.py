@@ -1,45 +1,52 @@
 """The model's parameters in a tree that holds other trees by the same keys beside them.
 
-An optimizer's moments, gradients and averages have the keys and shapes of what they belong to.
+An optimizer's moments, gradients and averages have the keys and shapes of the parameters.
 """
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.trees.layouts import Factor
 from coremerge_jax.trees.paths import container, is_numbered
 
-# Names of subtrees, matched in whole, without regard to case.
-_MODEL = re.compile(
-    r"(train_?|model_?|lora_?|trainable_?)*(params|parameters|model|state|variables|lora|weights)"
-    r"(_?[a-z0-9])?",
-    re.IGNORECASE,
-)
 
-_OPTIMIZER = re.compile(
-    r"(.*_)?(opt|optim|optimizer|tx)s?_?(states?)|(.*_)?optimizers?|optim", re.IGNORECASE
-)
+def _names(*patterns: str) -> re.Pattern[str]:
+    """Returns the pattern of names, matched in whole and without regard to case."""
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
-# Names that a module may have as well: they count beside parameters with the same keys.
-_MOMENTS = re.compile(
-    r"opt|mu|nu|trace|(first_|second_)?moments?|momentums?|exp_avg(_sq)?|v_row|v_col|velocit(y|ies)"
-    r"|adam(w|ax)?|sgd|lion|lamb|muon|adafactor|adagrad|rmsprop|slots?|(acc(umulated)?_?)?grad(ient)?s?|inner_states?",
-    re.IGNORECASE,
-)
 
-_AVERAGES = re.compile(
-    r"(.*_)?(ema|avg|average|averages|averaged|polyak|swa|shadow)(_.*)?", re.IGNORECASE
-)
+# The state of an optimizer. Its trees never are the model's, and no module has such a name.
+_OPTIMIZER = _names(r"(.*_)?(opt|optim|optimizer|tx)s?_?(states?)|(.*_)?optimizers?|optim")
 
-_OTHERS = re.compile(
-    r"((.*_)?(teacher|student|target|reference|ref|backup|copy|snapshot|frozen|actor|critic)"
-    r"|online|base|orig|original|merged|old|new|init|initial|best|prev|previous|last)(_(params|model|state|network|net))?",
-    re.IGNORECASE,
-)
+# The other sorts of trees. Modules can have these names too, so they count only for factors that
+# stand in several trees by the same keys.
+_SORTS = {
+    # What an optimizer, or training code beside one, keeps for each parameter.
+    "moments": _names(
+        r"opt|mu|nu|trace|(first_|second_)?moments?|momentums?|exp_avg(_sq)?",
+        r"v_row|v_col|velocit(y|ies)",
+        r"adam(w|ax)?|sgd|lion|lamb|muon|adafactor|adagrad|rmsprop|slots?",
+        r"(acc(umulated)?_?)?grad(ient)?s?|inner_states?",
+    ),
+    # Averages of the model over time: some may want these, but they are not what was trained.
+    "average": _names(r"(.*_)?(ema|avg|average|averages|averaged|polyak|swa|shadow)(_.*)?"),
+    # Other models: which of them is wanted is not certain, so they are refused beside the model.
+    "other": _names(
+        r"((.*_)?(teacher|student|target|reference|ref|backup|copy|snapshot|frozen|actor|critic)"
+        r"|online|base|orig|original|merged|old|new|init|initial|best|prev|previous|last)"
+        r"(_(params|model|state|network|net))?"
+    ),
+    # The model itself.
+    "model": _names(
+        r"(train_?|model_?|lora_?|trainable_?)*"
+        r"(params|parameters|model|state|variables|lora|weights)(_?[a-z0-9])?"
+    ),
+}
 
-_CHAIN = re.compile(_OPTIMIZER.pattern + r"|opt|adam\w*|sgd|lion|inner_states?", re.IGNORECASE)
+# Names above the numbers of a chain of transformations, which are no numbers of layers.
+_CHAIN = _names(_OPTIMIZER.pattern, r"opt|adam\w*|sgd|lion|inner_states?")
 
 _COUNTERS = ("step", "count", "global_step", "gradient_step", "mini_step")
 
@@ -50,10 +57,10 @@ class _Place:
 
     Attributes:
         key: of the factor.
-        sorts: of the trees that it is in.
-        root: the path of the one of these that is not the model's; of moments, the outermost.
-        tail: the module's path in the innermost of them, and which factor it is.
-        inner: the tail, below what is above all of them: alike in copies.
+        sorts: of the trees that it is in, but for the model's.
+        root: the path of the tree that is not the model's; of moments, the outermost.
+        tail: the module's path in the innermost tree, and the factor.
+        inner: the tail, and before it the path above all trees; it is the same in copies.
         trees: names of the trees that it is in.
     """
 
@@ -66,7 +73,7 @@ class _Place:
 
     @property
     def is_parameter(self) -> bool:
-        """Tells whether a tree that holds it is called parameters."""
+        """True if a tree that holds it is called parameters."""
         return any("param" in name.lower() for name in self.trees)
 
 
@@ -74,22 +81,23 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
     """Returns the keys of a tree that are an optimizer's, or belong to an average of the model.
 
     Args:
-        factors: by key, what the keys of LoRA factors say.
-        keys: all of them.
+        factors: the LoRA factors by key.
+        keys: all keys of the tree.
 
     Raises:
         FormatError: several trees have the same factors, and which is the model's is not certain;
-            or none is.
+            or all factors belong to an optimizer.
     """
     places = [_place(key, factor) for key, factor in factors.items()]
+    roots = {place.root for place in places if "optimizer" in place.sorts}
     groups: dict[tuple[str, ...], list[_Place]] = {}
     for place in places:
         groups.setdefault(place.inner, []).append(place)
-    roots = {place.root for place in places if "optimizer" in place.sorts}
     for group in groups.values():
         group = [place for place in group if "optimizer" not in place.sorts]
         if len(group) > 1:
-            roots |= {place.root for place in group if place is not _model(group)}
+            model = _model(group)
+            roots |= {place.root for place in group if place is not model}
     kept = [place for place in places if not _is_below(place.key, roots)]
     if places and not kept:
         raise FormatError(
@@ -97,7 +105,10 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
             "the model's parameters"
         )
     _refuse_unknown_copies(kept)
-    found = {key for key in keys if _is_below(key, roots) or _is_optimizer(key)}
+    found = {
+        key for key in keys if _is_below(key, roots) or "optimizer" in _sorts(key.split("/"))[:-1]
+    }
+    # What else a train state holds beside its parameters, such as counters, is not the model's.
     train_state = bool(found) or {"step", "opt_state"} & {key.split("/")[0] for key in keys}
     if train_state and any(place.key.startswith("params/") for place in kept):
         found |= {key for key in keys if not key.startswith("params/")}
@@ -108,7 +119,7 @@ def other_trees(factors: Mapping[str, Factor], keys: Collection[str]) -> set[str
 
 def _place(key: str, factor: Factor) -> _Place:
     parts = factor.module.split("/")
-    sorts = [_sort(part, parts[i + 1 : i + 2]) for i, part in enumerate(parts)]
+    sorts = _sorts(parts)
     # Names of trees are above all numbers and lists of layers, and a module's own name is none.
     end = next((i for i, part in enumerate(parts) if _is_inside(parts[:i], part)), len(parts) - 1)
     first = next((i for i in range(end) if sorts[i]), end)
@@ -133,20 +144,24 @@ def _place(key: str, factor: Factor) -> _Place:
 
 
 def _is_inside(above: list[str], part: str) -> bool:
-    """Tells whether a part of a path is in the model for certain."""
+    """Returns True if a part of a path is certainly inside the model."""
     if part.isdigit():  # else a place in a chain of transformations
         names = [name for name in above if not name.isdigit()]
         return bool(names) and not _CHAIN.fullmatch(names[-1])
     return container(part) is not None or is_numbered(part)
 
 
-def _sort(part: str, following: list[str]) -> str | None:
-    """Returns the sort of tree that a name is of; None for a module's name."""
-    if _OPTIMIZER.fullmatch(part):
-        # Optimizers of flax before 0.11 hold the model itself.
-        return "model" if following == ["model"] else "optimizer"
-    named = {"moments": _MOMENTS, "average": _AVERAGES, "other": _OTHERS, "model": _MODEL}
-    return next((sort for sort, names in named.items() if names.fullmatch(part)), None)
+def _sorts(parts: Sequence[str]) -> list[str | None]:
+    """Returns the sort of tree that each part of a path names; None for a module's name."""
+    sorts = []
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        if _OPTIMIZER.fullmatch(part):
+            # Optimizers of flax before 0.11 hold the model itself.
+            sort: str | None = "model" if following == "model" else "optimizer"
+        else:
+            sort = next((sort for sort, names in _SORTS.items() if names.fullmatch(part)), None)
+        sorts.append(sort)
+    return sorts
 
 
 def _model(group: list[_Place]) -> _Place:
@@ -163,7 +178,7 @@ def _model(group: list[_Place]) -> _Place:
 
 
 def _refuse_unknown_copies(places: list[_Place]) -> None:
-    """Refuses what may be copies: trees of other names, or below other names."""
+    """Refuses factors that may be copies: in trees of unknown names, or below other names."""
     params = {place.inner: place for place in places if place.is_parameter and not place.sorts}
     ends = {}
     for place in places:
@@ -189,10 +204,3 @@ def _uncertain(one: _Place, two: _Place) -> FormatError:
 
 def _is_below(key: str, roots: Collection[str]) -> bool:
     return any(key.startswith(f"{root}/") for root in roots if root)
-
-
-def _is_optimizer(key: str) -> bool:
-    parts = key.split("/")
-    return any(
-        _sort(part, parts[i + 1 : i + 2]) == "optimizer" for i, part in enumerate(parts[:-1])
-    )

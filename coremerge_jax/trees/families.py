@@ -1,7 +1,9 @@
-"""Module names of JAX implementations of model families, and Hugging Face's names for them."""
+"""Module names of JAX implementations of model families, and Hugging Face's names for them.
 
-from collections.abc import Mapping
-from typing import Any
+A family is a row of `NAME_MAPS`: adding one is adding its kernels, if they have other names.
+"""
+
+from collections.abc import Iterable, Mapping
 
 import flax.traverse_util
 import jax
@@ -11,6 +13,7 @@ from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array, LoRA
 from coremerge_jax.trees.axes import Shape
 from coremerge_jax.trees.names import Change, NameMap, Rule
+from coremerge_jax.trees.paths import Tree
 
 
 def interleaved(b: Array, head_dim: int, back: bool) -> Array:
@@ -21,82 +24,74 @@ def interleaved(b: Array, head_dim: int, back: bool) -> Array:
 
 
 def interleaved_query(b: Array, head_dim: int, back: bool) -> Array:
-    """Returns the same, and 1/√head_dim, by which attention does not divide there."""
+    """Interleaves, and multiplies by 1/√head_dim, by which attention does not divide there."""
     factor = np.asarray(head_dim**0.5 if back else head_dim**-0.5, b.dtype)
     return interleaved(b, head_dim, back) * factor
 
 
-# By the end of a kernel's name: the ends of Hugging Face's, the key, the factor with heads.
-_Kernels = Mapping[str, tuple[tuple[str, ...], str, str | None]]
+# The kernels of a layer: the end of the name, the ends of Hugging Face's names, the end of the key,
+# and the factor with an axis of attention heads.
+_Kernels = Iterable[tuple[str, tuple[str, ...], str, str | None]]
+
+_ATTENTION = {x: f"self_attn.{x}_proj" for x in "qkvo"}
+
+_EINSUMS = (
+    ("q_einsum", (_ATTENTION["q"],), "b"),
+    ("kv_einsum", (_ATTENTION["k"], _ATTENTION["v"]), "b"),
+    ("qkv_einsum", (_ATTENTION["q"], _ATTENTION["k"], _ATTENTION["v"]), "b"),
+    ("attn_vec_einsum", (_ATTENTION["o"],), "a"),
+)
+
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+_TUNIX_MLP = [(name, (name,), f"{name.replace('.', '/')}/kernel_lora_", None) for name in _MLP]
+
+_TUNIX = [
+    (f"attn.{x}_proj", (theirs,), f"attn/{x}_proj/w_lora_", "a" if x == "o" else "b")
+    for x, theirs in _ATTENTION.items()
+]
+
+_TUNIX_GEMMA = [
+    (f"attn.{name}", theirs, f"attn/{name}/w_lora_", heads) for name, theirs, heads in _EINSUMS
+]
+
+_GEMMA = [
+    *(
+        (f"attn.{name}", theirs, f"attn/{name}/_LoRAEinsum_0/lora/", heads)
+        for name, theirs, heads in _EINSUMS
+    ),
+    ("mlp.gating_einsum", _MLP[:2], "mlp/_LoRAEinsum_gating_einsum/lora/", None),
+    ("mlp.linear", _MLP[2:], "mlp/_LoRAEinsum_linear/lora/", None),
+]
+
+# Stacked along axis 1. Heads have no axis of their own: MaxText multiplies by flat kernels.
+_MAXTEXT = [
+    (f"{block}.{name}", (theirs,), f"{block}/{name}/kernel_lora_", None)
+    for block, names, every in (
+        ("self_attention", ("query", "key", "value", "out"), _ATTENTION.values()),
+        ("mlp", ("wi_0", "wi_1", "wo"), _MLP),
+    )
+    for name, theirs in zip(names, every, strict=True)
+]
+
+_LLAMA = {"self_attention.query": interleaved_query, "self_attention.key": interleaved}
 
 
 def _in_layers(
     ours: str, key: str, kernels: _Kernels, changes: Mapping[str, Change] | None = None
 ) -> tuple[Rule, ...]:
-    """Rules for kernels of each layer, from the ends of their names and keys."""
+    """Returns rules for the kernels of each layer, from the starts of names and keys."""
     return tuple(
         Rule(
-            ours + name,
-            tuple(f"model.layers.{{i}}.{end}" for end in theirs),
-            f"{key}{end_of_key}{{factor}}",
-            heads,
-            (changes or {}).get(name),
+            ours=ours + name,
+            theirs=tuple(f"model.layers.{{i}}.{end}" for end in theirs),
+            key=f"{key}{end_of_key}{{factor}}",
+            heads=heads,
+            change=(changes or {}).get(name),
         )
-        for name, (theirs, end_of_key, heads) in kernels.items()
+        for name, theirs, end_of_key, heads in kernels
     )
 
-
-_QKV = tuple(f"self_attn.{x}_proj" for x in "qkv")
-
-_EINSUMS: dict[str, tuple[tuple[str, ...], str]] = {
-    "q_einsum": (_QKV[:1], "b"),
-    "kv_einsum": (_QKV[1:], "b"),
-    "qkv_einsum": (_QKV, "b"),
-    "attn_vec_einsum": (("self_attn.o_proj",), "a"),
-}
-
-_TUNIX_MLP: _Kernels = {
-    f"mlp.{x}_proj": ((f"mlp.{x}_proj",), f"mlp/{x}_proj/kernel_lora_", None)
-    for x in ("gate", "up", "down")
-}
-
-_TUNIX: _Kernels = {
-    f"attn.{x}_proj": ((f"self_attn.{x}_proj",), f"attn/{x}_proj/w_lora_", "a" if x == "o" else "b")
-    for x in "qkvo"
-}
-
-_TUNIX_GEMMA: _Kernels = {
-    f"attn.{name}": (theirs, f"attn/{name}/w_lora_", heads)
-    for name, (theirs, heads) in _EINSUMS.items()
-}
-
-_GEMMA: _Kernels = {
-    f"attn.{name}": (theirs, f"attn/{name}/_LoRAEinsum_0/lora/", heads)
-    for name, (theirs, heads) in _EINSUMS.items()
-} | {
-    "mlp.gating_einsum": (
-        ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp/_LoRAEinsum_gating_einsum/lora/",
-        None,
-    ),
-    "mlp.linear": (("mlp.down_proj",), "mlp/_LoRAEinsum_linear/lora/", None),
-}
-
-# Stacked along axis 1. Heads have no axis of their own: MaxText multiplies by flat kernels.
-_MAXTEXT: _Kernels = {
-    f"{block}.{ours}": ((theirs,), f"{block}/{ours}/kernel_lora_", None)
-    for block, ours, theirs in (
-        ("self_attention", "query", "self_attn.q_proj"),
-        ("self_attention", "key", "self_attn.k_proj"),
-        ("self_attention", "value", "self_attn.v_proj"),
-        ("self_attention", "out", "self_attn.o_proj"),
-        ("mlp", "wi_0", "mlp.gate_proj"),
-        ("mlp", "wi_1", "mlp.up_proj"),
-        ("mlp", "wo", "mlp.down_proj"),
-    )
-}
-
-_LLAMA = {"self_attention.query": interleaved_query, "self_attention.key": interleaved}
 
 # Tunix's Llama and Qwen rotate as Hugging Face's do (tunix/models/*/params.py); so do its Gemma
 # and google-deepmind's. MaxText's Llama does not (maxtext/checkpoint_conversion/utils/
@@ -108,7 +103,7 @@ NAME_MAPS = {
             "tunix",
             "qwix",
             (
-                *_in_layers("layers.{i}.", "layers/{i}/", {**_TUNIX, **_TUNIX_MLP}),
+                *_in_layers("layers.{i}.", "layers/{i}/", [*_TUNIX, *_TUNIX_MLP]),
                 Rule("lm_head", ("lm_head",), "lm_head/w_lora_{factor}"),
             ),
             item="model_params",
@@ -116,7 +111,7 @@ NAME_MAPS = {
         NameMap(
             "tunix-gemma",
             "qwix",
-            _in_layers("layers.{i}.", "layers/{i}/", {**_TUNIX_GEMMA, **_TUNIX_MLP}),
+            _in_layers("layers.{i}.", "layers/{i}/", [*_TUNIX_GEMMA, *_TUNIX_MLP]),
             item="model_params",
         ),
         NameMap("gemma", "gemma", _in_layers("layer.{i}.", "layer_{i}/", _GEMMA)),
@@ -168,7 +163,7 @@ def translate(adapter: Adapter, names: str, *, head_dim: int | None = None) -> A
     return found.from_hugging_face(adapter, head_dim=head_dim)
 
 
-def outline_tree(adapter: Adapter, names: NameMap, head_dim: int | None = None) -> dict[str, Any]:
+def outline_tree(adapter: Adapter, names: NameMap, head_dim: int | None = None) -> Tree:
     """Returns the keys, shapes and dtypes that an implementation has for an adapter.
 
     Each leaf is below a level ``value``, as a variable of flax nnx is saved.
@@ -194,46 +189,39 @@ def outline_tree(adapter: Adapter, names: NameMap, head_dim: int | None = None) 
         found.setdefault(rule, {})[layer] = lora
     leaves = {}
     for rule, layers in found.items():
-        shapes = {
-            layer: _shapes(rule.ours.format(i=layer), rule, lora, rank, head_dim)
-            for layer, lora in layers.items()
-        }
+        first = next(iter(layers.values()))
+        shapes = {i: _shapes(rule, i, lora, rank, head_dim) for i, lora in layers.items()}
         if names.scan_axis is not None:
             shapes = {"": _stacked(rule, shapes, names.scan_axis)}
-        for layer, pair in shapes.items():
+        for i, pair in shapes.items():
             for factor, shape in zip("ab", pair, strict=True):
-                key = rule.key.format(i=layer, factor=factor)
-                dtype = getattr(next(iter(layers.values())), factor).dtype
+                key = rule.key.format(i=i, factor=factor)
+                dtype = getattr(first, factor).dtype
                 leaves[*key.split("/"), "value"] = jax.ShapeDtypeStruct(shape, dtype)
     return flax.traverse_util.unflatten_dict(leaves)
 
 
 def _shapes(
-    path: str, rule: Rule, lora: LoRA, rank: int, head_dim: int | None
+    rule: Rule, layer: str, lora: LoRA, rank: int, head_dim: int | None
 ) -> tuple[Shape, Shape]:
     """Returns the stored shapes of one layer's factors."""
     m, n = lora.shape
     parts = len(rule.theirs)
-    a: Shape = (n,)
-    b: Shape = (m,) if parts == 1 else (parts, m // parts)
-    if rule.heads == "a":
-        a = _in_heads(path, a, head_dim)
-    if rule.heads == "b":
-        b = _in_heads(path, b, head_dim)
-    return (*a, rank), (rank, *b)
-
-
-def _in_heads(path: str, shape: Shape, head_dim: int | None) -> Shape:
-    if head_dim is None:
-        raise UnsupportedError(
-            f"module {path!r}: attention heads have an axis of their own there; give head_dim "
-            "(--head-dim)"
-        )
-    if shape[-1] % head_dim:
-        raise UnsupportedError(
-            f"module {path!r} has {shape[-1]} values in all heads; head_dim={head_dim} does not fit"
-        )
-    return (*shape[:-1], shape[-1] // head_dim, head_dim)
+    sizes: dict[str, Shape] = {"a": (n,), "b": (m,) if parts == 1 else (parts, m // parts)}
+    if rule.heads is not None:
+        path = rule.ours.format(i=layer)
+        *rest, size = sizes[rule.heads]
+        if head_dim is None:
+            raise UnsupportedError(
+                f"module {path!r}: attention heads have an axis of their own there; give head_dim "
+                "(--head-dim)"
+            )
+        if size % head_dim:
+            raise UnsupportedError(
+                f"module {path!r} has {size} values in all heads; head_dim={head_dim} does not fit"
+            )
+        sizes[rule.heads] = (*rest, size // head_dim, head_dim)
+    return (*sizes["a"], rank), (rank, *sizes["b"])
 
 
 def _stacked(rule: Rule, shapes: dict[str, tuple[Shape, Shape]], axis: int) -> tuple[Shape, Shape]:

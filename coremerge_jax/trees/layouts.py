@@ -1,7 +1,6 @@
-"""Layouts: how the LoRA factors of JAX training stacks sit in trees of parameters.
+"""Layouts: the keys and the scaling of LoRA factors in the trees of JAX training stacks.
 
-A layout is a few lines: how keys are named, and how updates are scaled. Adding one is adding it to
-`LAYOUTS`.
+A layout is a row of `LAYOUTS`: adding one is adding a row.
 """
 
 import dataclasses
@@ -32,17 +31,17 @@ class Factor:
 class Layout:
     """Convention of a library to store LoRA factors in a tree of parameters.
 
-    The factor of the inputs is called a here, with the rank as its last axis, and that of the
-    outputs b, with the rank as its first axis; a batch axis, if there is one, is axis 0 of both or
-    axis 1 of both, and if there are two, these are both.
+    Here a is the factor of the inputs, with the rank as its last axis, and b that of the outputs,
+    with the rank as its first axis. One batch axis is axis 0 of both or axis 1 of both; two are
+    axes 0 and 1 of both.
 
     Attributes:
         name: for messages and options.
         key: the key of a factor, with ``{module}``, ``{factor}`` and perhaps ``{param}``.
         patterns: regular expressions of keys, with groups of these names.
-        param: the kernel's name where a key does not tell it.
-        scaled: whether the library multiplies the update by alpha / rank; else it does not.
-        kinds: what sort of module it is, by the kernel's name; linear by default.
+        param: the kernel's name if keys do not have it.
+        scaled: True if the library multiplies the update by alpha / rank.
+        kinds: the kind of module, by the kernel's name; linear by default.
     """
 
     name: str
@@ -66,45 +65,44 @@ class Layout:
         return self.kinds.get(param, LINEAR)
 
 
-GEMMA = Layout(
-    name="gemma",
-    key="{module}/lora/{factor}",
-    patterns=(
-        r"(?P<module>.+)/_LoRAEinsum_\d+/lora/(?P<factor>[ab])",
-        r"(?P<module>.+)/_LoRAEinsum_(?P<param>[^/]+)/lora/(?P<factor>[ab])",
-        r"(?P<module>.+)/lora/(?P<factor>[ab])",
-    ),
-)
-
-KERAS = Layout(
-    name="keras",
-    key="{module}/lora_{param}_{factor}",
-    patterns=(r"(?P<module>.+)/lora_(?P<param>kernel|embeddings)_(?P<factor>[ab])",),
-    scaled=True,
-    kinds={"embeddings": Kind("embedding", transposed=True)},
-)
-
-MAXTEXT_SERVING = Layout(
-    name="maxtext-serving",
-    key="{module}/lora_{factor}.kernel",
-    patterns=(r"(?P<module>.+)/lora_(?P<factor>[ab])[./]kernel",),
-    scaled=True,
-)
-
-NNX = Layout(
-    name="nnx",
-    key="{module}/lora_{factor}",
-    patterns=(r"(?P<module>.+?)(/lora)?/lora_(?P<factor>[ab])",),
-)
-
-QWIX = Layout(
-    name="qwix",
-    key="{module}/{param}_lora_{factor}",
-    patterns=(r"(?P<module>.+)/(?P<param>[^/]+)_lora_(?P<factor>[ab])",),
-    scaled=True,
-)
-
-LAYOUTS = {layout.name: layout for layout in (NNX, QWIX, GEMMA, MAXTEXT_SERVING, KERAS)}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="nnx",
+            key="{module}/lora_{factor}",
+            patterns=(r"(?P<module>.+?)(/lora)?/lora_(?P<factor>[ab])",),
+        ),
+        Layout(
+            name="qwix",
+            key="{module}/{param}_lora_{factor}",
+            patterns=(r"(?P<module>.+)/(?P<param>[^/]+)_lora_(?P<factor>[ab])",),
+            scaled=True,
+        ),
+        Layout(
+            name="gemma",
+            key="{module}/lora/{factor}",
+            patterns=(
+                r"(?P<module>.+)/_LoRAEinsum_\d+/lora/(?P<factor>[ab])",
+                r"(?P<module>.+)/_LoRAEinsum_(?P<param>[^/]+)/lora/(?P<factor>[ab])",
+                r"(?P<module>.+)/lora/(?P<factor>[ab])",
+            ),
+        ),
+        Layout(
+            name="maxtext-serving",
+            key="{module}/lora_{factor}.kernel",
+            patterns=(r"(?P<module>.+)/lora_(?P<factor>[ab])[./]kernel",),
+            scaled=True,
+        ),
+        Layout(
+            name="keras",
+            key="{module}/lora_{param}_{factor}",
+            patterns=(r"(?P<module>.+)/lora_(?P<param>kernel|embeddings)_(?P<factor>[ab])",),
+            scaled=True,
+            kinds={"embeddings": Kind("embedding", transposed=True)},
+        ),
+    )
+}
 
 # openpi (openpi/models/lora.py) names einsums as gemma does, and factors as flax nnx does.
 _OPENPI = re.compile(r".*(?:^|/)(?:q|kv|qkv|attn_vec)_einsum(?:_\d+)?/lora_[ab]")
@@ -113,7 +111,7 @@ _CAPITALS = re.compile(r".*/lora_[AB](?:/.*)?")
 
 
 def refuse_foreign(shapes: Mapping[str, Shape | None]) -> None:
-    """Refuses factors whose update is not that of any layout, or of one adapter.
+    """Refuses factors of libraries that compute another update, or store several adapters in one.
 
     Args:
         shapes: by key; None where only the key is known.

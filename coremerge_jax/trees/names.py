@@ -4,13 +4,16 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from coremerge_jax.errors import MismatchError, UnsupportedError, hint
 from coremerge_jax.lora import Adapter, Array, LoRA
+from coremerge_jax.trees.arrays import numpy_or_jax
 
-# From the outputs of Hugging Face's kernel to those of the other, or back.
+# From B, the size of a head, and the direction (True: back to Hugging Face's) to another B.
 Change = Callable[[Array, int, bool], Array]
 
 
@@ -20,11 +23,11 @@ class Rule:
 
     Attributes:
         ours: in the JAX implementation, with ``{i}`` for the layer.
-        theirs: Hugging Face's; several where one kernel here has their outputs behind each other.
+        theirs: Hugging Face's; several if one kernel here has the outputs of several there.
         key: of its factors in a tree, with ``{factor}``, and with ``{i}`` unless layers are
             stacked.
         heads: ``"a"`` or ``"b"``, the factor in which attention heads have an axis of their own.
-        change: what happens to b, if the implementation computes with other outputs.
+        change: a change of the outputs, where the implementation orders or scales them otherwise.
     """
 
     ours: str
@@ -40,10 +43,10 @@ class NameMap:
 
     Attributes:
         name: for options.
-        layout: of `layouts.LAYOUTS`, that of its trees.
+        layout: of its trees, a name of `layouts.LAYOUTS`.
         rules: one for each kernel of a layer, or of the model.
         scan_axis: where its trees stack layers, None if they do not.
-        item: what its checkpoints call the tree.
+        item: the item of its checkpoints that holds the tree.
     """
 
     name: str
@@ -67,9 +70,15 @@ class NameMap:
         for path, lora in adapter.read(adapter).items():
             rule, layer = self.rule(path, adapter)
             changed = _changed(path, lora, rule, head_dim, back=True)
-            names = [name.format(i=layer) for name in rule.theirs]
-            for name, b in zip(names, _split(path, changed.b, len(names)), strict=True):
-                modules[name] = dataclasses.replace(changed, b=b)
+            parts = len(rule.theirs)
+            if len(changed.b) % parts:
+                raise UnsupportedError(
+                    f"module {path!r} has {len(changed.b)} outputs, not {parts} equal parts"
+                )
+            size = len(changed.b) // parts
+            for i, name in enumerate(rule.theirs):
+                b = changed.b[i * size : (i + 1) * size]
+                modules[name.format(i=layer)] = dataclasses.replace(changed, b=b)
         return adapter.replace(modules=modules)
 
     def from_hugging_face(self, adapter: Adapter, *, head_dim: int | None = None) -> Adapter:
@@ -79,7 +88,7 @@ class NameMap:
 
         Args:
             adapter: with Hugging Face's names.
-            head_dim: see there.
+            head_dim: the size of an attention head, where outputs have to be reordered.
 
         Raises:
             MismatchError: a module has no name here, or not all parts of a fused kernel are there.
@@ -90,7 +99,7 @@ class NameMap:
         waiting = dict(adapter.read(adapter))
         modules: dict[str, LoRA] = {}
         for path in adapter:
-            if path not in waiting:
+            if path not in waiting:  # fused with an earlier one
                 continue
             rule, layer = self.rule(path, adapter, theirs=True)
             names = [name.format(i=layer) for name in rule.theirs]
@@ -106,7 +115,9 @@ class NameMap:
 
     def fits(self, paths: Iterable[str]) -> bool:
         """Returns True if all of these are names of this implementation."""
-        return all(any(_match(rule.ours, path) for rule in self.rules) for path in paths)
+        return all(
+            any(_match(rule.ours, path) is not None for rule in self.rules) for path in paths
+        )
 
     def rule(
         self, path: str, adapter: Mapping[str, LoRA], *, theirs: bool = False
@@ -121,21 +132,22 @@ class NameMap:
             MismatchError: there is none.
         """
         found = []
+        known: list[str] = []
         for rule in self.rules:
             names = rule.theirs if theirs else (rule.ours,)
+            known += names
             layer = next((x for x in (_match(name, path) for name in names) if x is not None), None)
             if layer is not None:
                 parts = [adapter.get(name.format(i=layer)) for name in names]
                 alike = None not in parts and len({x.shape for x in parts if x}) == 1
                 found.append((len(names) if alike else -len(names), rule, layer))
-        if found:
-            _, rule, layer = max(found, key=lambda entry: entry[0])
-            return rule, layer
-        known = [name for rule in self.rules for name in (rule.theirs if theirs else (rule.ours,))]
-        raise MismatchError(
-            f"module {path!r} has no name in {self.name}{hint(path, known)}, with a number for "
-            "{i}"
-        )
+        if not found:
+            raise MismatchError(
+                f"module {path!r} has no name in {self.name}{hint(path, known)}, with a number for "
+                "{i}"
+            )
+        _, rule, layer = max(found, key=lambda entry: entry[0])
+        return rule, layer
 
 
 def _match(template: str, path: str) -> str | None:
@@ -162,24 +174,11 @@ def _changed(path: str, lora: LoRA, rule: Rule, head_dim: int | None, *, back: b
     return dataclasses.replace(lora, b=rule.change(lora.b, head_dim, back))
 
 
-def _split(path: str, b: Array, parts: int) -> list[Array]:
-    if len(b) % parts:
-        raise UnsupportedError(f"module {path!r} has {len(b)} outputs, not {parts} equal parts")
-    size = len(b) // parts
-    return [b[i * size : (i + 1) * size] for i in range(parts)]
-
-
 def _fuse(loras: Sequence[LoRA]) -> LoRA:
     """Fuses updates into one with the outputs of all: A below each other, B in blocks."""
     if len(loras) == 1:
         return loras[0]
-    on_host = all(isinstance(x, np.ndarray) for lora in loras for x in (lora.a, lora.b))
-    xp = np if on_host else jnp
-    starts = np.cumsum([0, *(lora.rank for lora in loras)])
-    rows = [
-        xp.pad(lora.b, ((0, 0), (int(start), int(starts[-1] - start - lora.rank))))
-        for lora, start in zip(loras, starts[:-1], strict=True)
-    ]
-    return dataclasses.replace(
-        loras[0], a=xp.concatenate([lora.a for lora in loras]), b=xp.concatenate(rows)
-    )
+    on_host = numpy_or_jax(list(loras)) is np
+    xp, linalg = (np, scipy.linalg) if on_host else (jnp, jax.scipy.linalg)
+    a = xp.concatenate([lora.a for lora in loras])
+    return dataclasses.replace(loras[0], a=a, b=linalg.block_diag(*(lora.b for lora in loras)))

@@ -1,5 +1,7 @@
 """Axes: stored factors to matrices and back, and how they are found out."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coremerge_jax import FormatError
-from coremerge_jax.trees.axes import Axes, find_axes
+from coremerge_jax.trees.axes import Axes, find_axes, find_kernel_axes
 
 EVERY = [
     Axes("ri", "or"),  # PEFT
@@ -155,3 +157,25 @@ def test_what_is_found_fits(layers, n, m, r, first):
     axes = find_axes("x/layers/y", tuple(a), tuple(b), at)
     outline = jax.eval_shape(axes.matrices, *(jax.ShapeDtypeStruct(x, np.float32) for x in (a, b)))
     assert [x.shape for x in outline] == [(layers, r, n), (layers, m, r)]
+
+
+@given(
+    st.lists(st.integers(1, 4), max_size=3),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(2, 4),
+    st.sampled_from([None, 0, 1]),
+)
+def test_kernels_have_their_inputs_first(inputs, outputs, layers, at):
+    shape = [*inputs, *outputs]
+    if at is not None:
+        shape.insert(at, layers)
+    sizes = {"i": math.prod(inputs), "o": math.prod(outputs)}
+    (found,) = find_kernel_axes("x", tuple(shape), (sizes["o"], sizes["i"]), (), [at])
+    if at is not None:
+        assert shape.index(layers) <= at or found[at] == "l"
+        sizes["l"] = layers
+    for letter, size in sizes.items():
+        axes = [n for n, x in zip(shape, found, strict=True) if x == letter]
+        assert math.prod(axes) == size
+    order = [x for n, x in zip(shape, found, strict=True) if n > 1 and x != "l"]
+    assert order == sorted(order)

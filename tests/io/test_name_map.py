@@ -42,6 +42,15 @@ def test_names():
     assert "decoder.layers.1.mlp.wi_0" in translate(adapter, "maxtext-qwen")
 
 
+def test_a_module_outside_of_layers():
+    (layers,) = hugging_face()
+    (head,) = random_adapters({"lm_head": (40, WIDTH)}, [3], dtype="float32")
+    adapter = layers.replace(modules={**layers, **head})
+    there = translate(adapter, "tunix")
+    assert "lm_head" in there
+    assert set(translate(there, "tunix")) == set(adapter)
+
+
 def test_fused_kernels_have_the_outputs_of_their_parts():
     (adapter,) = hugging_face()
     fused = translate(adapter, "tunix-gemma")["layers.0.attn.kv_einsum"]
