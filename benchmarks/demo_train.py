@@ -1,7 +1,7 @@
 """Makes the demo's files again: ``python benchmarks/demo_train.py -o FOLDER``.
 
-Needs the extra ``demo`` (optax, scikit-learn) and a few minutes. The same machine and versions
-give the same files.
+Needs the extra ``demo`` (scikit-learn) and a few minutes. The same machine and versions give the
+same files.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Batch = tuple[jax.Array, jax.Array]
 
 
 def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Scikit-learn's digits (pixels 0 to 16) in three disjoint parts."""
+    """Returns scikit-learn's digits (pixels 0 to 16) in three disjoint parts."""
     digits = load_digits()
     order = np.random.RandomState(SEED).permutation(len(digits.target))
     pixels, labels = (x[order].astype(np.uint8) for x in (digits.images, digits.target))
@@ -59,7 +59,7 @@ def distort(key: jax.Array, images: jax.Array, by: float) -> jax.Array:
 
 
 def vary(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Returns digits to train the base model on: distorted, of random contrast, noise and holes."""
+    """Returns training images of the base model: distorted, of random contrast, with noise."""
     keys, n = jax.random.split(key, 6), len(images)
     images = distort(keys[0], images, 1.0)
     contrast = jax.random.uniform(keys[1], (n, 1, 1), minval=0.6, maxval=1.0)
@@ -79,7 +79,7 @@ def fit(
     rate: float,
     decay: float,
 ) -> T:
-    """Minimizes a random loss with AdamW and a warm-up and cosine schedule."""
+    """Minimizes a random loss with AdamW, a warm-up and a cosine schedule."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps)
     optimizer = optax.adamw(schedule, weight_decay=decay)
 
@@ -106,7 +106,7 @@ def cross_entropy(params: Params, images: jax.Array, labels: jax.Array) -> jax.A
 
 
 def train_base(examples: Batch, steps: int) -> Params:
-    """Trains every parameter on plain digits."""
+    """Trains all parameters on plain digits."""
 
     def loss(params: Params, key: jax.Array) -> jax.Array:
         images, labels = sample(key, examples)
@@ -116,11 +116,12 @@ def train_base(examples: Batch, steps: int) -> Params:
 
 
 def train_adapter(base: Params, task: str, rank: int, examples: Batch, steps: int) -> Adapter:
-    """Trains an adapter on a task, half of each batch being the base model's own data.
+    """Trains an adapter on a task; half of each batch is data of the base model.
 
-    That replay keeps the adapter from changing what it does not have to, as one would in practice.
+    This replay, common in practice, keeps the adapter from changing more than it has to.
     """
-    seed = jax.random.key(1 + list(TASKS).index(task))  # own A factors, as of unrelated trainings
+    # A factors differ, as in unrelated trainings.
+    seed = jax.random.key(1 + list(TASKS).index(task))
     modules = {}
     for i, path in enumerate(p.removesuffix(".kernel") for p in base if p.endswith(".kernel")):
         if path.split(".")[-1] in TARGETS:
@@ -141,7 +142,7 @@ def train_adapter(base: Params, task: str, rank: int, examples: Batch, steps: in
 
 
 def save_adapter(adapter: Adapter, rank: int, folder: Path) -> None:
-    """Writes the factors as PEFT does while training: the scaling alpha / r is not part of B."""
+    """Writes the factors as PEFT does in training: the scaling alpha / r is not part of B."""
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": "coremerge_jax.demo",
@@ -187,6 +188,7 @@ def main(out: Path, base_steps: int = 2000, adapter_steps: int = 400) -> None:
         for name in ("validation", "test")
         for what, array in zip(("images", "labels"), parts[name], strict=True)
     }
+    # NumPy types its options and the arrays by name alike.
     np.savez_compressed(out / "images.npz", **held_out)  # type: ignore[arg-type]
     pixels, labels = parts["train"]
     examples = jnp.asarray(pixels, jnp.float32) / 16, jnp.asarray(labels, jnp.int32)

@@ -48,7 +48,7 @@ def style(size: float = 10, ink: str = INK, muted: str = MUTED) -> Iterator[None
         "grid.color": muted,
         "legend.fontsize": size - 0.5,
         "legend.frameon": False,
-        "lines.linewidth": 2,
+        "lines.linewidth": size / 6,
         "path.simplify_threshold": 0.5,
         "svg.fonttype": "none",
         "svg.hashsalt": "coremerge",

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from coremerge_jax.demo.model import Params
 from coremerge_jax.demo.tasks import TASKS
 
-# Cached arrays must not be tracers of a jitted function that happens to ask first.
+# Arrays are cached: they must not be tracers if the first call is inside a jitted function.
 _concrete = jax.ensure_compile_time_eval
 
 DATA = Path(str(resources.files("coremerge_jax.demo") / "data"))
@@ -42,7 +42,7 @@ def images(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Arr
 
 @cache
 def questions(split: str = "test", folder: Path = DATA) -> tuple[jax.Array, jax.Array]:
-    """Returns the images of every task ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
+    """Returns the images of all tasks ``(T, N, 8, 8)`` and their common labels ``(N,)``."""
     plain, labels = images(split, folder)
     with _concrete():
         return jnp.stack([transform(plain) for transform in TASKS.values()]), labels

@@ -1,4 +1,4 @@
-"""Merges the shipped adapters in many ways and measures the result on every task."""
+"""Merges the shipped adapters in many ways, and measures each merge on every task."""
 
 import dataclasses
 import json
@@ -30,17 +30,17 @@ METHODS: tuple[tuple[str, str], ...] = (
     ("tsv + isotropize", "core"),
     ("cart + isotropize", "core"),
 )
-"""Rules, as the command line writes them, and spaces. A linear rule is the same in any space."""
+"""Rules, as on the command line, and spaces. Linear rules give the same result in any space."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One row of the result.
+    """Accuracy of a merge.
 
     Attributes:
         name: the rule; or ``"base model"``, or ``"one adapter per task"``.
-        space: where it merges, None where nothing is merged.
-        scale: what multiplies the merged update, chosen on the validation images.
+        space: the merge space; None if nothing is merged.
+        scale: factor of the merged update, chosen on the validation images.
         accuracy: test accuracy by task.
         normalized: mean over tasks of the accuracy relative to the task's own adapter.
     """
@@ -64,7 +64,7 @@ def evaluate(
     split: str = "test",
     folder: Path = DATA,
 ) -> dict[str, float]:
-    """Returns the accuracy on each task of the base model with an adapter, or alone."""
+    """Returns the accuracy on each task of the base model, with an adapter if one is given."""
     params = base(folder)
     if adapter is not None:
         params = fold(params, adapter, scale)
@@ -77,7 +77,7 @@ def parse_chain(text: str) -> cm.rules.Chain:
 
 
 def merge(rule: str, space: str, folder: Path = DATA) -> cm.Adapter:
-    """Merges the shipped adapters; see `parse_chain` for the rule."""
+    """Merges the shipped adapters by a rule as `parse_chain` reads it."""
     return cm.merge(
         [cm.load_peft(path) for path in adapters(folder)],
         parse_chain(rule),
@@ -94,10 +94,10 @@ def run(
 
     Args:
         methods: pairs of rule and space, see `METHODS`; those not listed there get scale 1.
-        progress: is called with a name after each record.
+        progress: function that is called with the name of each score as it comes.
 
     Returns:
-        One record for the base model, one for the adapters on their own tasks, one per method.
+        One score of the base model, one of the adapters on their own tasks, one per method.
     """
     records: list[Score] = []
     alone = {path.name: evaluate(cm.load_peft(path))[path.name] for path in adapters()}
@@ -118,7 +118,7 @@ def run(
 
 
 def table(records: Sequence[Score]) -> Table:
-    """Returns the records for a terminal of 80 columns, the best merge of each column in bold."""
+    """Returns the scores for a terminal of 80 columns, the best merge of each column in bold."""
     grid = Table(title="Accuracy on test images, %", box=None, padding=(0, 1, 0, 0))
     grid.add_column("rule", min_width=17)
     for column in ("space", "scale", *TASKS, "average", "norm."):

@@ -1,7 +1,7 @@
 """A small vision transformer for 8×8 digits, as a pure function of its parameters.
 
-Parameters are a flat mapping from dotted path (``"blocks.0.q_proj.kernel"``) to array, so that an
-adapter's module path plus ``".kernel"`` is the weight it updates.
+Parameters are a flat mapping from dotted path (``"blocks.0.q_proj.kernel"``) to array: the path of
+an adapter's module plus ``".kernel"`` is the weight that it updates.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
 
 class DigitTransformer(nnx.Module):
-    """Patches of 2×2 pixels, `DEPTH` blocks, the mean over patches, a linear head."""
+    """A transformer: patches of 2×2 pixels, `DEPTH` blocks, mean over patches, linear head."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         patches = (SIZE // PATCH) ** 2
@@ -55,7 +55,7 @@ class DigitTransformer(nnx.Module):
         self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits ``(N, 10)`` of images ``(N, 8, 8)``."""
+        """Returns logits ``(N, 10)`` of images ``(N, 8, 8)``."""
         grid = SIZE // PATCH
         x = images.reshape(-1, grid, PATCH, grid, PATCH).swapaxes(2, 3)
         x = self.embed(x.reshape(-1, grid * grid, PATCH * PATCH)) + self.position[...]
@@ -72,7 +72,7 @@ def init(seed: int = 0) -> Params:
 
 
 def forward(params: Params, images: jax.Array) -> jax.Array:
-    """Logits ``(N, 10)`` of images ``(N, 8, 8)`` with pixels in [0, 1]."""
+    """Returns logits ``(N, 10)`` of images ``(N, 8, 8)`` with pixels in [0, 1]."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: DigitTransformer(rngs=nnx.Rngs(0))))
     paths = {path: tuple(int(p) if p.isdigit() else p for p in path.split(".")) for path in params}
     state = traverse_util.unflatten_dict({paths[path]: value for path, value in params.items()})
@@ -80,7 +80,7 @@ def forward(params: Params, images: jax.Array) -> jax.Array:
 
 
 def fold(params: Params, adapter: Adapter, scale: float | jax.Array = 1.0) -> Params:
-    """Adds an adapter's updates to the parameters (kernels are stored input by output)."""
+    """Returns the parameters plus an adapter's updates (kernels are stored input by output)."""
     kernels = {f"{path}.kernel": lora.dense().T for path, lora in adapter.items()}
     return {**params, **{path: params[path] + scale * dense for path, dense in kernels.items()}}
 

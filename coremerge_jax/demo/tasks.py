@@ -1,4 +1,4 @@
-"""The tasks: digits seen under conditions that the base model was not trained for."""
+"""The tasks: digits under conditions that the base model was not trained for."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Transform = Callable[[jax.Array], jax.Array]
 
 
 def resample(images: jax.Array, linear: jax.Array, shift: jax.Array) -> jax.Array:
-    """Reads each image at linearly transformed coordinates, from its center; zero outside.
+    """Returns images at coordinates that are transformed about the center; zero outside.
 
     Args:
         images: ``(N, 8, 8)``.
@@ -65,4 +65,4 @@ TASKS: dict[str, Transform] = {
     "shade": _shade,
     "stain": _stain,
 }
-"""Each task's name and its map of images ``(N, 8, 8)``; all share labels and head."""
+"""Functions of images ``(N, 8, 8)`` by name of the task; all share labels and head."""

@@ -1,7 +1,7 @@
-"""Diagnosis of how adapters relate, and a merge to them: numbers first, then a page.
+"""Diagnosis of how adapters relate to each other and a merge to them.
 
-`measures` has the definitions, `collecting` applies them module by module, and `results` holds and
-sums up what they give. `page` shows it, with the figures of `plots` and the words of `findings`.
+`measures` has the definitions, `diagnose` applies them module by module, and `results` holds and
+sums up the numbers. `page` shows them, with the figures of `plots` and the words of `sentences`.
 """
 
 from coremerge_jax.diagnosis.diagnose import Diagnosis, diagnose

@@ -1,4 +1,4 @@
-"""Measuring adapters module by module, a few modules in memory at a time."""
+"""Measures adapters module by module, with a few modules in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -31,17 +31,19 @@ _measure = jax.jit(measure, static_argnames=("ranks", "dtype"))
 
 
 class Diagnosis(Results):
-    """Results of `diagnose`, which can be rendered as a page."""
+    """Results of `diagnose`, which can be rendered as an HTML page."""
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """Renders one page with plots and their findings; it needs no other file and no network.
+        """Renders a page with plots and findings that needs no other file and no network.
+
+        Needs matplotlib and jinja2.
 
         Args:
-            path: the file to write, if any; it appears whole or not at all. A file that is already
-                there is replaced if it is such a page.
+            path: file to write, if any; it appears whole or not at all. An existing file is
+                replaced only if it is such a page.
 
         Returns:
-            The HTML text. matplotlib and jinja2 have to be installed.
+            The HTML text.
 
         Raises:
             FormatError: the file may not be written.
@@ -50,7 +52,7 @@ class Diagnosis(Results):
 
         if path is None:
             return render(self)
-        with atomic_file(path, mark=MARK, force=True) as file:
+        with atomic_file(path, mark=MARK, force=True) as file:  # refuses before it is rendered
             text = render(self)
             file.write_text(text, encoding="utf-8")
         return text
@@ -63,15 +65,15 @@ def diagnose(
     machine: Machine | None = None,
     allow_mismatch: bool = False,
 ) -> Diagnosis:
-    """Measures what adapters have to do with each other, and a merged adapter with them.
+    """Measures how adapters relate to each other, and a merged adapter to them.
 
     Adapters from `open_peft` are read a few modules at a time. No update is ever formed.
 
     Args:
-        adapters: as in `merge`; concrete, not traced.
-        merged: what was made of them, by whatever means.
-        machine: how fast the machine is (`Machine.measure`), to expect seconds of a merge.
-        allow_mismatch: as in `merge`.
+        adapters: adapters of one base model; concrete, not traced.
+        merged: an adapter that was made of them, by any method.
+        machine: speed of the machine (`Machine.measure`), to estimate the seconds of a merge.
+        allow_mismatch: True to go on even if base models differ or no module is common.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -109,7 +111,7 @@ def _check_merged(adapters: Sequence[Adapter], merged: Adapter) -> None:
 
 
 def _names(adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yields the adapters' own names, made different."""
+    """Yields the adapters' names; equal ones get numbers."""
     taken: set[str] = set()
     for t, adapter in enumerate(adapters):
         name = base = adapter.metadata.name or f"adapter {t}"
@@ -122,7 +124,7 @@ def _names(adapters: Sequence[Adapter]) -> Iterator[str]:
 
 
 def _modules(group: Group, adapters: Sequence[Adapter], merged: Adapter | None) -> Iterator[Module]:
-    """Yields the modules of one signature, each measured by the same compiled program."""
+    """Measures the modules of one signature, all by the same compiled program."""
     size = batch_size(group, chain(mean()), core(), 1, None)
     for batch in group.split(size):
         a, b = batch.stack(adapters)

@@ -1,15 +1,16 @@
 """Measures of the adapters of one module: pure functions of arrays.
 
-All of it is a function of the updates ΔW_t = B_t A_t: how these are split into factors does not
-matter. The largest matrices are the stacked factors, one core, and a few rows of all cores.
+All measures are functions of the updates ΔW_t = B_t A_t: how these are split into factors does
+not matter. The largest matrices are the stacked factors, one core, and a few rows of all cores.
 """
 
+import dataclasses
 import math
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from coremerge_jax.linalg import (
     accumulate,
@@ -23,20 +24,20 @@ from coremerge_jax.lora import Array, LoRA, widest
 from coremerge_jax.rules.rule import side_by_side
 from coremerge_jax.spaces import Projection, core
 
-# Directions of the merged update count up to this error, as in the paper that `alignment` is of.
+# The leading directions of the merged update leave this error; the value of arXiv 2502.04959.
 _ERROR = 0.05
 
-_ROWS = 16  # of all cores that are there at once
+_ROWS = 16  # rows of all cores that are in memory at once
 
 
 @flax.struct.dataclass
 class Spectra:
-    """Descending singular values; those that are rounding errors are 0.
+    """Descending singular values; rounding errors are set to 0.
 
     Attributes:
         stack_b: ``(p,)``, of [B_1 … B_T], each ΔW_t split evenly: B_tᵀ B_t = A_t A_tᵀ.
-        stack_a: ``(q,)``, of [A_1; …; A_T], split so.
-        updates: ``(T, r)``, of each ΔW_t, which are those of its core.
+        stack_a: ``(q,)``, of [A_1; …; A_T], split likewise.
+        updates: ``(T, r)``, of each ΔW_t, which its core has too.
         total: ``(k,)``, of the sum of all ΔW_t.
         merged: of the merged update, if there is one.
     """
@@ -53,11 +54,11 @@ class Pairs:
     """Relations of every two adapters, as symmetric matrices ``(T, T)``.
 
     Attributes:
-        outputs: overlap of what they write to, the column spaces: see `overlap`.
-        inputs: overlap of what they read, the row spaces.
+        outputs: overlap of the column spaces, which they write to: see `overlap`.
+        inputs: overlap of the row spaces, which they read from.
         cosine: ⟨ΔW_s, ΔW_t⟩ / (‖ΔW_s‖ ‖ΔW_t‖); 0 where one of them is 0.
         conflict: share of their common weight at entries of opposite sign: see `signs`.
-        opposed: share of the entries that have opposite signs, of those that are 0 in neither.
+        opposed: share of entries of opposite sign among those where neither is 0.
     """
 
     outputs: Array
@@ -69,13 +70,13 @@ class Pairs:
 
 @flax.struct.dataclass
 class Contribution:
-    """Share of each adapter in a merged update ΔW; see `contribution` and `alignment`.
+    """Shares of the adapters in a merged update ΔW; see `contribution` and `alignment`.
 
     Attributes:
         norm: ``()``, ‖ΔW‖.
         kept: ``(T,)``.
         share: ``(T,)``, of the merged update's energy ‖ΔW‖².
-        unexplained: ``()``, the share of that energy which no weighted sum of the adapters has.
+        unexplained: ``()``, the share of that energy that no weighted sum of the adapters has.
         alignment: ``(T,)``.
     """
 
@@ -88,15 +89,15 @@ class Contribution:
 
 @flax.struct.dataclass
 class Measures:
-    """All that is measured of one module.
+    """All measures of one module.
 
     Attributes:
         norms: ``(T,)``, Frobenius norms of the updates.
         spectra: singular values.
-        pairs: what every two adapters have to do with each other.
+        pairs: relations of every two adapters.
         outvoted: ``(T,)``, the share of each adapter's energy at entries of its core whose sign is
             not that of the sum of all cores: what electing signs, as TIES does, would drop.
-        contribution: what the merged update has of each adapter, if there is one.
+        contribution: shares of the adapters in the merged update, if there is one.
     """
 
     norms: Array
@@ -112,7 +113,7 @@ def measure(
     merged: LoRA | None = None,
     *,
     ranks: tuple[int, ...],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Measures:
     """Measures one module.
 
@@ -120,23 +121,25 @@ def measure(
         a: ``(R, n)``, the A factors of all adapters below each other.
         b: ``(m, R)``, the B factors side by side.
         merged: the merged update, in the whole space.
-        ranks: of the adapters, static.
-        dtype: what to compute in; by default that of the factors.
+        ranks: ranks of the adapters, static.
+        dtype: dtype to compute in; by default that of the factors.
     """
     dtype = dtype or widest(a.dtype, b.dtype)
     rtol = math.sqrt(len(a)) * float(jnp.finfo(widest(a.dtype, jnp.dtype("float32"))).eps)
     projection = core(gauge="balanced").project(a, b, ranks, dtype=dtype)
-    cores: Any = projection.factors
-    left, s, right = _decompose(cores.b, cores.a, rtol)
+    cores = projection.factors
+    assert isinstance(cores, LoRA)
+    a, b = jnp.asarray(cores.a), jnp.asarray(cores.b)
+    left, s, right = _decompose(b, a, rtol)
     inner = inner_products(cores, cores)
-    total = matmul(side_by_side(cores.b), cores.a.reshape(-1, cores.a.shape[-1]))
+    total = matmul(side_by_side(b), a.reshape(-1, a.shape[-1]))
     conflict, opposed, outvoted = signs(cores, total, rtol)
     norms = jnp.sqrt(jnp.diagonal(inner))
     measured = Measures(
         norms=norms,
         spectra=Spectra(
-            stack_b=jnp.linalg.norm(side_by_side(cores.b), axis=1),
-            stack_a=jnp.linalg.norm(cores.a, axis=(0, 1)),
+            stack_b=jnp.linalg.norm(side_by_side(b), axis=1),
+            stack_a=jnp.linalg.norm(a, axis=(0, 1)),
             updates=s,
             total=_clean(lapack.singular_values(total), rtol),
         ),
@@ -157,7 +160,8 @@ def measure(
 def _with_merged(
     measured: Measures, projection: Projection, inner: jax.Array, merged: LoRA, rtol: float
 ) -> Measures:
-    cores: Any = projection.factors
+    cores = projection.factors
+    assert isinstance(cores, LoRA)
     ma, mb = (jnp.asarray(x).astype(cores.a.dtype) for x in (merged.a, merged.b))
     left, s, _ = _decompose(mb[None], ma[None], rtol)
     u, v = projection.u, projection.v
@@ -174,20 +178,19 @@ def _with_merged(
         unexplained=jnp.where(energy > 0, 1 - jnp.sum(share), 0),
         alignment=alignment(cores, matmul(u.T, left[0]), s[0]),
     )
-    return measured.replace(  # type: ignore[attr-defined]
-        spectra=measured.spectra.replace(merged=s[0]),  # type: ignore[attr-defined]
-        contribution=found,
-    )
+    spectra = dataclasses.replace(measured.spectra, merged=s[0])
+    return dataclasses.replace(measured, spectra=spectra, contribution=found)
 
 
 def overlap(frames: jax.Array) -> jax.Array:
     """Returns ‖P_sᵀ P_t‖²_F / min(r_s, r_t) for every two spaces: the mean cos² of their angles.
 
-    1 if one space is in the other, 0 if they are orthogonal (or there is none); for random ones of
-    equal rank, r / m on average. Equation 4 of the LoRA paper (arXiv 2106.09685, section 7.2).
+    It is 1 if one space is in the other, and 0 if they are orthogonal (or one is {0}); of random
+    spaces of equal rank, r / m on average. Equation 4 of the LoRA paper (arXiv 2106.09685, section
+    7.2).
 
     Args:
-        frames: ``(T, m, r)``, orthonormal columns P_t, or columns of zeros behind the rank r_t.
+        frames: ``(T, m, r)``, orthonormal columns P_t, with columns of zeros behind the rank r_t.
 
     Returns:
         ``(T, T)``.
@@ -199,7 +202,7 @@ def overlap(frames: jax.Array) -> jax.Array:
 
 
 def inner_products(x: LoRA, y: LoRA) -> jax.Array:
-    """Returns ⟨X_s, Y_t⟩ for stacks of S and of T updates, ``(S, T)``."""
+    """Returns ⟨X_s, Y_t⟩ = Σ (B_sᵀ B_t) ∘ (A_s A_tᵀ) for stacks of updates, ``(S, T)``."""
     b = matmul(side_by_side(jnp.asarray(x.b)).T, side_by_side(jnp.asarray(y.b)))
     rows = [z.a.reshape(-1, z.a.shape[-1]) for z in (x, y)]
     return _by_adapter(b * matmul(rows[0], rows[1].T), len(x.a), len(y.a))
@@ -217,10 +220,10 @@ def signs(cores: LoRA, total: jax.Array, rtol: float) -> tuple[jax.Array, jax.Ar
         rtol: see above.
 
     Returns:
-        For every two adapters, Σ |x_s x_t| over the entries of opposite sign as a share of that
-        over all entries, ``(T, T)``: 0.5 if signs have nothing to do with each other; the same of
-        the number of entries, ``(T, T)``; and for each adapter, the share of Σ x_t² at entries
-        whose sign is not that of the total, ``(T,)``.
+        Conflict ``(T, T)``: for every two adapters, Σ |x_s x_t| over the entries of opposite sign
+        as a share of that over all entries; 0.5 if their signs are unrelated. Opposed ``(T, T)``:
+        the same for the number of entries. Outvoted ``(T,)``: for each adapter, the share of
+        Σ x_t² at entries whose sign is not that of the total.
     """
     b, a = jnp.asarray(cores.b), jnp.asarray(cores.a)
     tasks, p, width = b.shape
@@ -249,13 +252,13 @@ def signs(cores: LoRA, total: jax.Array, rtol: float) -> tuple[jax.Array, jax.Ar
 def contribution(
     inner: jax.Array, with_merged: jax.Array, energy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the share of each adapter in a merged update ΔW.
+    """Returns the shares of the adapters in a merged update ΔW.
 
-    kept_t = ⟨ΔW_t, ΔW⟩ / ‖ΔW_t‖² is the length of ΔW along ΔW_t: 1 where the adapter is there in
-    full, 0 where nothing of it is (the s_i of SVC, arXiv 2602.05536, are this by direction).
+    kept_t = ⟨ΔW_t, ΔW⟩ / ‖ΔW_t‖² is the length of ΔW along ΔW_t: 1 if the adapter is kept in full,
+    0 if nothing of it is (the s_i of SVC, arXiv 2602.05536, are the same for each direction).
     share_t = c_t ⟨ΔW_t, ΔW⟩ / ‖ΔW‖², where Σ_t c_t ΔW_t is the weighted sum nearest to ΔW: these
-    shares of the energy ‖ΔW‖² add up to that of the weighted sum. Of adapters that depend on each
-    other, the smallest c_t ‖ΔW_t‖ are taken.
+    shares of the energy ‖ΔW‖² add up to that of the weighted sum. If adapters depend linearly on
+    each other, the c_t ‖ΔW_t‖ of least norm are taken.
 
     Args:
         inner: ``(T, T)``, ⟨ΔW_s, ΔW_t⟩.
@@ -276,8 +279,8 @@ def contribution(
 def alignment(cores: LoRA, frame: jax.Array, s: jax.Array) -> jax.Array:
     """Returns ‖P Pᵀ ΔW_t‖ / ‖ΔW_t‖, with P the leading left singular vectors of the merged update.
 
-    As many as leave an error of at most 5 % of its norm. The subspace alignment ratio of
-    arXiv 2502.04959.
+    P has as many as leave an error of at most 5 % of its norm. This is the subspace alignment
+    ratio of arXiv 2502.04959.
 
     Args:
         cores: factors ``(T, p, r)`` and ``(T, r, q)``.
@@ -296,7 +299,7 @@ def alignment(cores: LoRA, frame: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def _decompose(b: jax.Array, a: jax.Array, rtol: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decomposes products ``(T, p, r) @ (T, r, q)`` to u, s and v; what is noise is zero."""
+    """Returns u, s and v of the products ``(T, p, r) @ (T, r, q)``; rounding noise is set to 0."""
     left, right, inner = orthonormal_factors(b, a)
     u, s, v = jax.vmap(lapack.svd)(inner)
     s = jax.vmap(lambda s: _clean(s, rtol))(s)
@@ -309,7 +312,7 @@ def _clean(s: jax.Array, rtol: float) -> jax.Array:
 
 
 def _by_adapter(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Returns the sums of the blocks of a matrix."""
+    """Returns the sums of the blocks of a matrix, ``(rows, columns)``."""
     return jnp.sum(x.reshape(rows, len(x) // rows, columns, -1), axis=(1, 3))
 
 

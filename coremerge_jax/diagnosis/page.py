@@ -1,4 +1,4 @@
-"""The report: its plots, how to read them, and what stands out. Needs the plot extra."""
+"""The report: plots, how to read them, and what stands out. Needs the plot extra."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from coremerge_jax.diagnosis import sentences as findings
 from coremerge_jax.diagnosis.plots import Scale, around
 from coremerge_jax.diagnosis.results import Results
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.text import printable, shortened
+from coremerge_jax.text import display
 
 _LONG = 1000  # letters of a name or sentence
 
-# What tells a page of ours from any other.
+# Marks a file as a page of ours, which may be replaced.
 MARK = b'<meta name="generator" content="coremerge-jax">'
 try:
     import jinja2
@@ -26,13 +26,13 @@ except ImportError as error:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure with what is said of it.
+    """A figure and its text.
 
     Attributes:
-        title: what it shows.
+        title: name of what it shows.
         svg: the image.
-        reading: how to read it, in a sentence.
-        finding: what stands out in it.
+        reading: a sentence on how to read it.
+        finding: a sentence on what stands out.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Numbers that matter one by one; all columns but the first."""
+    """A table; all columns but the first hold numbers."""
 
     title: str
     columns: Sequence[str]
@@ -54,7 +54,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Plots, and tables, that belong together."""
+    """Plots and tables that belong together."""
 
     title: str
     items: Sequence[Plot | Table]
@@ -66,7 +66,7 @@ def render(diagnosis: Results) -> str:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: shortened(printable(value), _LONG) if type(value) is str else value,
+        finalize=lambda value: display(value, _LONG) if type(value) is str else value,
     )
     template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
@@ -90,20 +90,18 @@ def _sections(diagnosis: Results) -> Iterator[Section]:
 
 # --- The top -------------------------------------------------------------------------------
 def _facts(diagnosis: Results) -> Iterator[tuple[str, str]]:
-    """Yields the main numbers, and what they are."""
+    """Yields the main numbers and their names."""
     several = len(diagnosis.adapters) > 1
     yield f"{len(diagnosis.adapters)}", "adapters" if several else "adapter"
     yield f"{len(diagnosis)}", "modules" if len(diagnosis) > 1 else "module"
     if several:
-        found = findings.off_diagonal(diagnosis.pairs("outputs"))
-        yield (
-            f"{findings.mean(found):.2f}",
-            f"mean overlap ({findings.chance_overlap(diagnosis):.2f} by chance)",
+        overlap, conflict = (
+            findings.mean(findings.off_diagonal(diagnosis.pairs(x)))
+            for x in ("outputs", "conflict")
         )
-        yield (
-            f"{findings.mean(findings.off_diagonal(diagnosis.pairs('conflict'))):.0%}",
-            "sign conflict (50% by chance)",
-        )
+        chance = findings.chance_overlap(diagnosis)
+        yield f"{overlap:.2f}", f"mean overlap ({chance:.2f} by chance)"
+        yield f"{conflict:.0%}", "sign conflict (50% by chance)"
     update = "merged" if diagnosis.merged else "total"
     what = "the merge" if diagnosis.merged else "the sum"
     yield f"{diagnosis.rank_for(0.9, update)}", f"rank for 90% of {what}"
@@ -114,10 +112,8 @@ def _facts(diagnosis: Results) -> Iterator[tuple[str, str]]:
 def _adapters(diagnosis: Results) -> Table:
     norms = np.sqrt(np.nansum(diagnosis.by_adapter("norms") ** 2, axis=0))
     totals = diagnosis.totals()
-    overlap, outvoted = (
-        findings.means_with_others(diagnosis.pairs("outputs")),
-        findings.weighted_mean(diagnosis, "outvoted"),
-    )
+    overlap = findings.means_with_others(diagnosis.pairs("outputs"))
+    outvoted = findings.weighted_mean(diagnosis, "outvoted")
     columns = ["adapter", "modules", "rank", "‖ΔW‖"]
     columns += ["kept", "aligned"] if totals else []
     columns += ["overlap", "outvoted"] if len(norms) > 1 else []

@@ -27,15 +27,14 @@ class Arrangement(NamedTuple):
 
 
 def arrange(paths: Sequence[str]) -> Arrangement | None:
-    """Returns the grid of modules, or None where paths do not tell of several layers.
+    """Returns the grid of modules, or None if the paths do not have several layers.
 
-    The first number in a path is the layer. What is left, with any other number (of an expert)
-    made general, is the kind.
+    The first number in a path is the layer. The rest, with ``*`` for any other number (of an
+    expert), is the kind.
     """
-    found = [_split(path) for path in paths]
-    if any(pair is None for pair in found):
+    pairs = [pair for path in paths if (pair := _split(path))]
+    if len(pairs) < len(paths):
         return None
-    pairs = [pair for pair in found if pair is not None]
     layers = sorted({layer for layer, _ in pairs})
     if len(layers) < 2:
         return None
@@ -45,6 +44,7 @@ def arrange(paths: Sequence[str]) -> Arrangement | None:
 
 
 def _split(path: str) -> tuple[int, str] | None:
+    """Returns the layer and the kind that a path names."""
     number = _NUMBER.search(path)
     if number is None:
         return None
@@ -53,7 +53,7 @@ def _split(path: str) -> tuple[int, str] | None:
 
 
 def shorten(paths: Sequence[str]) -> list[str]:
-    """Returns the shortest endings, in whole parts, that tell the paths apart."""
+    """Returns the shortest endings, in whole parts, by which the paths differ."""
     split = [path.split(".") for path in paths]
     names = []
     for parts in split:
@@ -64,14 +64,20 @@ def shorten(paths: Sequence[str]) -> list[str]:
     return names
 
 
+def mean_known(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Returns the mean over an axis of all values but NaN; NaN if there is none."""
+    count = np.sum(~np.isnan(values), axis=axis)
+    return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One module.
+    """A module and its measures.
 
     Attributes:
         path: its path.
         shape: ``(m, n)``.
-        adapters: which adapters have it, as places in `Diagnosis.adapters`, T of them.
+        adapters: places in `Diagnosis.adapters` of the T adapters that have it.
         ranks: of the factors of each of these.
         measures: the numbers, as NumPy arrays.
     """
@@ -85,14 +91,14 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class RuleCost:
-    """Cost of a merge by one rule in core space; see `cost.cost`.
+    """Cost of a merge by one rule in core space; see `merging.cost.cost`.
 
     Attributes:
         rule: its name.
         products: floating-point operations in products of matrices.
         core: all other floating-point operations.
         memory: bytes while the largest module is merged.
-        seconds: expected for reading, merging and writing, one after the other, without
+        seconds: estimate for reading, merging and writing, one after the other, without
             compilation; None if the machine was not measured.
     """
 
@@ -110,7 +116,7 @@ class Results:
     Attributes:
         adapters: their names.
         merged: the name of the merged adapter; None if there is none.
-        base_model: of the adapters; None if they do not tell.
+        base_model: of the adapters; None if unknown.
         modules: in the order of the adapters.
         costs: of merging the adapters by each rule.
     """
@@ -131,22 +137,22 @@ class Results:
         """Returns a measure of each module and adapter.
 
         Args:
-            name: ``"norms"`` or ``"outvoted"``, or one of `Contribution` that has an entry for
+            name: ``"norms"`` or ``"outvoted"``, or a field of `Contribution` with an entry for
                 each adapter.
 
         Returns:
-            ``(L, T)``, NaN where an adapter has no such module, or the merged adapter has not.
+            ``(L, T)``, NaN where the adapter, or the merged one, does not have the module.
         """
         found = np.full((len(self), len(self.adapters)), np.nan)
         for row, module in zip(found, self, strict=True):
             measures = module.measures
-            source: Any = measures if hasattr(measures, name) else measures.contribution
+            source = measures if hasattr(measures, name) else measures.contribution
             if source is not None:
                 row[list(module.adapters)] = getattr(source, name)
         return found
 
     def pairs(self, name: str) -> np.ndarray:
-        """Returns the mean of one of `Pairs` over all modules that both adapters have.
+        """Returns the mean of a field of `Pairs` over the modules that both adapters have.
 
         Returns:
             ``(T, T)``, NaN where two adapters have no module in common.
@@ -160,7 +166,7 @@ class Results:
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     def pair_means(self, name: str) -> np.ndarray:
-        """Returns the mean of one of `Pairs` over all pairs of different adapters, by module.
+        """Returns the mean of a field of `Pairs` over all pairs of different adapters, by module.
 
         Returns:
             ``(L,)``, NaN for a module of one adapter alone.
@@ -173,7 +179,7 @@ class Results:
         return np.asarray(found)
 
     def energy_kept(self, update: str = "merged") -> np.ndarray:
-        """Returns the share of energy, over all modules, that cutting each to rank 1, 2, … keeps.
+        """Returns the share of all energy that is kept if each module is cut to rank 1, 2, ….
 
         Args:
             update: ``"merged"``, or ``"total"`` for the sum of the adapters.
@@ -190,16 +196,15 @@ class Results:
         return kept / kept[-1] if len(kept) and kept[-1] > 0 else np.ones_like(kept)
 
     def rank_for(self, share: float, update: str = "merged") -> int:
-        """Returns the smallest rank that keeps a share of the energy, see `energy_kept`."""
+        """Returns the smallest rank that keeps a share of the energy; see `energy_kept`."""
         return int(np.searchsorted(self.energy_kept(update), share * (1 - 1e-12))) + 1
 
     def totals(self) -> dict[str, np.ndarray]:
-        """Returns the share of each adapter in the merged one, over all modules together.
+        """Returns the fields of `Contribution`, averaged over all modules by their energy.
 
         Returns:
             ``"kept"``, ``"share"`` and ``"alignment"``, ``(T,)`` each, and ``"unexplained"``, a
-            scalar: see `Contribution`. Modules count by their energy. Empty without a merged
-            adapter.
+            scalar. Empty without a merged adapter.
         """
         found = [(x, x.measures.contribution) for x in self]
         known = [(list(x.adapters), x.measures.norms**2, part) for x, part in found if part]
@@ -223,7 +228,7 @@ class Results:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all, and means over modules, as lists and numbers for JSON; None for NaN."""
+        """Returns all numbers, and their means over modules, as data for JSON; None for NaN."""
         names = [field.name for field in dataclasses.fields(Pairs)]
         return {
             **_plain(self),
@@ -236,6 +241,7 @@ class Results:
 
 
 def _plain(value: Any) -> Any:
+    """Returns a value as JSON-like data."""
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {field.name: _plain(getattr(value, field.name)) for field in fields}

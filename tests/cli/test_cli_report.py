@@ -62,8 +62,8 @@ def test_refusals_write_nothing(coremerge, save, tmp_path):
 
 def test_needs_matplotlib_for_a_page_only(coremerge, save, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("page", "plots"):
-        monkeypatch.delitem(sys.modules, f"coremerge_jax.diagnosis.{name}", raising=False)
+    for name in ("diagnosis.page", "diagnosis.plots", "figures"):
+        monkeypatch.delitem(sys.modules, f"coremerge_jax.{name}", raising=False)
     result = coremerge("report", save("math"), "-o", tmp_path / "report.html")
     assert result.code == 1
     assert "pip install 'coremerge-jax[plot]'" in result.err
