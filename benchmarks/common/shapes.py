@@ -1,6 +1,6 @@
 """Shapes of models, and synthetic adapters of them as PEFT folders.
 
-    python benchmarks/shapes.py SHAPE FOLDER [--tasks T] [--layers N]
+    python benchmarks/common/shapes.py SHAPE FOLDER [--tasks T] [--layers N]
 
 writes the adapters of a shape as PEFT folders in bfloat16.
 """
