@@ -8,13 +8,16 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little. Each process compiles with one thread: there are as many
 # processes as processors.
+# Eight devices, for tests of meshes: `all_devices` shows them, all other tests see one.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.9."),
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * version("jaxlib").startswith("0.9."),
 )
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests start
-# Tests have one of the run, in this process, xdist's, and those of several devices.
+# Tests have one of the run, in this process, xdist's, and those of several processes.
 if "COREMERGE_TEST_CACHE" not in os.environ:
     _cache = TemporaryDirectory(prefix="coremerge-tests-")
     os.environ["COREMERGE_TEST_CACHE"] = _cache.name
@@ -29,6 +32,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Commands, and pages of the documentation, use all devices that there are.
+SEEN = {name: getattr(jax, name) for name in ("devices", "local_devices", "device_count")}
+jax.devices = lambda *args: SEEN["devices"](*args)[:1]
+jax.local_devices = lambda *args, **options: SEEN["local_devices"](*args, **options)[:1]
+jax.device_count = lambda *_: 1
 
 # Tracing allocates much and leaves few cycles: default thresholds have it searched all the time.
 gc.set_threshold(50_000)
@@ -63,6 +72,13 @@ def seed(request):
     """Another one for each test; and for each COREMERGE_TEST_SEED, which nightly runs set."""
     name = f"{os.environ.get('COREMERGE_TEST_SEED', 0)} {request.node.nodeid}"
     return zlib.crc32(name.encode())
+
+
+@pytest.fixture
+def all_devices(monkeypatch):
+    """Eight devices, simulated by the processor."""
+    for name, function in SEEN.items():
+        monkeypatch.setattr(jax, name, function)
 
 
 @pytest.fixture(autouse=True)

@@ -64,18 +64,6 @@ def pytest_command(file: str, folder: Path, first: str = "pass") -> list[str]:
     return [sys.executable, "-c", code, *options]
 
 
-def run_on_eight(file: str, folder: Path, **more: str) -> None:
-    """Runs a file of tests in a process that has eight devices."""
-    done = subprocess.run(
-        pytest_command(file, folder / "temp"),
-        env=environment(8, **more),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def start_job(command: Sequence[str], count: int, **more: str) -> list[subprocess.Popen]:
     """Starts processes that find each other over the loopback interface."""
     with socket.socket() as free:

@@ -6,7 +6,7 @@ import device
 import pytest
 
 
-@pytest.mark.parametrize("rule", ["ties", "tsv"])
+@pytest.mark.parametrize("rule", ["tsv", pytest.param("ties", marks=pytest.mark.nightly)])
 def test_every_stage_is_measured(tmp_path, rule):
     options = ["--tiny", "--shapes", "vit-b32", "--rules", rule, "--precisions", "float64"]
     assert device.main([*options, "--repeat", "1", "--output", str(tmp_path)]) == 0

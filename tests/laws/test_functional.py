@@ -56,25 +56,19 @@ def test_bases_are_cut_to_the_numerical_rank(factors):
 
 
 @spaces
-@rules
-def test_jit_changes_nothing(factors, rule, space):
-    def merge(a, b):
-        return space.project(a, b, RANKS).merge(rule, key=KEY).dense()
-
-    np.testing.assert_allclose(jax.jit(merge)(*factors), merge(*factors), atol=2e-5)
-
-
-@spaces
-@rules
-def test_vmap_is_a_loop(factors, rule, space):
+@pytest.mark.parametrize("name", RULES)
+def test_vmap_is_a_loop_and_jit_changes_nothing(factors, name, space):
     a, b = factors
     batch = jnp.stack([a, 2 * a, a[:, ::-1]]), jnp.stack([b, b[::-1], -b])
 
     def merge(a, b):
-        return space.project(a, b, RANKS).merge(rule, key=KEY).dense()
+        return space.project(a, b, RANKS).merge(RULES[name], key=KEY).dense()
 
-    looped = [jax.jit(merge)(a, b) for a, b in zip(*batch, strict=True)]
+    jitted = jax.jit(merge)
+    looped = [jitted(a, b) for a, b in zip(*batch, strict=True)]
     np.testing.assert_allclose(jax.jit(jax.vmap(merge))(*batch), jnp.stack(looped), atol=2e-5)
+    if isinstance(space, cm.core) or name in ("ties", "tsv"):  # step by step takes long
+        np.testing.assert_allclose(looped[0], merge(a, b), atol=2e-5)
 
 
 def test_a_sweep_over_parameters_is_one_program(factors):

@@ -47,7 +47,7 @@ def cases(well_posed, chosen=lambda *_: True):
         for i, case in enumerate(load(name)[1]):
             if case["well_posed"] == well_posed and chosen(name, case["space"]):
                 parts = [name, case["space"], case["method"], *map(str, case["params"].values())]
-                narrow = name == "mixed_ranks" and case["space"] in ("core", "full", "knots")
+                narrow = name == "mixed_ranks" and case["space"] == "core"
                 marks = [] if narrow else [pytest.mark.wide]
                 label = "-".join(parts + ["iso"] * case["isotropize"])
                 yield pytest.param(name, i, id=label, marks=marks)

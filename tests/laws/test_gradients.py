@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, SPACES
 from helpers import KEY, distance, orthogonal, random_adapters
 
 import coremerge_jax as cm
@@ -14,49 +15,16 @@ from coremerge_jax.rules import RULES, Equivariance
 
 SHAPE, RANKS = (9, 8), (2, 2, 2)
 STEP = 1e-6
-SPACES = {"core": cm.core(), "full": cm.full(), "knots": cm.knots()}
-
-# A rule as a function of its continuous parameters, and a value of these.
-WEIGHTS = [0.7, 1.2, 1.0]
-CASES = {
-    "mean": (lambda _: cm.mean(), None),
-    "task_arithmetic": (lambda x: cm.task_arithmetic(weights=x), WEIGHTS),
-    "ties": (lambda x: cm.ties(density=0.5, weights=x), WEIGHTS),
-    "ties by number": (
-        lambda x: cm.ties(density=0.8, elect="count", reduce="max", weights=x),
-        WEIGHTS,
-    ),
-    "sce": (lambda _: cm.sce(density=0.5), None),
-    "prune": (lambda _: cm.prune(density=0.5), None),
-    "dare": (lambda x: cm.dare(drop=x), 0.3),
-    "tsv": (lambda _: cm.tsv(), None),
-    "cart": (lambda x: cm.cart(rank=2, scale=x), 0.7),
-    "iso_cts": (lambda _: cm.iso_cts(common=3, specific=1), None),
-    "isotropize": (lambda _: cm.isotropize(), None),
-    "flatten": (lambda x: cm.flatten(power=x), 0.5),
-    "svc": (lambda x: cm.svc(alpha=x), 0.7),
-    "pico": (lambda _: cm.pico(), None),
-    "tsv|isotropize": (lambda _: cm.chain(cm.tsv(), cm.isotropize()), None),
-    "ties|isotropize": (lambda _: cm.chain(cm.ties(density=0.7), cm.isotropize()), None),
-    "flatten|tsv": (lambda x: cm.chain(cm.flatten(power=x), cm.tsv()), 0.5),
-    "pico|tsv": (lambda _: cm.chain(cm.pico(), cm.tsv()), None),
-    "dare|ties": (lambda x: cm.chain(cm.dare(drop=x), cm.ties(density=0.7)), 0.3),
-}
+SLOPES = {name: case.slope for name, case in CASES.items() if case.slope}
 NOT_DIFFERENTIABLE = {"dc_merge"}
-
-MORE = {
-    "full": ("tsv", "cart", "flatten", "svc", "pico"),
-    "knots": ("tsv", "cart", "flatten", "svc"),
-}
-NARROW = {"ties", "tsv", "cart", "isotropize", "flatten", "svc", "pico", "dare|ties"}
-PLACES = [(name, "core") for name in CASES] + [(x, space) for space in MORE for x in MORE[space]]
 PLACES = [
     pytest.param(
         (name, space),
         id=f"{name}-{space}",
-        marks=[] if space == "core" and name in NARROW else [pytest.mark.wide],
+        marks=[] if space == "core" and slope.narrow else [pytest.mark.wide],
     )
-    for name, space in PLACES
+    for name, slope in SLOPES.items()
+    for space in ("core", *slope.spaces)
 ]
 
 
@@ -68,13 +36,12 @@ def place(request):
 
 def merging(name, space, ranks=RANKS):
     """The merged dense update, as a function of everything that can be differentiated by."""
-    build, _ = CASES[name]
 
     def merge(point):
-        rule = cm.chain(build(point["parameter"]))
+        rule = cm.chain(SLOPES[name].rule(point["parameter"]))
         elementwise = rule.equivariance == Equivariance.ELEMENTWISE
         b = point["b"] * jnp.repeat(point["weights"], np.asarray(ranks))[None, :]
-        projection = SPACES[space].project(point["a"], b, ranks, elementwise=elementwise)
+        projection = SPACES[space].space.project(point["a"], b, ranks, elementwise=elementwise)
         return projection.merge(rule, key=KEY).dense()
 
     return merge
@@ -93,7 +60,7 @@ def programs(name, space, ranks):
 
 
 def a_point(name, a, b):
-    parameter = CASES[name][1]
+    parameter = SLOPES[name].at
     return {
         "a": a,
         "b": b,
@@ -145,7 +112,7 @@ def check(name, space, point, tie=lambda point: point, ranks=RANKS):
 
 
 def test_no_rule_is_left_out():
-    assert set(RULES) - set(CASES) == NOT_DIFFERENTIABLE
+    assert set(RULES) - set(SLOPES) == NOT_DIFFERENTIABLE
 
 
 def test_at_random_points(place):
@@ -224,15 +191,11 @@ def orthogonal_isometries(name):
     return orthogonal_updates(name, np.ones(6))
 
 
-SMOOTH = ["mean", "tsv", "isotropize", "flatten", "pico", "tsv|isotropize", "flatten|tsv"]
-COINCIDING = {name: [orthogonal_updates, isometries] for name in SMOOTH}
-COINCIDING["cart"] = [orthogonal_isometries]
-
-
 def test_where_singular_values_coincide(place):
     """Of rules that cannot tell their directions apart."""
-    for make in COINCIDING.get(place[0], []):
-        check(*place, make(place[0]))
+    for make in (orthogonal_updates, isometries, orthogonal_isometries):
+        if make.__name__ in SLOPES[place[0]].smooth:
+            check(*place, make(place[0]))
 
 
 def test_finite_in_every_direction(place):

@@ -105,6 +105,7 @@ COSTLY = {name: make() for name, make in cm.rules.RULES.items()} | {
     "prune, dc_merge": cm.chain(cm.prune(), cm.dc_merge()),
     "a function": cm.from_function(lambda cores: jnp.median(cores, axis=0)),
 }
+NARROW = ("mean", "ties", "tsv", "svc", "dc_merge", "dare, ties")
 SPACES = {
     "balanced": cm.core(gauge="balanced"),
     "tucker": cm.tucker(rank=8),
@@ -116,7 +117,10 @@ SPACES = {
 @pytest.mark.parametrize(
     ("rule", "space"),
     [
-        *((rule, cm.core()) for rule in COSTLY.values()),
+        *(
+            pytest.param(rule, cm.core(), marks=[] if name in NARROW else [pytest.mark.wide])
+            for name, rule in COSTLY.items()
+        ),
         *(
             pytest.param(COSTLY[name], space, marks=pytest.mark.wide)
             for space in SPACES.values()

@@ -19,6 +19,8 @@ from many_devices import CASES, RANKS, SHAPES, mesh, put
 import coremerge_jax as cm
 from coremerge_jax.merging.processes import exchange, failing_together
 
+pytestmark = pytest.mark.usefixtures("all_devices")
+
 FOLDER = Path(os.environ["COREMERGE_TEST_FOLDER"])
 MINE = jax.process_index()
 
@@ -46,7 +48,9 @@ def near(merged):
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+# All rules on modules that are spread are in `test_mesh_rules.py`. Here are those without a space,
+# with one, and those that look beyond their module: at its name, and at all others.
+@pytest.mark.parametrize("name", ["mean", "tsv", "dare|ties|isotropize", "ties of the model"])
 def test_shares_of_what_is_on_the_host(adapters, name):
     merged = cm.merge(adapters, CASES[name], key=KEY, mesh=mesh(4))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(merged))

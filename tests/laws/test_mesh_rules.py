@@ -1,4 +1,4 @@
-"""Merges on eight devices are those on one. `test_eight_devices_rules.py` runs this."""
+"""Merges on eight devices are those on one."""
 
 import jax
 import numpy as np
@@ -11,6 +11,8 @@ import coremerge_jax as cm
 from coremerge_jax.merging import program
 from coremerge_jax.merging.cost import cost
 from coremerge_jax.merging.groups import group_modules
+
+pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("all_devices")]
 
 HEAD = {"head": (7, 10)}  # R > m
 
@@ -29,23 +31,16 @@ def small():
     return random_adapters(HEAD, RANKS, dtype="float32")
 
 
-# All rules with modules and features spread. With modules alone, as `two_processes.py` has all of
-# them, those that look beyond their module: at its name, and at all others.
-PLACES = [(name, "4x2") for name in CASES] + [
-    (name, "8") for name in ("tsv", "dare|ties|isotropize", "ties of the model")
-]
-
-
-@pytest.mark.parametrize(("name", "spread"), PLACES)
-def test_same_as_one_device(adapters, name, spread):
-    there = MESHES[spread]
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_one_device(adapters, name):
     expected = cm.merge(adapters, CASES[name], key=KEY)
-    merged = cm.merge(adapters, CASES[name], key=KEY, mesh=there)
-    assert_same(merged, expected, 1e-6)
-    for path, lora in merged.items():
-        assert isinstance(lora.a, np.ndarray)
-        assert lora.shape == SHAPES[path]
-        assert lora.rank == expected[path].rank
+    for there in MESHES.values():
+        merged = cm.merge(adapters, CASES[name], key=KEY, mesh=there)
+        assert_same(merged, expected, 1e-6)
+        for path, lora in merged.items():
+            assert isinstance(lora.a, np.ndarray)
+            assert lora.shape == SHAPES[path]
+            assert lora.rank == expected[path].rank
 
 
 @pytest.mark.parametrize("name", ["ties", "tsv"])

@@ -1,4 +1,4 @@
-"""Sharded arrays, and what eight devices tell each other. `test_eight_devices.py` runs this."""
+"""Sharded arrays, and the communication of eight devices."""
 
 import re
 
@@ -16,6 +16,8 @@ from coremerge_jax.linalg import basis
 from coremerge_jax.merging import program
 from coremerge_jax.merging.groups import group_modules
 from coremerge_jax.rules import Equivariance, chain
+
+pytestmark = pytest.mark.usefixtures("all_devices")
 
 COLLECTIVE = re.compile(
     r"= (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"

@@ -1,10 +1,11 @@
-"""Checks that need eight devices. `test_eight_devices.py` runs them in a process that has these."""
+"""Models and checkpoints that are spread over eight devices."""
 
-import os
-from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import orbax.checkpoint as ocp0
 import pytest
@@ -15,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import coremerge_jax as cm
+
+pytestmark = pytest.mark.usefixtures("all_devices")
 
 LAYERS = {f"layers.{i}.x": (32, 16) for i in range(4)}
 SPECS = {
@@ -273,9 +276,33 @@ def test_heads_that_are_sharded_are_joined(mode):
             np.testing.assert_array_equal(x, y)
 
 
-def test_checkpoints_of_one_device_and_for_one(adapter):
-    """See `test_eight_devices.py`."""
-    folder = Path(os.environ["COREMERGE_TEST_FOLDER"])
-    assert_same(cm.open_orbax(folder / "one"), adapter, 1e-7)
-    ocp.save(folder / "eight", factors(adapter), custom_metadata={"lora": LORA})
-    ocp.save(folder / "base", put(layers(), NamedSharding(mesh(), SPECS["both"])))
+def test_checkpoints_of_one_device_and_for_one(adapter, tmp_path):
+    """Another process, of one device, writes what is read here, and reads what is written here."""
+    environment = many_devices.environment(1, COREMERGE_TEST_FOLDER=str(tmp_path))
+
+    def there(code):
+        subprocess.run([sys.executable, "-c", HEADER + code], env=environment, check=True)
+
+    cm.save_peft(adapter, tmp_path / "peft")
+    there("cm.save_orbax(cm.load_peft(folder / 'peft'), folder / 'one')")
+    assert_same(cm.open_orbax(tmp_path / "one"), adapter, 1e-7)
+    ocp.save(tmp_path / "eight", factors(adapter), custom_metadata={"lora": LORA})
+    ocp.save(tmp_path / "base", put(layers(), NamedSharding(mesh(), SPECS["both"])))
+    there(
+        "adapter = cm.open_orbax(folder / 'eight')\n"
+        "cm.save_peft(adapter, folder / 'back')\n"
+        "report = cm.apply_adapter(adapter, folder / 'base', folder / 'out')\n"
+        "assert set(report.modules) == set(adapter.outline)\n"
+        "assert all(np.isfinite(module.rounding_loss) for module in report.modules.values())"
+    )
+    assert_same(cm.load_peft(tmp_path / "back"), adapter, 1e-7)
+    restored = kernel_of(ocp.load(tmp_path / "out", layers()))
+    expected = kernel_of(cm.fold_tree(layers(), adapter))
+    np.testing.assert_allclose(restored, expected, rtol=1e-5, atol=1e-6)
+
+
+HEADER = """
+import os, pathlib, jax, numpy as np, coremerge_jax as cm
+folder = pathlib.Path(os.environ["COREMERGE_TEST_FOLDER"])
+assert jax.device_count() == 1
+"""
