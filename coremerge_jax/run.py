@@ -135,7 +135,8 @@ class MergePlan(_Report):
         bytes: largest size of the weights in the output.
         signatures: the merged modules; of their ranks, the largest that a cut may leave.
         choices: automatic choices: ``"precision"`` of the computation, number of ``"batches"``,
-            and of batches that are worked on ``"at_once"``.
+            and of batches that are worked on ``"at_once"``; and for each group of modules with one
+            compiled program, ``"groups"``, the paths and the engine's `Choices`.
         cost: expected ``"operations"``, ``"bytes"`` read and written, bytes of ``"memory"``,
             number of compiled ``"programs"``, and ``"seconds"`` by stage. Of a merge that several
             processes share, the cost of the share of process 0.
@@ -143,7 +144,7 @@ class MergePlan(_Report):
         recipe: the recipe.
     """
 
-    choices: Mapping[str, str | int]
+    choices: Mapping[str, Any]
     cost: Mapping[str, Any]
 
 
@@ -242,7 +243,15 @@ def _plan(
         signatures=signatures,
         seconds=stage.seconds,
         recipe=recipe,
-        choices={"precision": precision, "batches": len(own), "at_once": own.workers},
+        choices={
+            "precision": precision,
+            "batches": len(own),
+            "at_once": own.workers,
+            "groups": [
+                {"modules": paths, **choices.to_dict()}
+                for paths, choices in stream.choices().items()
+            ],
+        },
         cost={
             "operations": {
                 name: sum(getattr(one, name) for one in costs) for name in ("products", "core")

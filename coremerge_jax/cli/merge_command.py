@@ -1,8 +1,8 @@
 """``coremerge merge``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
@@ -151,9 +151,21 @@ def _show_plan(plan: "MergePlan") -> None:
         "from an earlier merge are not compiled again",
         f"computes in {choices['precision']}, in {choices['batches']} batches, "
         f"{choices['at_once']} at once",
+        *(
+            f"merges modules {paths} {words}"
+            for words, paths in _by_words(choices["groups"]).items()
+        ),
         f"would merge {_describe(plan.recipe)}, and write at most {decimal(plan.bytes)}; nothing "
         "was written",
     )
+
+
+def _by_words(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns a description of the modules for which the engine chooses the same, by its choice."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        found.setdefault(group["in_words"], []).extend(group["modules"])
+    return {words: describe_paths(paths) for words, paths in found.items()}
 
 
 def _show_signatures(signatures: "list[Signature]", kept: Mapping[str, float]) -> None:

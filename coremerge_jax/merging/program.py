@@ -117,6 +117,26 @@ class Choices:
     basis: str | None
     keeps_a: bool | None
 
+    def to_dict(self) -> dict[str, str | bool | None]:
+        """Returns plain data, as for JSON."""
+        space = None if self.space is None else type(self.space).__name__
+        return {
+            "space": space,
+            "basis": self.basis,
+            "keeps_a": self.keeps_a,
+            "in_words": str(self),
+        }
+
+    def __str__(self) -> str:
+        """Returns the choices in words."""
+        if self.space is None:
+            where = "on the factors"
+        else:
+            basis = "singular vectors" if self.basis == "singular" else "any orthonormal basis"
+            where = f"in {type(self.space).__name__} space ({basis})"
+        kept = {True: "A is kept", False: "A is computed", None: "A is kept if well-conditioned"}
+        return f"{where}; {kept[self.keeps_a]}"
+
 
 def choose(rule: Chain, settings: Settings) -> Choices:
     """Returns the choices for a rule; ``keeps_a`` is False only where shapes decide that.

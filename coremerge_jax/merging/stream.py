@@ -93,9 +93,9 @@ class MergeStream:
         """Returns the cost of each part, in the order of the parts."""
         return [cost(batch, self._rule, self._job.space) for batch in self._batches]
 
-    def choices(self) -> list[tuple[tuple[str, ...], Choices]]:
-        """Returns the paths of the modules of each signature, and the automatic choices there."""
-        return [(group.paths, self._job.choices(group)) for group in self._job.present.groups]
+    def choices(self) -> dict[tuple[str, ...], Choices]:
+        """Returns the engine's choices for each signature, by the paths of its modules."""
+        return {group.paths: self._job.choices(group) for group in self._job.present.groups}
 
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """Yields the merged modules, some at a time; each exactly once."""
