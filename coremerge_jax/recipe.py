@@ -291,7 +291,8 @@ class Recipe:
         dtype: number format of the written factors.
         seed: seed of rules that draw random numbers (``dare``).
         precision: precision of the computation.
-        extras: policy for trained weights that are not LoRA factors (heads, biases, tokens).
+        extras: policy for trained weights that are not LoRA factors (heads, biases, tokens):
+            refuse them, take the first adapter's, their mean, or those of one adapter.
         allow_mismatch: merge even if base models differ or no module is common.
 
     Raises:
