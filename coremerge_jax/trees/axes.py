@@ -270,9 +270,10 @@ def _layer_axis(letters: str) -> int | None:
 
 
 def _is_likely(module: str, letters: str) -> bool:
-    """Returns True if a module is below a container of layers without numbers, and is a stack.
+    """Returns True if a module's path speaks for a way to read its factors.
 
-    Elsewhere, what is stacked are experts, and these are not within layers.
+    Below layers without numbers, the factors have an axis of layers. Elsewhere, experts come after
+    what is stacked before them.
     """
     if container(module) is None:
         return not letters.startswith("el")
