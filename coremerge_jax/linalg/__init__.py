@@ -12,7 +12,15 @@ In float32, where κ² would cost too much, the slower way is the only one.
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
-from coremerge_jax.linalg.numerics import in_loop, in_range, inverse, matmul, rounding, roundoff
+from coremerge_jax.linalg.numerics import (
+    in_loop,
+    in_range,
+    inverse,
+    matmul,
+    product_norm,
+    rounding,
+    roundoff,
+)
 from coremerge_jax.linalg.order import kth_smallest
 from coremerge_jax.linalg.singular import (
     Factored,
@@ -38,6 +46,7 @@ __all__ = [
     "orthonormal_factors",
     "pad_rows",
     "polar",
+    "product_norm",
     "rounding",
     "roundoff",
     "spectral_map",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -43,6 +44,11 @@ def inverse(s: jax.Array, cutoff: jax.Array | float = 0) -> jax.Array:
 def complement(q: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the part of ``x`` orthogonal to the columns of ``q``."""
     return x - matmul(q, matmul(q.T, x))
+
+
+def product_norm(b: np.ndarray, a: np.ndarray) -> float:
+    """Returns ‖b a‖ from Gram matrices, on the host: to half the digits where terms cancel."""
+    return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
 
 
 def gram_pays(x: jax.Array) -> bool:
