@@ -1,7 +1,7 @@
 """The report: plots, how to read them, and what stands out. Needs the plot extra."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 
 import numpy as np
@@ -52,14 +52,6 @@ class Table:
     wide: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Plots and tables that belong together."""
-
-    title: str
-    items: Sequence[Plot | Table]
-
-
 def render(diagnosis: Results) -> str:
     """Returns the page as HTML text."""
     environment = jinja2.Environment(
@@ -75,20 +67,11 @@ def render(diagnosis: Results) -> str:
         version=__version__,
         facts=list(_facts(diagnosis)),
         adapters=_adapters(diagnosis),
-        sections=[section for section in _sections(diagnosis) if section.items],
-        is_table=lambda item: isinstance(item, Table),
+        sections=[(title, list(items(diagnosis))) for title, items in _SECTIONS.items()],
     )
 
 
-def _sections(diagnosis: Results) -> Iterator[Section]:
-    yield Section("Spectra", list(_spectra(diagnosis)))
-    yield Section("How the adapters relate", list(_relations(diagnosis)))
-    yield Section("What the merge has of each adapter", list(_merge(diagnosis)))
-    yield Section("Module by module", list(_maps(diagnosis)))
-    yield Section("What a merge costs", list(_costs(diagnosis)))
-
-
-# --- The top -------------------------------------------------------------------------------
+# --- Top of the page ----------------------------------------------------------------------
 def _facts(diagnosis: Results) -> Iterator[tuple[str, str]]:
     """Yields the main numbers and their names."""
     several = len(diagnosis.adapters) > 1
@@ -140,7 +123,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 # --- Sections ------------------------------------------------------------------------------
-def _spectra(diagnosis: Results) -> Iterator[Plot]:
+def _spectra(diagnosis: Results) -> Iterator[Plot | Table]:
     yield Plot(
         "Stacks of all adapters",
         plots.stacks(diagnosis),
@@ -169,17 +152,17 @@ def _relations(diagnosis: Results) -> Iterator[Plot | Table]:
     names = diagnosis.adapters
     if len(names) < 2:
         return
-    for field, what, reads in (
-        ("outputs", "Overlap of outputs", "write to (column spaces)"),
-        ("inputs", "Overlap of inputs", "read from (row spaces)"),
+    for field, what, spaces in (
+        ("outputs", "Overlap of outputs", "column spaces of two adapters, which they write to"),
+        ("inputs", "Overlap of inputs", "row spaces of two adapters, which they read from"),
     ):
         values, chance = diagnosis.pairs(field), findings.chance_overlap(diagnosis, field)
         highest = findings.above_chance(diagnosis, findings.off_diagonal(values), field)
         yield Plot(
             what,
             plots.pairs(names, values, Scale("viridis", 0.0, highest)),
-            f"Mean cos² of the angles between what two adapters {reads}: 1 the same space, 0 "
-            "orthogonal. Adapters far above chance share directions, and can help or disturb "
+            f"Mean cos² of the angles between the {spaces}: 1 if these are the same, 0 if they "
+            "are orthogonal. Adapters far above chance share directions, and can help or disturb "
             "each other.",
             f"{findings.pair('Highest', names, values)} By chance: {chance:.2f}.",
         )
@@ -187,8 +170,8 @@ def _relations(diagnosis: Results) -> Iterator[Plot | Table]:
     yield Plot(
         "Cosine of updates",
         plots.pairs(names, cosine, around(0.0, findings.off_diagonal(cosine))),
-        "1: both want the same change; 0: unrelated; −1: opposite. Below 0, adapters undo each "
-        "other in a sum.",
+        "1: the same change; 0: unrelated; −1: the opposite. Below 0, adapters undo each other "
+        "in a sum.",
         findings.pairs(names, cosine),
     )
     conflict = diagnosis.pairs("conflict")
@@ -229,7 +212,7 @@ def _closest(diagnosis: Results) -> Table:
     )
 
 
-def _merge(diagnosis: Results) -> Iterator[Plot]:
+def _merge(diagnosis: Results) -> Iterator[Plot | Table]:
     totals, names = diagnosis.totals(), diagnosis.adapters
     if not totals:
         return
@@ -282,7 +265,7 @@ def _merge(diagnosis: Results) -> Iterator[Plot]:
     )
 
 
-def _maps(diagnosis: Results) -> Iterator[Plot]:
+def _maps(diagnosis: Results) -> Iterator[Plot | Table]:
     norms = np.sqrt(findings.row_means(diagnosis.by_adapter("norms") ** 2))
     yield Plot(
         "Size of updates",
@@ -342,3 +325,12 @@ def _costs(diagnosis: Results) -> Iterator[Plot | Table]:
         )
     columns = ["rule", "products, 10⁹", "other, 10⁹", "MiB", *(["seconds"] if timed else [])]
     yield Table("Cost of each rule", columns, rows, reading, wide=True)
+
+
+_SECTIONS: dict[str, Callable[[Results], Iterator[Plot | Table]]] = {
+    "Spectra": _spectra,
+    "How the adapters relate": _relations,
+    "What the merge has of each adapter": _merge,
+    "Module by module": _maps,
+    "What a merge costs": _costs,
+}

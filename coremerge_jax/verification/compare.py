@@ -1,10 +1,11 @@
-"""A merge, and the same merge made again: module by module, in memory that does not grow."""
+"""Compares a merge with the same merge made again, batch by batch."""
 
 import dataclasses
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +26,7 @@ from coremerge_jax.verification.tolerance import (
     went_through,
 )
 
-# As near as the share of energy that a cut keeps is known, its factors being in float32.
+# Accuracy of the share of energy that a cut keeps, computed from factors in float32.
 _SHARE = 1e-6
 
 
@@ -34,14 +35,14 @@ class Measured:
     """Measurements of a module, as absolute norms.
 
     Attributes:
-        distance: between what was found and what was expected.
-        tolerance: how large an error rounding explains.
-        negligible: updates that are not larger are none.
-        underflow: whether its dtype loses more than it does of values that are not too small.
-        through: a dtype with fewer digits that the values of a factor have gone through.
-        coarse: how large an error rounding to that explains.
-        losses: by dtype, the relative error of writing what was expected in it.
-        noise: what of the tolerance is for rounding inside the merge.
+        distance: distance of the found update from the expected one.
+        tolerance: the largest error that rounding explains.
+        negligible: updates up to this norm count as zero.
+        underflow: True if writing in the dtype loses more than rounding of normal numbers does.
+        through: a dtype with fewer digits that the values of a factor have gone through, or None.
+        coarse: the largest error that rounding to this dtype explains.
+        losses: by dtype, the relative error of writing the expected update in it.
+        noise: the part of the tolerance for rounding inside the merge.
     """
 
     distance: Distance
@@ -60,7 +61,7 @@ class Measured:
 
     @property
     def wrong(self) -> bool:
-        """True if something has happened to it."""
+        """True if the module is not the expected one."""
         return self.differs or self.vanished or self.through is not None
 
     @property
@@ -70,19 +71,19 @@ class Measured:
 
     @property
     def vanished(self) -> bool:
-        """True if there is no update where one is expected."""
+        """True if the update is zero and the expected one is not."""
         lost = self.distance.norm <= self.negligible
         return lost and not self.nothing and (self.differs or self.underflow)
 
     def with_noise(self, noise: float) -> "Measured":
-        """Returns the same, where rounding inside the merge makes so much."""
+        """Returns the same with a wider tolerance, for so much rounding inside the merge."""
         wider = dataclasses.replace(self.tolerance, expected=self.tolerance.expected + noise)
         coarse = self.coarse + noise
         return dataclasses.replace(self, tolerance=wider, coarse=coarse, noise=noise)
 
 
 def measure(found: LoRA, expected: Expected, dtype: str) -> Measured:
-    """Compares a module, written in a dtype, with what it should be."""
+    """Measures a module that was written in a dtype."""
     apart, bound = distance(found, expected), tolerance(found, expected, dtype)
     through = went_through(found, expected.cut, dtype)
     losses = {dtype: rounding_loss(expected.cut, dtype) for dtype in DTYPES}
@@ -99,19 +100,19 @@ def measure(found: LoRA, expected: Expected, dtype: str) -> Measured:
 
 
 class Comparison:
-    """A merge, and what it should be.
+    """Comparison of a merge with the same merge made again.
 
     Args:
         found: the merge.
         adapters: its sources.
-        recipe: how they were merged.
-        dtype: that the merge was written in.
-        precision: that it was computed in, if known.
+        recipe: the recipe by which they were merged.
+        dtype: dtype that the merge was written in.
+        precision: precision that it was computed in, if known.
 
     Attributes:
-        outline: what the merge should be, without its factors.
+        outline: the expected merge, without its factors.
         paths: modules that can be compared.
-        unreadable: modules that turned out to be broken, and why.
+        unreadable: messages on modules that cannot be read; filled by reading them.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Comparison:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weights of the sources; those of weight 0 are absent."""
+        """The weights of the sources; a source of weight 0 is not merged."""
         return self.recipe.weights or (1.0,) * len(self.adapters)
 
     def measure(self) -> dict[str, Measured]:
@@ -154,7 +155,7 @@ class Comparison:
         recipe: Recipe | None = None,
         adapters: Sequence[Adapter] | None = None,
     ) -> Iterator[tuple[str, LoRA, Expected]]:
-        """Yields modules as they are and should be; by another recipe or of others, if given."""
+        """Yields modules as found and as expected, by this recipe and sources or by others."""
         recipe, wanted = recipe or self.recipe, set(paths)
         for part in recipe.resolve().stream(adapters or self.adapters):
             found = self.read(path for path in part if path in wanted)
@@ -162,10 +163,11 @@ class Comparison:
             yield from ((path, lora, expected[path]) for path, lora in found.items())
 
     def noise(self, paths: Collection[str], probes: int) -> dict[str, float]:
-        """Estimates how much rounding inside the merge changes modules, the most of some tries.
+        """Estimates how much rounding inside the merge changes modules, as norms.
 
-        Sources are moved by rounding. That does not show all that happens in float32: of a merge
-        in this, what another precision changes counts too.
+        Merges sources that differ by rounding, and returns the largest changes. If the merge was
+        computed in float32, the change to another precision counts too, as moved sources do not
+        show all rounding in float32.
         """
         count, recipe = len(self.adapters), self.recipe
         streams = [
@@ -191,12 +193,12 @@ class Comparison:
         return largest
 
     def sources(self, path: str) -> dict[int, LoRA]:
-        """Returns a module of the sources that have it and are merged, by their places."""
+        """Returns a module of all merged sources that have it, by place of the source."""
         having = (t for t, x in enumerate(self.adapters) if path in x.outline and self.weights[t])
-        return {t: _on_host(self.adapters[t][path]) for t in having}
+        return {t: jax.device_get(self.adapters[t][path]) for t in having}
 
     def idle(self) -> dict[int, list[str]]:
-        """Returns the modules whose update is zero, by source."""
+        """Returns the modules of sources whose update is zero, by place of the source."""
         found: dict[int, list[str]] = defaultdict(list)
         for path in self.outline:
             for t, lora in self.sources(path).items():
@@ -205,7 +207,7 @@ class Comparison:
         return found
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """Returns the modules of the merge, without those that are broken."""
+        """Returns modules of the merge; those that cannot be read are left out and noted."""
         wanted = [path for path in paths if path not in self.unreadable]
         try:
             return _finite(self.found.read(wanted))
@@ -230,8 +232,8 @@ def _finite(loras: dict[str, LoRA]) -> dict[str, LoRA]:
 def _expected(
     recipe: Recipe, part: Mapping[str, LoRA], found: Mapping[str, LoRA]
 ) -> dict[str, Expected]:
-    """Merges again the modules that were found, and cuts them as they are written."""
-    whole = {path: _on_host(part[path]) for path in found}
+    """Merges the found modules again, and cuts them to the recipe's rank or energy."""
+    whole = jax.device_get({path: part[path] for path in found})
     if not whole or (recipe.rank is None and recipe.energy is None):
         return {path: Expected(lora, lora) for path, lora in whole.items()}
     cut, kept = truncate(Adapter(whole), rank=recipe.rank, energy=recipe.energy)
@@ -245,7 +247,7 @@ def _expected(
 
 
 def _settled(expected: Expected, kept: float, energy: float, rank: int) -> Expected:
-    """Takes the rank that was found, where rounding decides which rank keeps the energy."""
+    """Cuts to the found rank instead, if rounding decides which rank keeps the energy."""
     if rank == 0 or abs(rank - expected.cut.rank) != 1:
         return expected
     other, shares = truncate(Adapter({"": expected.whole}), rank=rank)
@@ -256,7 +258,7 @@ def _settled(expected: Expected, kept: float, energy: float, rank: int) -> Expec
 class _Jittered(AdapterFile):
     """An adapter with every entry of its factors moved up or down by one unit in the last place.
 
-    That of float32 at least: so exact a merge may have been computed.
+    The unit is at least that of float32, in which the merge may have been computed.
     """
 
     def __init__(self, adapter: Adapter, seed: int) -> None:
@@ -279,7 +281,3 @@ class _Jittered(AdapterFile):
             return (host.astype(np.float64) * (1 + unit * up_or_down)).astype(host.dtype)
 
         return dataclasses.replace(lora, a=move(lora.a), b=move(lora.b))
-
-
-def _on_host(lora: LoRA) -> LoRA:
-    return dataclasses.replace(lora, a=np.asarray(lora.a), b=np.asarray(lora.b))

@@ -1,7 +1,7 @@
-"""Explanations of modules that are not what they should be.
+"""Finds causes for modules that are not as expected.
 
-A step takes the modules that no step before has explained, and gives those that it does explain,
-with what there is to say of them.
+Each step looks at the modules that no step before has explained, and yields findings on those that
+it explains.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from coremerge_jax.errors import MismatchError
-from coremerge_jax.lora import Adapter
+from coremerge_jax.lora import Adapter, LoRA
 from coremerge_jax.recipe import Recipe
 from coremerge_jax.verification.compare import Comparison, Measured
 from coremerge_jax.verification.findings import Finding, some
 from coremerge_jax.verification.tolerance import Expected, cores, distance, tolerance
 
-# Factors that are as near as this, relatively, are one.
+# Factors with at most this relative difference are equal.
 _SAME = 1e-3
 
 _ADVICE = {
@@ -27,7 +27,7 @@ _ADVICE = {
     "left-out": "merge again with it",
     "weight": "merge again, or correct the recipe",
     "reverted": "merge again",
-    "differs": "merge again, or give the recipe by which it was",
+    "differs": "merge again, or give the recipe by which it was merged",
 }
 
 Modules = Mapping[str, Measured]
@@ -38,7 +38,7 @@ Step = Callable[[Comparison, Modules], Iterator[Finding]]
 def explain(comparison: Comparison, wrong: Modules) -> list[Finding]:
     """Finds causes for all modules that are wrong."""
     steps: list[Step] = [_vanished, _scaled, _rounded]
-    # Of two adapters, a merge without one is the other alone.
+    # A merge of two adapters without one is the other alone: the likelier cause comes first.
     if len(wrong) == len(comparison.paths):
         steps += [_without_one, _weighted, _one_alone]
     else:
@@ -80,11 +80,13 @@ def _alike(factors: Mapping[str, float]) -> Iterator[list[str]]:
 
 
 def _causes(comparison: Comparison) -> Iterator[tuple[str, float]]:
-    """Mistakes that multiply updates, and by what."""
+    """Yields mistakes that multiply updates, and their factors."""
     merged, recipe, tasks = comparison.found.metadata, comparison.recipe, len(comparison.adapters)
     if merged.alpha and merged.rank and merged.alpha != merged.rank:
-        told = f"its alpha is {merged.alpha:g} and its rank {merged.rank}, and should be equal"
-        yield told, merged.alpha / merged.rank
+        yield (
+            f"its alpha is {merged.alpha:g} and its rank {merged.rank}, and should be equal",
+            merged.alpha / merged.rank,
+        )
     sources = [x.metadata for x in comparison.adapters]
     for scaling in {x.alpha / x.rank for x in sources if x.alpha and x.rank}:
         yield "alpha / r of the sources counted twice", scaling
@@ -109,9 +111,11 @@ def _rounded(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
             if one.through == dtype and one.distance.error <= one.coarse
         }
         if found:
-            what = f"rounded to {dtype}, though the merge is in {comparison.dtype}: up to "
-            lost = f"{max(found.values()):.2g} of an update is lost"
-            yield _finding("rounding", comparison, list(found), what + lost)
+            what = (
+                f"rounded to {dtype}, though the merge is in {comparison.dtype}: up to "
+                f"{max(found.values()):.2g} of an update is lost"
+            )
+            yield _finding("rounding", comparison, list(found), what)
 
 
 def _without_one(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
@@ -130,9 +134,9 @@ def _without_one(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
 
 
 def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]:
-    """Returns a recipe and sources, for a merge in which one is missing."""
+    """Returns a recipe and sources of the merge without one of them."""
     weights, adapters = list(comparison.weights), list(comparison.adapters)
-    if comparison.recipe.resolve().rule.needs_key:  # whose numbers depend on places in the list
+    if comparison.recipe.resolve().rule.needs_key:  # random numbers depend on places
         del weights[t], adapters[t]
     else:
         weights[t] = 0.0
@@ -149,11 +153,14 @@ def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]
 def _fitting(
     comparison: Comparison, rest: Modules, recipe: Recipe, adapters: Sequence[Adapter]
 ) -> Iterator[str]:
-    """Yields the modules that are what another recipe makes, or a multiple of it."""
+    """Yields the modules that are a multiple of the result of another recipe."""
     for path, found, expected in comparison.pairs(rest, recipe, adapters):
-        bound = tolerance(found, expected, comparison.dtype, rest[path].noise)
-        if bound.fits(distance(found, expected)):
+        if _is_multiple(found, expected, comparison.dtype, rest[path].noise):
             yield path
+
+
+def _is_multiple(found: LoRA, expected: Expected, dtype: str, noise: float = 0.0) -> bool:
+    return tolerance(found, expected, dtype, noise).fits(distance(found, expected))
 
 
 def _one_alone(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
@@ -161,9 +168,7 @@ def _one_alone(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
     for path in rest:
         for found in comparison.read([path]).values():
             for t, source in comparison.sources(path).items():
-                expected = Expected(source, source)
-                bound = tolerance(found, expected, comparison.dtype)
-                if bound.fits(distance(found, expected)):
+                if _is_multiple(found, Expected(source, source), comparison.dtype):
                     groups[t].append(path)
                     break
     for t, paths in groups.items():
@@ -171,12 +176,13 @@ def _one_alone(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
 
 
 def _weighted(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
-    """Merges that are sums of their sources, with other coefficients."""
+    """Explains modules that are sums of their sources with other coefficients."""
     ratios: dict[int, dict[str, float]] = defaultdict(dict)
     for path, found, expected in comparison.pairs(rest):
         sources = comparison.sources(path)
         f, e, *parts = [x.ravel() for x in cores(found, expected.cut, *sources.values())]
         table, both = np.stack(parts, axis=1), np.stack([f, e], axis=1)
+        # From the cores: by their Gram matrix, coefficients would have half the digits.
         weights = np.linalg.lstsq(table, both)[0]
         errors = np.linalg.norm(table @ weights - both, axis=0)
         if (errors <= rest[path].tolerance.at()).all():
@@ -193,8 +199,10 @@ def _other(comparison: Comparison, rest: Modules) -> Iterator[Finding]:
     errors = {path: one.distance.relative for path, one in rest.items()}
     worst = max(errors, key=lambda path: errors[path])
     explained = rest[worst].tolerance.at() / rest[worst].distance.size
-    what = f"off by up to {errors[worst]:.2g} of an update, of which rounding explains "
-    yield _finding("differs", comparison, list(rest), f"{what}{explained:.2g}")
+    what = (
+        f"off by up to {errors[worst]:.2g} of an update, of which rounding explains {explained:.2g}"
+    )
+    yield _finding("differs", comparison, list(rest), what)
 
 
 def _finding(kind: str, comparison: Comparison, paths: Sequence[str], what: str) -> Finding:

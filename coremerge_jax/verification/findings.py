@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What can be found, and what each is.
+# The kinds of findings and their meanings.
 KINDS = {
     "missing-module": "a module of the sources is not in the merge",
     "extra-module": "a module of the merge is in none of the sources",
-    "wrong-shape": "a module has not the shape that it has in the sources",
+    "wrong-shape": "a module does not have the shape that it has in the sources",
     "not-finite": "a module cannot be read, as it has NaN or infinite values",
     "zero-effect": "a module's update is zero",
     "factor": "updates are a multiple of what they should be",
@@ -28,13 +28,13 @@ _NAMED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something worth knowing of a merge.
+    """A defect of a merge, or a note on it.
 
     Attributes:
         kind: a key of `KINDS`.
-        message: what was found, what was expected and what to do.
-        modules: those concerned; none where it is not about modules.
-        defect: whether the merge is wrong; else this is for information.
+        message: a line with the finding, the expectation and the remedy.
+        modules: paths of the modules concerned, if any.
+        defect: True if the merge is wrong; False for a note.
     """
 
     kind: str
@@ -51,12 +51,12 @@ class Check:
     """Measurements of a module.
 
     Attributes:
-        norm: ‖F‖, the Frobenius norm of the update that was found.
-        expected: ‖E‖, that of the update of the merge made again.
-        error: ‖F - E‖ / ‖E‖, of the norm of F where E is zero. Of a merge that was cut to a rank,
-            the distance to the nearest of the best cuts.
+        norm: ‖F‖, the Frobenius norm of the update in the merge.
+        expected: ‖E‖, that of the update merged again.
+        error: ‖F - E‖ / ‖E‖, or relative to ‖F‖ if E is zero. If the merge was cut to a rank, the
+            distance to the nearest of the best cuts.
         tolerance: the largest error that rounding explains.
-        losses: by dtype, the error that writing the merge in it makes; None where it overflows.
+        losses: by dtype, the error of writing the merge in it; None if it overflows.
     """
 
     norm: float
@@ -68,14 +68,14 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """The result of `verify`.
+    """Result of `verify`.
 
     Attributes:
-        modules: what was measured of each module that could be compared.
-        findings: what was found, defects first.
+        modules: measurements by path, of all modules that could be compared.
+        findings: defects, then notes.
         sources: names of the sources, in the order of the recipe.
-        recipe: what was merged again.
-        dtype: of the merge that was verified.
+        recipe: the recipe that was merged again.
+        dtype: dtype of the merge that was verified.
     """
 
     modules: Mapping[str, Check]
@@ -91,11 +91,11 @@ class Verification:
 
     @property
     def defects(self) -> list[Finding]:
-        """The findings that say that the merge is wrong."""
+        """The findings by which the merge is wrong."""
         return [finding for finding in self.findings if finding.defect]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON-like data."""
+        """Returns the same as JSON-like data."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
 

@@ -1,8 +1,7 @@
-"""Distances of two updates, and those that rounding explains.
+"""Distances of two updates, and the distances that rounding explains.
 
-On the host, in float64. No update is formed: all of them are brought into orthonormal bases of
-their columns and rows together, where they are small matrices. (From Gram matrices alone, a
-distance would have half the digits.)
+On the host, in float64. No update is formed: updates are small matrices in orthonormal bases of
+all their columns and rows. (From Gram matrices alone, a distance would have half the digits.)
 """
 
 import dataclasses
@@ -10,9 +9,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from coremerge_jax.linalg import product_norm
 from coremerge_jax.lora import Array, LoRA
 
-# What the values of a file may have gone through unnoticed, the coarsest first.
+# Narrower dtypes that values of a dtype may have gone through unnoticed, the coarsest first.
 _NARROWER = {"float32": ("bfloat16", "float16"), "float16": ("bfloat16",)}
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -23,8 +23,8 @@ class Expected:
     """Expected update of a module of a merge.
 
     Attributes:
-        whole: what the rule gives, in factors of the dtype that merges have.
-        cut: that, cut to a rank or a share of its energy; ``whole`` itself where nothing is cut.
+        whole: the result of the rule.
+        cut: the same, cut to a rank or a share of its energy; ``whole`` itself if nothing is cut.
     """
 
     whole: LoRA
@@ -32,7 +32,7 @@ class Expected:
 
     @property
     def is_cut(self) -> bool:
-        """True if something was cut off."""
+        """True if the update was cut."""
         return self.cut is not self.whole
 
 
@@ -41,12 +41,12 @@ class Distance:
     """Distance of a found update F from an expected one E, in Frobenius norms.
 
     Attributes:
-        norm: of F.
-        expected: norm of E.
-        error: of F - E. Where E was cut to a rank, the distance to the nearest of the equally good
-            cuts, of which there are several where singular values coincide.
-        factor: the c for which F may be c E.
-        residual: of F - c E, like ``error``.
+        norm: ‖F‖.
+        expected: ‖E‖.
+        error: ‖F - E‖. If E was cut to a rank, the distance to the nearest of the best cuts, of
+            which there are several where singular values coincide.
+        factor: the number c for which F may be c E.
+        residual: ‖F - c E‖, like ``error``.
     """
 
     norm: float
@@ -57,7 +57,7 @@ class Distance:
 
     @property
     def size(self) -> float:
-        """The norm that others are relative to: that of E, or of F where there is no E."""
+        """The norm that errors are relative to: ‖E‖, or ‖F‖ if E is zero."""
         return self.expected or self.norm or 1.0
 
     @property
@@ -67,7 +67,7 @@ class Distance:
 
 
 def distance(found: LoRA, expected: Expected) -> Distance:
-    """Returns the distance of a module from what it should be."""
+    """Returns the distance of a module from its expected update."""
     loras = (found, expected.whole) + (expected.cut,) * expected.is_cut
     f, whole, *rest = cores(*loras)
     cut = rest[0] if rest else whole
@@ -84,7 +84,7 @@ def distance(found: LoRA, expected: Expected) -> Distance:
 
 
 def cores(*loras: LoRA) -> list[np.ndarray]:
-    """Returns a module's updates in orthonormal bases that hold all of them: small matrices."""
+    """Returns updates of a module as small matrices, in orthonormal bases that hold all of them."""
     ranks = np.cumsum([lora.rank for lora in loras])[:-1]
     b = np.linalg.qr(np.concatenate([wide(lora.b) for lora in loras], axis=1), mode="r")
     a = np.linalg.qr(np.concatenate([wide(lora.a) for lora in loras], axis=0).T, mode="r")
@@ -94,69 +94,69 @@ def cores(*loras: LoRA) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Errors that rounding explains, as norms.
+    """Largest errors that rounding explains, as norms.
 
     Attributes:
-        found: by rounding of what was found.
-        expected: by that of what was expected, then and now.
+        found: the part from rounding the found update.
+        expected: the part from rounding the expected one, in both merges.
     """
 
     found: float
     expected: float
 
     def at(self, factor: float = 1.0) -> float:
-        """Returns the tolerance of a distance from a multiple of what was expected."""
+        """Returns the tolerance of a distance from a multiple of the expected update."""
         return self.found + abs(factor) * self.expected
 
     def fits(self, apart: Distance) -> bool:
-        """Returns True if an update is a multiple of what was expected."""
+        """Returns True if an update is a multiple of the expected one."""
         return apart.residual <= self.at(apart.factor)
 
 
 def tolerance(found: LoRA, expected: Expected, dtype: str, noise: float = 0.0) -> Tolerance:
     """Returns a bound of ``error`` for a merge that is right.
 
-    The factors of the file have been rounded to its dtype. Those of the merge were, before, to what
-    merges have (float32, for files), and so are those that it is compared with.
+    The factors of the file were rounded to its dtype. Before, both merges rounded their factors to
+    the dtype of merges (float32, for files).
 
     Args:
         found: the module.
-        expected: what it should be.
-        dtype: of the file.
-        noise: what rounding inside the merge changes, as a norm.
+        expected: its expected update.
+        dtype: dtype of the file.
+        noise: largest change by rounding inside the merge, as a norm.
     """
     whole, cut = expected.whole, expected.cut
     bound = negligible(whole) + noise
-    if expected.is_cut:  # and the error is known from a difference of squares
+    if expected.is_cut:  # then the error is known from a difference of squares
         bound += negligible(cut) + 4 * _EPS**0.5 * norm(whole)
     lost = (rounding_loss(cut, dtype) or 0.0) * norm(cut)
     return Tolerance(min(roundoff(found, dtype), max(4 * spread(found, dtype), 2 * lost)), bound)
 
 
 def negligible(lora: LoRA) -> float:
-    """Returns the norm below which an update is rounding noise of two merges."""
+    """Returns the norm up to which an update may be rounding noise of two merges."""
     return 2 * roundoff(lora, coarser("float32", str(lora.dtype)))
 
 
 def roundoff(lora: LoRA, dtype: str, *, underflow: bool = True) -> float:
-    """Returns the most that rounding the factors to a dtype changes the update by, as a norm.
+    """Returns a bound of the change by rounding the factors to a dtype, as a norm.
 
     An entry x moves by at most u max(|x|, t), u the unit roundoff and t the smallest normal number.
     So ΔW moves by at most 2 u |B||A| in each entry (and u² of it, which (1 + 2 u) covers).
 
     Args:
         lora: the update.
-        dtype: what its factors are rounded to.
-        underflow: whether some may be below t.
+        dtype: dtype that its factors are rounded to.
+        underflow: True if entries may be below t.
     """
     twice = float(jnp.finfo(dtype).eps)
-    return twice * (1 + twice) * _product_norm(*_sizes(lora, dtype if underflow else None))
+    return twice * (1 + twice) * product_norm(*_sizes(lora, dtype if underflow else None))
 
 
 def spread(lora: LoRA, dtype: str) -> float:
-    """Estimates by how much rounding the factors to a dtype changes the update, as a norm.
+    """Estimates the change by rounding the factors to a dtype, as a norm.
 
-    Errors of entries x are then spread evenly up to u |x|, and independent: squares add up.
+    The errors of entries x are taken as uniform up to u |x| and independent: squares add up.
     """
     b, a = _sizes(lora, dtype)
     squares = np.sum(np.sum(b**2, axis=0) * np.sum(a**2, axis=1))
@@ -164,7 +164,7 @@ def spread(lora: LoRA, dtype: str) -> float:
 
 
 def _sizes(lora: LoRA, dtype: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Magnitudes of B and A, at least those of normal numbers."""
+    """Returns |B| and |A|, with the smallest normal number of a dtype as least magnitude."""
     tiny = float(jnp.finfo(dtype).tiny) if dtype else 0.0
     return np.maximum(np.abs(wide(lora.b)), tiny), np.maximum(np.abs(wide(lora.a)), tiny)
 
@@ -175,19 +175,19 @@ def coarser(*dtypes: str) -> str:
 
 
 def rounding_loss(lora: LoRA, dtype: str) -> float | None:
-    """Returns ‖ΔW' - ΔW‖ / ‖ΔW‖ for factors rounded to a dtype; None where it cannot hold them."""
+    """Returns ‖ΔW' - ΔW‖ / ‖ΔW‖ for factors rounded to a dtype; None if they overflow."""
     b, a = wide(lora.b), wide(lora.a)
     new_b, new_a = _rounded(b, dtype), _rounded(a, dtype)
     if not (np.isfinite(new_b).all() and np.isfinite(new_a).all()):
         return None
     # B'A' - BA, as a product whose terms are as small as it is.
-    change = _product_norm(np.hstack([new_b - b, new_b]), np.vstack([a, new_a - a]))
-    size = _product_norm(b, a)
+    change = product_norm(np.hstack([new_b - b, new_b]), np.vstack([a, new_a - a]))
+    size = product_norm(b, a)
     return change / size if size else 0.0
 
 
 def went_through(found: LoRA, expected: LoRA, dtype: str) -> str | None:
-    """Returns a narrower dtype that holds all values of a factor, not those expected, or None."""
+    """Returns a narrower dtype that a factor was rounded to, and its expected values were not."""
     for narrower in _NARROWER.get(dtype, ()):
         for x, y in ((found.a, expected.a), (found.b, expected.b)):
             if _holds(narrower, wide(x)) and not _holds(narrower, _rounded(wide(y), dtype)):
@@ -205,23 +205,18 @@ def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def directions(lora: LoRA) -> int:
-    """Counts the columns of B and rows of A that are not zero."""
+    """Returns the number of rank-one terms that are not zero."""
     used = np.any(np.asarray(lora.b) != 0, axis=0) & np.any(np.asarray(lora.a) != 0, axis=1)
     return int(used.sum())
 
 
 def norm(lora: LoRA) -> float:
     """Returns ‖ΔW‖."""
-    return _product_norm(wide(lora.b), wide(lora.a))
-
-
-def _product_norm(b: np.ndarray, a: np.ndarray) -> float:
-    """Returns ‖b a‖ from Gram matrices: to half the digits where terms cancel, else to all."""
-    return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
+    return product_norm(wide(lora.b), wide(lora.a))
 
 
 def wide(x: Array) -> np.ndarray:
-    """Brings an array to the host, in float64."""
+    """Returns an array on the host, in float64."""
     return np.asarray(x).astype(np.float64)
 
 

@@ -67,7 +67,7 @@ def test_a_merge_without_a_record(coremerge, merged, adapters, tmp_path):
     (merged / "coremerge.json").unlink()
     refused = coremerge("verify", merged, "--sources", *adapters)
     assert refused.code == 2
-    assert "no coremerge.json that tells how it was merged" in refused.err
+    assert "no coremerge.json with the recipe of the merge" in refused.err
     assert "no sources" in coremerge("verify", merged, "--rule", "mean").err
     assert coremerge("verify", merged, "--sources", *adapters, "--rule", "mean").code == 0
     checkpoint = tmp_path / "checkpoint"
