@@ -79,11 +79,11 @@ def apply(
         ),
     ] = None,
     head_dim: Annotated[
-        int | None, _tree(metavar="D", help="Size of an attention head, for names that ask.")
+        int | None, _tree(metavar="D", help="Size of an attention head, for names that need it.")
     ] = None,
     scan_axis: Annotated[
         int | None,
-        _tree(metavar="0|1", help="Axis of stacked layers. Default: found out by shapes."),
+        _tree(metavar="0|1", help="Axis of stacked layers. Default: inferred from shapes."),
     ] = None,
     axes: Annotated[
         list[str] | None,
@@ -94,9 +94,9 @@ def apply(
         ),
     ] = None,
     item: Annotated[
-        str | None, _tree(metavar="NAME", help="Which tree of a checkpoint with several.")
+        str | None, _tree(metavar="NAME", help="Item to read if the checkpoint has several.")
     ] = None,
-    step: Annotated[int | None, _tree(metavar="N", help="Which step. Default: the last.")] = None,
+    step: Annotated[int | None, _tree(metavar="N", help="Step to read. Default: the last.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fold an adapter into the weights of its base model."""

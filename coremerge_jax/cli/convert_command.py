@@ -37,9 +37,7 @@ _source = partial(
 )
 
 _target = partial(typer.Option, show_default=False, rich_help_panel="Result")
-
 NAMES = "|".join(FAMILIES)
-
 LAYOUTS = "nnx|qwix|gemma|maxtext-serving|keras"
 
 
@@ -57,20 +55,20 @@ def convert(
         str,
         _target(
             metavar="|".join(all_targets()),
-            help="What to write: a PEFT folder (default); an orbax checkpoint, layers stacked; or "
-            "one that this implementation of a model family restores.",
+            help="Format to write: a PEFT folder (default); an orbax checkpoint, with stacked "
+            "layers; or a checkpoint that this implementation of a model family restores.",
         ),
     ] = "peft",
     names: Annotated[
         str | None,
         _target(
             metavar=NAMES,
-            help="Translate module names between Hugging Face and this implementation of a model "
-            "family, whichever they are not.",
+            help="Translate module names from Hugging Face's to those of this implementation of a "
+            "model family, or back.",
         ),
     ] = None,
     head_dim: Annotated[
-        int | None, _target(metavar="D", help="Size of an attention head, for names that ask.")
+        int | None, _target(metavar="D", help="Size of an attention head, for names that need it.")
     ] = None,
     like: Annotated[
         Path | None,
@@ -80,14 +78,18 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, _target(metavar="DTYPE", help="Of a PEFT adapter. Default: float32.")
+        str | None, _target(metavar="DTYPE", help="Dtype of a PEFT adapter. Default: float32.")
     ] = None,
     force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
     layout: Annotated[
-        str | None, _source(metavar=LAYOUTS, help="Default: found out by the keys.")
+        str | None,
+        _source(metavar=LAYOUTS, help="Layout of the factors. Default: recognised by the keys."),
     ] = None,
     alpha: Annotated[
-        float | None, _source(metavar="NUMBER", help="LoRA's alpha, where nothing tells it.")
+        float | None,
+        _source(
+            metavar="NUMBER", help="LoRA alpha; required if the checkpoint does not record it."
+        ),
     ] = None,
     rank: Annotated[
         int | None,
@@ -97,7 +99,7 @@ def convert(
     ] = None,
     scan_axis: Annotated[
         str | None,
-        _source(metavar="0|1|none", help="Axis of stacked layers. Default: found out by shapes."),
+        _source(metavar="0|1|none", help="Axis of stacked layers. Default: inferred from shapes."),
     ] = None,
     axes: Annotated[
         list[str] | None,
@@ -112,9 +114,11 @@ def convert(
         _source(metavar="PATTERN", help="Keys that are not LoRA factors; several may be given."),
     ] = None,
     item: Annotated[
-        str | None, _source(metavar="NAME", help="Which tree of a checkpoint with several.")
+        str | None, _source(metavar="NAME", help="Item to read if the checkpoint has several.")
     ] = None,
-    step: Annotated[int | None, _source(metavar="N", help="Which step. Default: the last.")] = None,
+    step: Annotated[
+        int | None, _source(metavar="N", help="Step to read. Default: the last.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
@@ -155,7 +159,7 @@ def convert(
 
 
 def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:
-    """Axes by pattern, from texts of a form."""
+    """Returns axes by pattern, from texts of a form."""
     parsed = {}
     for text in texts or []:
         pattern, separator, letters = text.rpartition("=")

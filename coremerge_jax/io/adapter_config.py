@@ -10,7 +10,6 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 
 CONFIG = "adapter_config.json"
-
 _MAX_RANK = 2**20
 
 
@@ -20,9 +19,7 @@ def _is_rank(value: Any) -> bool:
 
 _are_numbers = untrusted.is_list_of(untrusted.is_whole)
 _are_indices = untrusted.is_list_of(lambda value: untrusted.is_whole(value) and value >= 0)
-
 RANK = (_is_rank, f"a positive integer up to {_MAX_RANK}")
-
 _NAMES = untrusted.either(untrusted.TEXT, untrusted.TEXTS)
 
 # Fields that the reader handles, or that do not change what the update is.
@@ -92,7 +89,6 @@ _REFUSED = {
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _BIASES = ("none", "all", "lora_only", "vera_only")
-
 RETRAIN = "merge it into its base model, or train the task again with plain LoRA"
 
 _CONVERT = (

@@ -31,14 +31,7 @@ def atomic_folder(
     only when the new one is in place. After any exception, `out` is what it was and nothing else is
     left. What a killed run has left is tidied up: what it had moved aside comes back.
 
-    Args:
-        out: see `outputs.check_output`.
-        kind: see `outputs.check_output`.
-        inputs: see `outputs.check_output`.
-        force: see `outputs.check_output`.
-
-    Raises:
-        FormatError: the output may not be written.
+    Arguments and errors are those of `outputs.check_output`.
     """
     path = Path(os.path.realpath(out))
     _tidy(path)
@@ -89,14 +82,7 @@ def atomic_file(
 ) -> Iterator[Path]:
     """Yields a temporary sibling file to write, which then becomes `out` in one rename.
 
-    Args:
-        out: see `outputs.check_file`.
-        mark: see `outputs.check_file`.
-        inputs: see `outputs.check_file`.
-        force: see `outputs.check_file`.
-
-    Raises:
-        FormatError: the output may not be written.
+    Arguments and errors are those of `outputs.check_file`.
     """
     path = check_file(out, mark=mark, inputs=inputs, force=force)
     _tidy(path)
@@ -186,17 +172,10 @@ def _locked(path: Path) -> Iterator[bool]:
 def shared_folder(
     out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Iterator[Path]:
-    """Does as `atomic_folder` for all processes of a job: it appears when all have filled it.
-
-    Args:
-        out: see `outputs.check_output`.
-        kind: see `outputs.check_output`.
-        inputs: see `outputs.check_output`.
-        force: see `outputs.check_output`.
+    """Yields an `atomic_folder` that all processes of a job fill, and that appears when all have.
 
     Raises:
-        FormatError: the output exists and may not be replaced, or processes do not share its
-            file system.
+        FormatError: see `outputs.check_output`; or processes do not share the file system.
         ProcessError: another process has failed.
     """
     with contextlib.ExitStack() as stack:

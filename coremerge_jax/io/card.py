@@ -21,8 +21,7 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
 
     Args:
         base_model: the model that is adapted.
-        card: what is written and how it was made; ``"recipe"`` says by which options,
-            ``"sources"`` of what.
+        card: fields to write; ``"recipe"`` are the options of a merge, ``"sources"`` its adapters.
     """
     content = {"base_model": base_model, **card}
     data = ModelCardData(
@@ -51,7 +50,7 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
         *details,
     ]
     if recipe := content.get("recipe"):
-        # Paths tell nothing that the sources below do not, and are nobody else's business.
+        # The sources below name the adapters; local paths are private.
         options = {name: value for name, value in recipe.items() if name != "adapters"}
         dumped, fence = yaml.safe_dump(options, sort_keys=False), "```"
         while fence in dumped:
@@ -66,7 +65,7 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
 
 
 def _hub_name(base_model: str | None) -> str | None:
-    """Returns the hub takes only names `owner/name`, and refuses a card with a local path."""
+    """Returns a name ``owner/name``, else None: the hub refuses a card with a local path."""
     try:
         validate_repo_id(base_model)
     except HFValidationError:

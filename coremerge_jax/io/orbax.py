@@ -34,7 +34,7 @@ _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 
 
 class OrbaxFile(AdapterFile):
-    """An adapter whose factors are still in its checkpoint, see `open_orbax`."""
+    """An adapter whose factors are still in its checkpoint, opened by `open_orbax`."""
 
     def __init__(self, source: OrbaxTree, places: Places, metadata: Metadata) -> None:
         super().__init__(places.outline(), metadata=metadata)
@@ -57,7 +57,7 @@ class OrbaxFile(AdapterFile):
         return (self._folder,)
 
     def __reduce__(self) -> tuple[Callable[..., "OrbaxFile"], tuple[Any, ...]]:
-        """Pickles what says where factors are; they stay in the checkpoint."""
+        """Pickles the places of the factors; these stay in the checkpoint."""
         return OrbaxFile, self._made_of
 
     def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
@@ -95,25 +95,26 @@ def open_orbax(
 
     Rank and alpha are taken from ``custom_metadata["lora"]`` of the checkpoint (``lora_rank`` and
     ``lora_alpha``, as MaxText and `save_orbax` write them), or from an ``adapter_config.json`` in
-    its folder or the one above. What it says of scanned layers (``scan_layers``,
-    ``param_scan_axis``) counts where shapes can be read in several ways.
+    its folder or the one above. Its metadata on scanned layers (``scan_layers``,
+    ``param_scan_axis``) decides if shapes can be read in several ways.
 
-    A last step that is not finished is passed over with a warning. Of a checkpoint with the state
-    of an optimizer, or an average of the parameters, the parameters are read.
+    An unfinished last step is passed over with a warning. The state of an optimizer, or an average
+    of the parameters, is left out.
 
     Args:
         source: a checkpoint, the folder of an item in it, or a folder of steps of a
             CheckpointManager.
-        item: which of several trees; by default the one that training stacks keep parameters in.
-        step: which of several steps; by default the last.
+        item: the tree to read if there are several; by default the one that training stacks keep
+            parameters in.
+        step: the step to read if there are several; by default the last.
         name: a name for messages and tables; the name of the folder by default.
-        **options: see `TreeFormat`, for what the checkpoint does not tell.
+        **options: fields of `TreeFormat` that the checkpoint does not record.
 
     Raises:
-        FormatError: there is no such checkpoint, it is broken, or does not tell enough.
+        FormatError: there is no such checkpoint, it is broken, or it does not record enough.
     """
     tree = open_tree(source, item=item, step=step)
-    for option, value in _told(tree).items():
+    for option, value in _recorded_scaling(tree).items():
         if options.setdefault(option, value) not in (None, value):
             raise FormatError(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
@@ -141,28 +142,28 @@ def save_orbax(
 ) -> None:
     """Writes an adapter as an orbax checkpoint: all of it, or nothing.
 
-    Where there are several processes, all of them have to call this, as with orbax itself; each
-    writes what it has of arrays that are spread over them.
+    If there are several processes, all of them have to call this, as with orbax itself; each
+    writes its part of arrays that are spread over them.
 
-    Rank and alpha are saved as ``custom_metadata["lora"]``. What restores ``to`` or ``like`` has to
-    be told this rank, the largest of the adapter's, and an alpha as large.
+    Rank and alpha are saved as ``custom_metadata["lora"]``: both are the largest rank of the
+    adapter. Configure the model that restores ``to`` or ``like`` with these.
 
     Args:
-        adapter: what to write.
-        out: the folder to make; of a step, such as ``checkpoints/1``, where Tunix shall restore it.
-        to: the implementation of a model family that shall restore it, of `names.NAME_MAPS`; names
-            are translated from Hugging Face's. By default, factors ``lora_a (n, r)`` and
-            ``lora_b (r, m)`` below the parts of each module's path, where layers of one shape are
+        adapter: the adapter to write.
+        out: the folder to make; for Tunix, that of a step, such as ``checkpoints/1``.
+        to: the implementation of a model family that will restore it, one of `names.NAME_MAPS`;
+            module names are translated from Hugging Face's. By default, factors ``lora_a (n, r)``
+            and ``lora_b (r, m)`` below the parts of each module's path, with layers of one shape
             stacked along a first axis, not scaled, and in float32.
         head_dim: the size of an attention head, for ``to``.
         like: instead of ``to``, a checkpoint, or a tree of shapes and dtypes, whose keys, axes and
-            dtypes to use. Its keys that are no LoRA factors are left out, with a warning.
+            dtypes to use. Keys that are no LoRA factors are left out, with a warning.
         force: replace a checkpoint that is already there, if coremerge wrote all that is in it.
-        **options: see `TreeFormat`, for what ``like`` does not tell.
+        **options: fields of `TreeFormat` that ``like`` does not show.
 
     Raises:
         FormatError: ``out`` may not be written, or ``like`` cannot be understood.
-        MismatchError: the adapter has not the modules of ``like``, or other names than ``to``.
+        MismatchError: the adapter lacks modules of ``like``, or has names that ``to`` lacks.
         RecipeError: ``to`` is not known.
         UnsupportedError: ``head_dim`` is needed, or does not fit.
     """
@@ -222,8 +223,8 @@ def share_options(
 
     Args:
         source: what `open_adapter` takes.
-        like: see `save_orbax`.
-        options: of `open_orbax`.
+        like: a checkpoint, as `save_orbax` takes it.
+        options: options of `open_orbax`.
 
     Returns:
         The options to open the source with, and those for `save_orbax`.
@@ -263,25 +264,25 @@ def _scan(axis: Any) -> dict[str, Any]:
 
 
 def _only(keys: Collection[str], tree: Any) -> Any:
-    """Returns a tree with None in place of what has other keys."""
+    """Returns a tree with None in place of leaves with other keys."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if key_of(path) in keys else None, tree
     )
 
 
 def _arrays(tree: Any) -> Any:
-    """Returns nested dicts without what has no arrays."""
+    """Returns nested dicts without branches that have no arrays."""
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _arrays(x) for key, x in tree.items() if jax.tree.leaves(x)}
     return {key: x for key, x in kept.items() if not isinstance(x, Mapping) or x}
 
 
-def _told(source: OrbaxTree) -> dict[str, float | int]:
-    """Returns the rank and alpha, where something beside the arrays says them.
+def _recorded_scaling(source: OrbaxTree) -> dict[str, float | int]:
+    """Returns rank and alpha as far as the custom metadata or an adapter_config.json has them.
 
     Raises:
-        FormatError: they are no rank, or no alpha.
+        FormatError: one of them is not valid.
     """
     where, lora = f"{source}: custom_metadata", source.custom.get("lora")
     names = {"rank": "lora_rank", "alpha": "lora_alpha"}
@@ -306,7 +307,7 @@ def _told(source: OrbaxTree) -> dict[str, float | int]:
 
 
 def stacked(adapter: Adapter) -> dict[str, Any]:
-    """Returns an adapter as nested dicts, as flax nnx has them; layers of one shape are stacked."""
+    """Returns an adapter as nested dicts of flax nnx, with layers of one shape stacked."""
     stacks: dict[str, dict[int, LoRA]] = {}
     leaves: dict[tuple[str, ...], Array] = {}
 

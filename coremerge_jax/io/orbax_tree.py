@@ -23,18 +23,17 @@ from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.paths import flatten, key_of
 
 SCAN = ("scan_layers", "param_scan_axis", "scan_axis")  # of custom metadata, as MaxText has it
-
 _LONG = 200  # characters of others' messages
 
 
 class OrbaxTree:
-    """One tree of a checkpoint, see `open_tree`.
+    """One tree of a checkpoint, opened by `open_tree`.
 
     Attributes:
-        folder: of the checkpoint.
-        item: the name of the tree in it, None where it is the checkpoint itself.
-        tree: with shapes and dtypes in place of arrays.
-        custom: what was saved with it beside arrays.
+        folder: folder of the checkpoint.
+        item: name of the tree in it, None if it is the checkpoint itself.
+        tree: the tree with shapes and dtypes in place of arrays.
+        custom: its custom metadata.
     """
 
     def __init__(self, folder: Path, item: str | None) -> None:
@@ -68,7 +67,7 @@ class OrbaxTree:
 
     @property
     def scan_axes(self) -> tuple[int | None, ...]:
-        """The axes that layers may be stacked along, None for no stack; () if nothing tells it."""
+        """The axes that layers may be stacked along (None: not stacked); () if it is unknown."""
         config = self.custom.get("config")
         told = {**(config if isinstance(config, Mapping) else {}), **self.custom}
         scanned, *axes = (told.get(name) for name in SCAN)
@@ -78,14 +77,14 @@ class OrbaxTree:
         return known or ((0, 1) if scanned is True else ())
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
-        """Arrays of the tree, on the host."""
+        """Returns arrays of the tree, on the host."""
         read = flatten(self.load(keys))
         return [np.asarray(read[key]) for key in keys]
 
     def load(self, keys: Collection[str] | None = None) -> Any:
-        """Loads the tree with NumPy arrays, which may be written to; those with these keys, or all.
+        """Loads the tree, or the arrays with these keys, as writable NumPy arrays.
 
-        In the tree of all, arrays of uint32 are JAX's: so orbax gives random keys as what they are.
+        With all keys, arrays of uint32 are JAX arrays, so that orbax restores PRNG keys as keys.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -129,13 +128,13 @@ def open_tree(source: str | Path, *, item: str | None = None, step: int | None =
 def write_tree(
     folder: Path, tree: Any, *, custom: Mapping[str, Any], item: str | None = None
 ) -> None:
-    """Writes a checkpoint into an empty folder; of several processes, each what it has.
+    """Writes a checkpoint into an empty folder; each of several processes writes what it has.
 
     Args:
-        folder: which is there.
-        tree: with arrays.
-        custom: what to save with it beside arrays.
-        item: the name of the tree in the checkpoint.
+        folder: an existing, empty folder.
+        tree: a tree of arrays.
+        custom: custom metadata, as JSON has it.
+        item: name of the tree in the checkpoint.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -165,7 +164,7 @@ _TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, er
 
 @contextlib.contextmanager
 def _system_errors(folder: Path) -> Iterator[None]:
-    """Raises what the system refuses as one OSError: orbax's has hundreds of lines, and no number.
+    """Turns orbax's errors about a refusing system (hundreds of lines) into one OSError.
 
     Raises:
         OSError: the disk is full, or something like it.
@@ -182,7 +181,7 @@ def _system_errors(folder: Path) -> Iterator[None]:
 
 
 def _spread(x: Any) -> Any:
-    """Splits what every process holds among them where it can; arrays of all stay as they are.
+    """Splits an array that every process holds among all devices, if its shape allows it.
 
     Raises:
         UnsupportedError: JAX cannot have the array's dtype.
@@ -203,9 +202,9 @@ def _spread(x: Any) -> Any:
 
 
 def _to_its_end(save: Callable[[], None]) -> None:
-    """Saves; the exception of a signal that comes meanwhile is raised once orbax has ended.
+    """Saves in a thread, so that a signal's exception is raised only when orbax has ended.
 
-    An exception inside of a save leaves threads of orbax that go on to write, or wait for ever.
+    An exception within a save leaves threads of orbax that go on writing, or wait for ever.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="coremerge-save") as pool:
         pool.submit(contextvars.copy_context().run, save).result()
@@ -242,7 +241,7 @@ def _outline(leaf: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """Returns the first line of others' message, without the settings that tensorstore adds."""
+    """Returns the first line of a library's message, without the settings that tensorstore adds."""
     lines = (line.strip() for line in str(error).splitlines())
     line = next((line for line in lines if line), type(error).__name__)
     line = line.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]

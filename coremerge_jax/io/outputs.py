@@ -1,8 +1,7 @@
-"""Outputs: where one may be written, and what of an older one may be replaced.
+"""Outputs: places where one may be written, and older ones that may be replaced.
 
-Every folder that coremerge writes has a record, ``coremerge.json``. It says what kind of output the
-folder is, and names all files in it with their fingerprints. Only a folder of the same kind whose
-files are just those is ever replaced.
+Every folder that coremerge writes has a record, ``coremerge.json``, with the kind of output and the
+fingerprints of all files. Only a folder of the same kind with just these files is ever replaced.
 """
 
 import hashlib
@@ -19,11 +18,8 @@ from coremerge_jax.io import untrusted
 from coremerge_jax.io.untrusted import refuse_url
 
 RECORD = "coremerge.json"
-
 _WHOLE = 64 * 2**20  # bytes; larger files are not read whole for their fingerprint
-
 _BLOCK = 4096
-
 _BLOCKS = 64
 
 _SHOWN = 3
@@ -74,8 +70,8 @@ def check_file(
 
     Args:
         out: the file to write.
-        mark: what the beginning of every such file that coremerge wrote contains.
-        inputs: see `check_output`.
+        mark: bytes near the beginning of every such file that coremerge writes.
+        inputs: as for `check_output`.
         force: replace a file that is already there, if coremerge wrote it.
 
     Raises:
@@ -112,7 +108,7 @@ def _resolve(out: str | Path) -> Path:
 def refuse_inputs(out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Refuses an output that is one of the inputs, or contains one, or lies inside one.
 
-    Files are told by device and inode, so neither links nor other spellings of a path hide them.
+    Files are compared by device and inode, so neither links nor other spellings hide them.
 
     Raises:
         FormatError: naming output and input.
@@ -160,15 +156,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _identities(path: Path) -> set[tuple[int, int]]:
-    """Returns those of a path and of all folders above it, as far as they exist."""
+    """Returns the identities of a path and of all folders above it, as far as they exist."""
     return {found for place in (path, *path.parents) if (found := _identity(place)) is not None}
 
 
 def find_left(path: Path) -> list[tuple[str, Path]]:
-    """Finds what runs that were killed, or are alive, have beside an output.
+    """Finds temporary outputs beside an output, of runs that were killed or are alive.
 
     Returns:
-        ``"new"`` for an output half made and ``"old"`` for one moved aside, each with its place.
+        ``"new"`` for an unfinished output and ``"old"`` for one moved aside, each with its path.
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(new|old)")
     if not path.parent.is_dir():
@@ -189,7 +185,7 @@ def find_foreign(folder: Path, kind: str | None = None) -> str:
 
     Args:
         folder: the folder.
-        kind: the kind of output that it has to be, if that matters.
+        kind: the kind of output that it has to be; any by default.
     """
     found = list(_files(folder))
     if not found:
@@ -237,8 +233,8 @@ def _listed(names: list[str]) -> str:
 def fingerprint(file: Path) -> str:
     """Returns the SHA-256 of a file; of one above 64 MiB, of its size and 64 blocks spread over it.
 
-    Writing weights anew changes the header or most blocks, so that this tells a changed file from
-    one that was written here, at a cost that does not grow with base models.
+    Writing weights anew changes the header or most blocks, so this finds a changed file at a cost
+    that does not grow with the size of a model.
     """
     if not stat.S_ISREG(file.lstat().st_mode):
         return "not a regular file"

@@ -1,4 +1,4 @@
-"""safetensors files, tensor by tensor: nothing that is done here holds a file in memory.
+"""safetensors files, read, changed and written tensor by tensor, never whole in memory.
 
 The format is a header's length (8 bytes, little-endian), the header (JSON, may end in spaces) and
 the tensors' bytes without gaps: https://huggingface.co/docs/safetensors
@@ -45,11 +45,8 @@ _NAMES = {name: code for code, name in _CODES.items()}
 
 # Above what files of models have, and what NumPy can hold.
 _LONGEST_NAME = 1000
-
 _MOST_DIMS = 32
-
 _LARGEST = 2**48
-
 _COPIED = 16 * 2**20
 
 # The longest entry of a tensor in a header, its name aside, at up to this many dimensions.
@@ -88,7 +85,7 @@ class TensorReader:
     Attributes:
         file: the file.
         tensors: shape and dtype of each tensor.
-        foreign: of each tensor of a dtype that NumPy does not know, how the format calls it.
+        foreign: the dtype, by its name in the format, of each tensor that NumPy cannot hold.
 
     Raises:
         FormatError: the file is broken, or has a tensor of a dtype that NumPy does not know.
@@ -126,7 +123,7 @@ class TensorReader:
     def opened(self) -> Iterator[Callable[[str], np.ndarray]]:
         """Yields a function that reads a tensor, while the context lasts.
 
-        It remembers the last few tensors, for modules that share them.
+        The last few tensors are kept, for modules that share them.
 
         Raises:
             FormatError: the file is not what it was when the reader was made.
@@ -244,40 +241,29 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class TensorEditor:
-    """Changes tensors of a file where they are, part by part.
+class TensorEditor(TensorReader):
+    """A safetensors file whose tensors are changed in place, part by part. A context manager.
 
-    A context manager. Tensors are seen as flat.
-
-    Args:
-        file: the file.
-
-    Attributes:
-        tensors: shape and dtype of each tensor that NumPy knows, in the order of the file.
-
-    Raises:
-        FormatError: the file is broken.
+    `tensors` are in the order of the file here, and those of foreign dtypes are left alone.
     """
 
     def __init__(self, file: Path) -> None:
-        self._reader = TensorReader(file, strict=False)
-        self.tensors = dict(
-            sorted(self._reader.tensors.items(), key=lambda item: self._reader.position(item[0]))
-        )
-        self._stream = file.open("r+b", buffering=0)
+        super().__init__(file, strict=False)
+        self.tensors = {key: self.tensors[key] for key in sorted(self.tensors, key=self.position)}
+        self._file = file.open("r+b", buffering=0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self._file.close()
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop`` of a tensor."""
-        return self._reader.read_from(self._stream, name, start, stop)
+        """Returns elements ``start`` to ``stop`` of the flat tensor."""
+        return self.read_from(self._file, name, start, stop)
 
     def write(self, name: str, start: int, value: np.ndarray) -> None:
-        """Overwrites elements of a tensor from ``start`` on.
+        """Overwrites elements of the flat tensor from ``start`` on.
 
         Raises:
             ValueError: the values are of another dtype, or too many.
@@ -285,8 +271,8 @@ class TensorEditor:
         tensor = self.tensors[name]
         if value.dtype != tensor.dtype or not 0 <= start <= math.prod(tensor.shape) - value.size:
             raise ValueError(f"tensor {name!r}: cannot write {value.size} {value.dtype} at {start}")
-        self._stream.seek(self._reader.position(name, start))
-        _write(self._stream, _bytes(value))
+        self._file.seek(self.position(name, start))
+        _write(self._file, _bytes(value))
 
 
 class TensorWriter:
@@ -297,8 +283,7 @@ class TensorWriter:
 
     Args:
         file: the file to make.
-        names: the names of all tensors that will come, in any order; room is reserved for them in
-            the header.
+        names: the names of all tensors to come, in any order; the header has room for them.
         metadata: text by name, for the header.
     """
 

@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that others wrote: whatever is in it, the outcome is data or one error.
+"""Reads JSON and YAML that others wrote: the outcome is always data, or one error.
 
 Limits are far above what real files need, and low enough that none of them costs much time or
 memory.
@@ -20,11 +20,8 @@ import yaml
 from coremerge_jax.errors import FormatError
 
 JSON_SIZE = 8 * 2**20
-
 YAML_SIZE = 2**18  # PyYAML reads some 100 kB a second
-
 _DEPTH = 64
-
 _DIGITS = 100
 
 # A test of a JSON value, and what it expects, for messages.
@@ -64,7 +61,7 @@ def refuse_url(path: str | Path) -> None:
 
 
 def is_regular(file: Path) -> bool:
-    """Tells whether a file is there.
+    """Returns True if a file is there.
 
     Raises:
         FormatError: something is there that is no regular file, and that reading might block on.
@@ -240,18 +237,18 @@ def _check_text(value: Any, where: str) -> None:
 
 # --- Kinds of values ------------------------------------------------------------------------
 def is_whole(value: object) -> bool:
-    """Tells whether a value is a whole number that fits in 64 bits; true and false are none."""
+    """Returns True if a value is a whole number that fits in 64 bits; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value is a finite number; true and false are none."""
+    """Returns True if a value is a finite number; true and false are none."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 
 
 def is_text(value: object) -> bool:
-    """Tells whether a value is text."""
+    """Returns True if a value is text."""
     return isinstance(value, str)
 
 
@@ -261,20 +258,15 @@ def is_list_of(check: Callable[[Any], bool]) -> Callable[[object], bool]:
 
 
 SWITCH: Kind = (lambda value: isinstance(value, bool), "true or false")
-
 WHOLE: Kind = (is_whole, "a whole number")
-
 NUMBER: Kind = (is_number, "a finite number")
-
 TEXT: Kind = (is_text, "a text")
-
 TEXTS: Kind = (is_list_of(is_text), "a list of texts")
-
 OBJECT: Kind = (lambda value: isinstance(value, dict), "an object")
 
 
 def either(*kinds: Kind) -> Kind:
-    """Returns the kind of what is of one of these kinds."""
+    """Returns the kind of a value that is of one of these kinds."""
     return lambda value: any(test(value) for test, _ in kinds), " or ".join(x for _, x in kinds)
 
 

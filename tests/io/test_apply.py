@@ -330,7 +330,7 @@ def test_square_experts_are_stored_as_their_siblings(base, rng, tmp_path):
             dense = stored(modules[f"e.down[{i}]"])
             assert np.allclose(delta[i], dense.T if name == "flipped" else dense, atol=1e-6)
     message = refusal(cm.Adapter(experts("down")), folder, cm.UnsupportedError)
-    assert "neither shape nor adapter tells" in message
+    assert "neither shape nor adapter shows" in message
 
 
 @pytest.mark.parametrize(

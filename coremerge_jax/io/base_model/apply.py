@@ -38,8 +38,8 @@ class Applied:
 
     Attributes:
         tensor: name of the tensor in the base model.
-        shape: of the update, as it is stored.
-        dtype: of the tensor.
+        shape: shape of the update, as it is stored.
+        dtype: dtype of the tensor.
         rounding_loss: the share of the update that rounding to the dtype changed,
             ``‖cast(W + ΔW) - (W + ΔW)‖ / ‖ΔW‖``; 0 without an update.
     """
@@ -55,13 +55,13 @@ class Report:
     """Report on the changes to a base model.
 
     Attributes:
-        modules: what came of the update of each module.
+        modules: the result for each module.
         replaced: tensors that were set to trained values, in whole or in some rows, or to which
             a trained bias was added.
         appended: tensors that the base model does not have.
-        copied: files that were copied as they are, beside those with the weights.
-        skipped: what was left out: files that hold weights without the update, other items of a
-            checkpoint.
+        copied: files that were copied unchanged, beside those with the weights.
+        skipped: files with weights that lack the update, and other items of a checkpoint; they are
+            left out.
     """
 
     modules: dict[str, Applied]
@@ -72,12 +72,12 @@ class Report:
 
 
 class Folding(abc.ABC):
-    """An adapter and its base model, found to fit. See `apply_adapter` for arguments and errors.
+    """An adapter and a base model that it fits. Arguments and errors are those of `apply_adapter`.
 
     Attributes:
         adapter: with the names of the base model.
-        report: what will be done; no losses are known yet.
-        scale: of the update.
+        report: the changes to make; rounding losses are not known yet.
+        scale: factor of the update.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Folding(abc.ABC):
 
     @abc.abstractmethod
     def _fold(self, folder: Path, origin: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-        """Writes the changed model into a folder; gives each module and its rounding loss.
+        """Writes the changed model into a folder; yields each module and its rounding loss.
 
         Args:
-            folder: where to write.
-            origin: what the model is made of.
+            folder: the folder to fill.
+            origin: names and hashes of base and adapter, for the model's metadata.
         """
 
     def check_output(self, out: str | Path, *, force: bool = False) -> None:
@@ -112,13 +112,9 @@ class Folding(abc.ABC):
         provenance: Mapping[str, Any] | None = None,
         advance: Callable[[], None] = lambda: None,
     ) -> Report:
-        """Writes the changed model.
+        """Writes the changed model, and calls `advance` after each module.
 
-        Args:
-            out: see `apply_adapter`.
-            force: see `apply_adapter`.
-            provenance: see `apply_adapter`.
-            advance: called after each module.
+        The other arguments are those of `apply_adapter`.
         """
         self.check_output(out, force=force)
         origin = {
@@ -147,13 +143,7 @@ class Folding(abc.ABC):
 
 
 class FileFolding(Folding):
-    """An adapter and a Hugging Face folder.
-
-    Args:
-        adapter: see `apply_adapter`.
-        base: see `apply_adapter`.
-        scale: see `apply_adapter`.
-    """
+    """An adapter and a Hugging Face folder."""
 
     def __init__(self, adapter: Adapter, base: str | Path, *, scale: float = 1.0) -> None:
         self._base = model = BaseModel(base)
@@ -210,7 +200,7 @@ class FileFolding(Folding):
         return weight if value.dtype.name in FLOATS else value.dtype
 
     def _change(self, file: TensorEditor) -> Iterator[tuple[str, float]]:
-        """Changes tensors of one file; the loss of each module."""
+        """Changes the tensors of one file; yields each module and its rounding loss."""
         extras = self._extras
         for name, tensor in file.tensors.items():
             dtype = tensor.dtype
@@ -253,7 +243,7 @@ class FileFolding(Folding):
 
 
 def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: float) -> float:
-    """Adds the update of a module to its part of a tensor; the rounding loss."""
+    """Adds the update of a module to its part of a tensor; returns the rounding loss."""
     columns = update.shape[1]
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -267,7 +257,7 @@ def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: floa
 
 
 def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the parts of a flat tensor, and where each starts; none of no tensor."""
+    """Yields the start and the values of each part of a flat tensor; nothing for None."""
     if value is None:
         return
     if isinstance(value, LazyTensor):
@@ -281,18 +271,7 @@ def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]
 
 
 class TreeFolding(Folding):
-    """An adapter and an orbax checkpoint.
-
-    Args:
-        adapter: see `apply_adapter`.
-        base: see `apply_adapter`.
-        scale: see `apply_adapter`.
-        names: see `apply_adapter`.
-        head_dim: see `apply_adapter`.
-        item: see `open_orbax`.
-        step: see `open_orbax`.
-        **options: ``scan_axis`` and ``axes`` of `fold_tree`.
-    """
+    """An adapter and an orbax checkpoint."""
 
     def __init__(
         self,
@@ -369,7 +348,7 @@ def apply_adapter(
 
     Of a Hugging Face safetensors folder, every file with weights is copied, and the adapted tensors
     in it are overwritten block by block: all else stays as it is, to the byte, and memory does not
-    depend on the size of the model. Weights in other formats, and hidden files, are not copied.
+    depend on the size of the model. Weights in other formats and hidden files are not copied.
 
     Of an orbax checkpoint, the tree of parameters is read into the host's memory, changed there and
     written as it was, with its structure, dtypes and custom metadata, to which ``"coremerge"`` is
@@ -385,9 +364,9 @@ def apply_adapter(
             or a Hugging Face id ``owner/name`` or ``owner/name@revision``; or an orbax checkpoint,
             or a folder of steps.
         out: the folder to write; it appears whole or not at all.
-        scale: of the update.
-        force: replace a folder written by coremerge that is already there.
-        provenance: what coremerge.json shall say beside names, scale and report.
+        scale: factor of the update.
+        force: replace a folder that is already there, if coremerge wrote it.
+        provenance: further fields of coremerge.json, beside names, scale and report.
         **options: for an orbax checkpoint: ``item`` and ``step`` as of `open_orbax`; ``scan_axis``
             and ``axes`` as of `fold_tree`; and ``names`` (of `names.NAME_MAPS`) and ``head_dim``
             where the adapter has Hugging Face's names.
@@ -407,7 +386,7 @@ def apply_adapter(
 def find_folding(
     adapter: Adapter, base: str | Path, *, scale: float = 1.0, **options: Any
 ) -> Folding:
-    """Checks that an adapter fits a base model, of whichever kind; see `apply_adapter`."""
+    """Checks that an adapter fits a base model of any kind; arguments as for `apply_adapter`."""
     if not math.isfinite(scale):
         raise RecipeError(f"scale is {scale}; expected a finite number")
     check_path(base)

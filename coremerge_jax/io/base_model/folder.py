@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: which tensor is in which file, and what else there is."""
+"""Folders of Hugging Face models: the file of each tensor, and the files beside the weights."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,14 +15,11 @@ from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import FLOATS
 
 CONFIG = "config.json"
-
 WEIGHTS = "model.safetensors"
-
 INDEX = "model.safetensors.index.json"
-
 _FOLDER = "a model's folder"
 
-# Fields of the configuration that are asked for, of the model or of its text model.
+# Fields that are used of the configuration, or of its ``text_config``.
 _FIELDS = {
     "architectures": untrusted.TEXTS,
     "compression_config": untrusted.OBJECT,
@@ -34,21 +31,18 @@ _FIELDS = {
 }
 
 _INDEX_FIELDS = {"metadata": untrusted.OBJECT, "weight_map": untrusted.OBJECT}
-
 _TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
-
 _LISTED = "expected a list of modules with their paths"
-
 _INDEX_SIZE = 64 * 2**20
 
-# Files of weights, by their ending, and what belongs to them.
+# Endings of the names of files with weights, and of their indices.
 _WEIGHTS = (
     *("safetensors", "bin", "pt", "pth", "ckpt", "pkl", "h5", "keras", "msgpack", "ot", "npz"),
     *("gguf", "ggml", "onnx", "onnx_data", "tflite", "mlmodel"),
     *("safetensors.index.json", "bin.index.json", "h5.index.json", "msgpack.index.json"),
 )
 
-# Those of whole models, which are not downloaded.
+# Weights in other formats, which are not downloaded.
 _OTHERS = ["pytorch_model*", "tf_model*", "flax_model*", "rust_model.ot", "*.gguf", "*.onnx*"]
 _OTHERS += ["original/*", "consolidated*", "*.pth", "*.ckpt"]
 
@@ -62,12 +56,11 @@ class BaseModel:
             ``owner/name@revision``.
 
     Attributes:
-        source: as given.
         folder: the folder.
         config: the content of ``config.json``.
-        index: the content of the index of the shards, None where there is one file only.
+        index: the content of the shards' index, None if there is a single file.
         shards: the files with the tensors, by name.
-        shard: name of the file that each tensor is in.
+        shard: for each tensor, the name of its file.
 
     Raises:
         FormatError: files are missing, broken or contradict each other.
@@ -75,7 +68,6 @@ class BaseModel:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.source = str(source)
         self.folder = find_folder(source, _download, CONFIG)
         self.config = untrusted.read_json(self.folder / CONFIG, _FOLDER)
         untrusted.check_kinds(self.folder / CONFIG, self.config, _FIELDS)
@@ -137,14 +129,13 @@ class BaseModel:
         return [config[field] for config in configs if config.get(field) is not None]
 
     def others(self) -> tuple[list[str], list[str]]:
-        """Finds the files beside the shards, hidden ones aside.
-
-        Those that are still true of an adapted model are to be copied; so are weights of the parts
-        of a sentence-transformers model, which ``modules.json`` names.
+        """Finds the files beside the shards, except for hidden ones.
 
         Returns:
-            Files to copy; and what is left out: weights of the unadapted model in other files, and
-            links to folders, which may lead anywhere. All relative.
+            The files to copy, which hold for an adapted model, too; among them the weights of the
+            parts of a sentence-transformers model that ``modules.json`` names. And those to leave
+            out: weights without the update, and links to folders, which may lead anywhere. All
+            relative to the folder.
         """
         parts = _sentence_parts(self.folder / "modules.json")
         copied: list[str] = []
@@ -174,9 +165,7 @@ class BaseModel:
 
     def _read_index(self) -> dict[str, Any] | None:
         file = self.folder / INDEX
-        if untrusted.is_regular(
-            self.folder / WEIGHTS
-        ):  # transformers then takes no notice of an index
+        if untrusted.is_regular(self.folder / WEIGHTS):  # transformers then ignores an index
             return None
         if untrusted.is_regular(file):
             return _read_index(file)
@@ -219,7 +208,7 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 
 def _sentence_parts(file: Path) -> set[str]:
-    """Folders of the parts of a sentence-transformers model, its transformer aside."""
+    """Returns the folders of a sentence-transformers model's parts, except for its transformer."""
     if not untrusted.is_regular(file):
         return set()
     try:

@@ -12,13 +12,13 @@ from coremerge_jax.lora import Adapter, Kind, LoRA
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Target of a module's update: rows of a tensor, seen as a matrix.
+    """Target of a module's update: a matrix of consecutive elements of a flat tensor.
 
     Attributes:
-        path: of the module.
-        start: the first of these elements in the flat tensor.
+        path: path of the module.
+        start: index of the first element.
         shape: rows and columns, as they are stored.
-        transposed: whether that is the update transposed.
+        transposed: whether the stored matrix is the transpose of the update.
     """
 
     path: str
@@ -108,7 +108,7 @@ def _siblings_transposed(
             return base.floating(sibling).shape[-2:] == (n, m)
     raise UnsupportedError(
         f"{base.folder}: experts in {name!r} have as many inputs as outputs, so neither shape nor "
-        "adapter tells whether they are stored transposed; merge the adapter with peft"
+        "adapter shows whether they are stored transposed; merge the adapter with peft"
     )
 
 
@@ -119,11 +119,11 @@ _TRIED = 100  # prefixes; of real models, a few
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """The name of the inner model, which a checkpoint may lack, or have in addition.
+    """The prefix by which a checkpoint's names differ: the name of the inner model.
 
     Attributes:
-        lacking: what the checkpoint's names lack, with its point.
-        added: what they have in addition.
+        lacking: prefix that the checkpoint's names lack, with its dot.
+        added: prefix that they have in addition.
     """
 
     lacking: str = ""
@@ -144,8 +144,8 @@ def find_tensors(
 ) -> tuple[Prefix, dict[str, str]]:
     """Returns the tensor that each module adapts.
 
-    As in transformers, the checkpoint may lack the name of the inner model (``transformer.``), or
-    have it where the adapted model does not: in the same way for all modules.
+    A checkpoint may lack the name of the inner model (``transformer.``), or have it where the
+    adapted model does not, in the same way for all modules. transformers reads both.
 
     Args:
         modules: kind of each module, by path.
@@ -153,7 +153,7 @@ def find_tensors(
         where: the base model, for messages.
 
     Returns:
-        What happens to the names, and the tensor of each module.
+        The difference of the names, and the tensor of each module.
 
     Raises:
         MismatchError: some modules have no tensor, or there are several ways to find them.
@@ -192,7 +192,7 @@ def nearest_tensors(name: str, tensors: Iterable[str]) -> str:
 
 
 def _prefixes(modules: Iterable[str], tensors: Iterable[str]) -> list[Prefix]:
-    """Ways in which names may differ, the most likely first."""
+    """Returns the ways in which names may differ, the most likely first."""
     firsts = dict.fromkeys(path.partition(".")[0] for path in modules if "." in path)
     tops = dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name)
     lacking = [Prefix(lacking=f"{first}.") for first in firsts]

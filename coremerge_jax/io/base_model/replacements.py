@@ -27,9 +27,9 @@ class Extras:
     """Changes to a model's tensors, in the order in which they are made.
 
     Attributes:
-        replaced: tensors that get other values.
-        rows: tensors of which some rows get other values.
-        biases: what is added to tensors as it is.
+        replaced: new values of whole tensors.
+        rows: new values of some rows of tensors.
+        biases: summands of tensors, without the update's scale.
         appended: tensors that the base does not have.
     """
 
@@ -49,7 +49,7 @@ def place_extras(base: BaseModel, outline: Adapter, prefix: Prefix) -> Extras:
 
     Raises:
         MismatchError: an extra has no place, or does not fit there.
-        UnsupportedError: which place is not certain.
+        UnsupportedError: the place is not certain.
     """
     extras = Extras()
     for name, value in outline.extras.items():

@@ -1,4 +1,4 @@
-"""Fused mixture-of-experts parameters: which parameter a tensor belongs to, and its packing.
+"""Fused mixture-of-experts parameters: the parameter of each tensor, and its packing.
 
 peft wraps an adapted parameter of a module without writing its name into the file. One parameter
 is certain. Of two, only the nesting is known: the first parameter that the module defines is
@@ -15,7 +15,6 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io.module_paths import WRAPPED
 
 Shape = tuple[int, ...]
-
 PAIR = ("gate_up_proj", "down_proj")
 
 # Before this release of peft, the two factors of most parameters were stored transposed.
@@ -42,7 +41,7 @@ def name_levels(
     """Returns the parameter that each nesting level of one module belongs to.
 
     Args:
-        file: for messages.
+        file: the file, for messages.
         module: the module's path in the base model.
         levels: path in the file to the shapes of the packed factors a and b.
         names: the parameters that the configuration selects in this module.
@@ -52,7 +51,7 @@ def name_levels(
         Path in the file to path of the parameter.
 
     Raises:
-        UnsupportedError: the file does not tell.
+        UnsupportedError: the file leaves it open.
     """
     paths = sorted(levels, key=len)
     culprit = f"{file}: module {module!r}, target_parameters {', '.join(names)}"

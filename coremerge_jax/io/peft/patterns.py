@@ -1,7 +1,7 @@
-"""The patterns of a configuration that say which modules have another rank or alpha.
+"""The patterns of a configuration by which modules have another rank or alpha.
 
-peft runs them with `re.match`, whose time can be exponential in their length. Most are names, and
-are compared as such. Others run under a time limit, which the `regex` package has.
+peft matches them with `re.match`, whose time can be exponential in their length. Most are names,
+and are compared as such. The `regex` package matches the others, under a time limit.
 """
 
 import functools
@@ -15,20 +15,15 @@ from collections.abc import Iterable
 import regex
 
 _NAME = re.compile(r"\^?(?:[\w\-.]|\\[^\w\s])+")
-
 _LENGTH = 1000
-
 _COUNT = 10_000
-
 _SECONDS = 2.0  # for all patterns and modules of a file; ordinary ones take microseconds
 
 # Compiling takes memory that grows with counts and, exponentially, with nested groups.
 _DEPTH = 6
 
 _COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
-
 _BRACE = re.compile(r"\{(?!\d*,?\d*\})")
-
 _UNROLLED = 100
 
 

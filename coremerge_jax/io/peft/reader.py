@@ -21,10 +21,9 @@ from coremerge_jax.io.tensors import LazyTensor, TensorReader
 from coremerge_jax.lora import Adapter, AdapterFile, Kind, LoRA, Metadata
 
 Read = Callable[[str], np.ndarray]
-
 Factors = tuple[np.ndarray, np.ndarray]
 
-# Tensors of methods that a configuration may not mention.
+# Parts of the names of other methods' tensors. A configuration may not mention the method.
 _METHODS = {
     "lora_magnitude_vector": "DoRA",
     "lora_E": "AdaLoRA",
@@ -35,15 +34,15 @@ _METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class FactorSource:
-    """Recipe to make one module of tensors of the file.
+    """Place and form of one module in the tensors of a file.
 
     Attributes:
-        file: for messages.
+        file: the file, for messages.
         path: the module's path in the file.
         outline: the module, with shapes in place of its factors.
         keys: names of the tensors.
-        factors: gives A and B, given the tensors.
-        scale: of B.
+        factors: function from the tensors to A and B.
+        scale: factor of B.
     """
 
     file: Path
@@ -79,13 +78,13 @@ class Contents:
         config: the configuration beside it.
 
     Attributes:
-        modules: how each module is made, by its path in the base model, in the order of the file.
+        modules: source of each module, by its path in the base model, in the order of the file.
         extras: tensors that are not low-rank updates, by their name in the base model.
-        dtype: of the first factor.
+        dtype: dtype of the first factor.
 
     Raises:
-        FormatError: something is missing, or contradicts something else.
-        UnsupportedError: there is more than low-rank updates and extras.
+        FormatError: a tensor is missing, or file and configuration contradict each other.
+        UnsupportedError: there are other tensors than low-rank updates and extras.
     """
 
     def __init__(self, reader: TensorReader, config: PeftConfig) -> None:
@@ -270,7 +269,7 @@ class Contents:
             )
 
     def _find_extras(self) -> dict[str, Any]:
-        """Finds the tensors that are not updates; the configuration must account for all."""
+        """Finds the tensors that are not updates, all of which the configuration must explain."""
         modules = self.modules.items()
         embeddings = {path for path, m in modules if m.outline.kind.name == "embedding"}
         extras, unclaimed = {}, []
@@ -290,10 +289,10 @@ class Contents:
         if unclaimed:
             factors = [key for key in self._reader.tensors if split_factor(key)]
             near = nearest(unclaimed[0], factors)
-            told = f"; {unclaimed[0]!r} is nearest to {near[0]!r}" if near else ""
+            hint = f"; {unclaimed[0]!r} is nearest to {near[0]!r}" if near else ""
             raise FormatError(
                 f"{self.file}: {len(unclaimed)} tensors that {CONFIG} does not account for: "
-                f"{', '.join(map(repr, unclaimed[:3]))}{told}"
+                f"{', '.join(map(repr, unclaimed[:3]))}{hint}"
             )
         return extras | {name: self._extra(*bias) for name, bias in self._biases.items()}
 
@@ -327,7 +326,7 @@ def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
 
 
 def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> Factors:
-    """VeRA's shared projections, scaled by the vectors of a module."""
+    """Returns VeRA's shared projections, scaled by the vectors of a module."""
     rows, inner, a, b = map(_float32, (rows, inner, a, b))
     with np.errstate(over="ignore", invalid="ignore"):
         return a * inner[:, None], b[: len(rows)] * rows[:, None]
@@ -354,15 +353,12 @@ def _float32(value: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return scaled
 
 
-# Fields that writing the extras of an adapter back needs.
+# Fields that are needed to write the extras of an adapter.
 _EXTRA_FIELDS = ("bias", "modules_to_save", "revision", "trainable_token_indices")
 
 
 class PeftFile(AdapterFile):
-    """An adapter whose factors are still in its file, see `open_peft`.
-
-    Threads may read from it at once.
-    """
+    """An adapter whose factors are still in its file (`open_peft`). Threads can share it."""
 
     def __init__(self, reader: TensorReader, contents: Contents, metadata: Metadata) -> None:
         outlines = {path: source.outline for path, source in contents.modules.items()}
@@ -390,8 +386,8 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
     """Opens a PEFT adapter, whose factors stay in the file; the scaling becomes part of ``b``.
 
     The configuration and the header of the file are read and checked. Factors, float32 NumPy
-    arrays, are read when a module is asked for, and not kept; whether they are finite is checked
-    then. So are extras, when ``np.asarray`` makes an array of one.
+    arrays, are read and checked to be finite when a module is asked for, and not kept. So are
+    extras, when ``np.asarray`` makes an array of one.
 
     Module paths are those of the base model, except that the output projection of a
     ``torch.nn.MultiheadAttention`` keeps peft's ``.base_layer.out_proj``, and that the experts of
@@ -424,11 +420,7 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
 
 
 def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
-    """Reads a PEFT adapter into memory: all of what `open_peft` gives.
-
-    Args:
-        source: see `open_peft`.
-        name: see `open_peft`.
+    """Reads a PEFT adapter into memory. Arguments are those of `open_peft`.
 
     Raises:
         FormatError: the files are missing, broken or inconsistent, or a value is not finite.

@@ -54,11 +54,11 @@ class _Pair(NamedTuple):
 class PeftLayout:
     """Places of an adapter's modules in PEFT's files.
 
-    What peft configures by one path is a group of modules, which have one rank: a layer, which an
-    attention shares with its output projection, or all experts of a parameter.
+    Modules that peft configures by one path form a group, and have one rank: a layer (for an
+    attention, with its output projection), or all experts of a parameter.
 
     Args:
-        outline: the adapter; only the shapes of its factors matter.
+        outline: the adapter, of which only the shapes of factors are used.
 
     Attributes:
         groups: the modules of each group.
@@ -124,7 +124,7 @@ class PeftLayout:
         """Returns the content of adapter_config.json; alpha is the rank, so that the scaling is 1.
 
         Args:
-            ranks: of each group.
+            ranks: rank of each group.
         """
         top = max(ranks.values())
         patterns = {
@@ -134,7 +134,7 @@ class PeftLayout:
         metadata = self._outline.metadata
         config = {
             "peft_type": "LORA",
-            # The release whose layout of experts this is.
+            # Readers recognise the layout of experts by the release.
             "peft_version": experts.LAYOUT_VERSION,
             "base_model_name_or_path": metadata.base_model,
             "task_type": metadata.task_type,
@@ -173,7 +173,7 @@ def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _padded(lora: LoRA, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the factors with zeros up to a rank, which does not change the update."""
+    """Returns the factors, padded with zeros to a rank, which does not change the update."""
     more = rank - lora.rank
     a, b = np.asarray(lora.a), np.asarray(lora.b)
     return (np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))) if more else (a, b)
@@ -211,25 +211,24 @@ def save_peft(
     """Writes a PEFT adapter folder that peft loads, with a scaling of 1 in every module.
 
     The folder appears whole or not at all; one that is replaced is deleted last. Modules are
-    written as they come: no more are in memory than those of one part of the stream, and those
-    that wait for the others of their group (the experts of a parameter, an attention and its
-    output projection).
+    written as they come. Memory holds one part of the stream, and the modules that wait for others
+    of their group (the experts of a parameter, an attention and its output projection).
 
-    Of a merge that several processes share, each writes what it merges, into a folder that all of
-    them see; the first one puts it together.
+    If several processes share a merge, each writes its modules into a folder that all of them see,
+    and process 0 joins the files.
 
     Args:
-        adapter: what to write: an adapter, in memory or in a file, or a stream of its modules.
+        adapter: an adapter, in memory or in a file, or a stream of its modules.
         out: the folder to write.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         rank: cut every module to this rank first.
         energy: cut every module to the lowest rank that keeps this fraction of ``||ΔW||_F^2``.
         force: replace a folder that is already there, if coremerge wrote all that is in it.
-        card: where the adapter comes from, for README.md and coremerge.json; under ``"sources"``
-            a list of mappings with ``"name"``, ``"path"`` and ``"sha256"``.
+        card: origin of the adapter, for README.md and coremerge.json; ``"sources"`` is a list of
+            mappings with ``"name"``, ``"path"`` and ``"sha256"``.
 
     Returns:
-        The energy kept in each module, where `rank` or `energy` is given.
+        The share of energy that each module kept, if `rank` or `energy` is given.
 
     Raises:
         FormatError: the output may not be replaced, or a value does not fit into `dtype`.
@@ -319,7 +318,7 @@ def _copy(part: Path, file: TensorWriter) -> None:
 
 @contextlib.contextmanager
 def _weights(file: Path, layout: PeftLayout, dtype: np.dtype) -> Iterator[TensorWriter]:
-    """Yields a writer for an adapter's factors: wider extras come before them, others behind."""
+    """Yields a writer for the factors; wider extras are written before them, others after them."""
     widths = {key: _written_as(value, dtype).itemsize for key, value in layout.extras.items()}
     ordered = sorted(widths, key=lambda key: -widths[key])
     names = [*layout.keys(layout.groups), *ordered]
@@ -339,7 +338,7 @@ def _cut(
     energy: float | None,
     kept: dict[str, float],
 ) -> Iterator[Mapping[str, LoRA]]:
-    """Yields the parts, truncated where that is wanted; notes the energy that each module kept."""
+    """Yields the parts, cut if `rank` or `energy` is given; puts the kept shares into `kept`."""
     if rank is None and energy is None:
         return iter(parts)
     from coremerge_jax.merging.truncation import truncate
@@ -359,7 +358,7 @@ def _write_groups(
     parts: Iterable[Mapping[str, LoRA]],
     dtype: np.dtype,
 ) -> dict[str, int]:
-    """Writes the modules of some groups as they come; gives the groups' ranks."""
+    """Writes the modules of some groups as they come; returns the ranks of the groups."""
     missing = {path for group in groups for path in layout.groups[group]}
     waiting: dict[str, dict[str, LoRA]] = {}
     ranks: dict[str, int] = {}
