@@ -32,7 +32,7 @@ from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.recipe import Recipe, Resolved, build
 from coremerge_jax.record import describe_sources, provenance
 from coremerge_jax.search.methods import METHODS, Line
-from coremerge_jax.search.sweep import Metrics, Record, Search, Sweep, measured
+from coremerge_jax.search.sweeping import Metrics, Record, Search, Sweep, measured
 
 # Memory for compiling: a first start against a second one in benchmarks/end_to_end.py, rounded up.
 _COMPILATION = 256 * 2**20  # bytes

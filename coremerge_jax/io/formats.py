@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io.folders import not_found
-from coremerge_jax.io.orbax_folder import OrbaxFormat
-from coremerge_jax.io.peft.files import PeftFormat
+from coremerge_jax.io.orbax_format import OrbaxFormat
+from coremerge_jax.io.peft.format import PeftFormat
 from coremerge_jax.io.untrusted import check_path
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from coremerge_jax.io.outputs import CHECKPOINT, check_output, write_record
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.adapters import TreeFormat, to_tree
-from coremerge_jax.trees.checks import check_alpha, check_rank
+from coremerge_jax.trees.arguments import check_alpha, check_rank
 from coremerge_jax.trees.families import find_names, outline_tree
 from coremerge_jax.trees.layouts import LAYOUTS
 from coremerge_jax.trees.paths import flatten, key_of, matches

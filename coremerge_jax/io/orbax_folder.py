@@ -1,26 +1,20 @@
-"""Orbax checkpoints as a format: their steps and trees, found by the names of files.
+"""Folders of orbax checkpoints: their steps and trees, found by the names of files.
 
 Neither JAX nor orbax is imported here, so that other formats need not wait for them.
 """
 
-import hashlib
 import os
 import re
 import stat
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError
-from coremerge_jax.io.outputs import CHECKPOINT
 from coremerge_jax.io.untrusted import kind_of, refuse_url
 
-if TYPE_CHECKING:
-    from coremerge_jax.lora import Adapter
-
 MARKER = "_CHECKPOINT_METADATA"
-_TREE = "_METADATA"  # in the folder of each tree of arrays
+TREE = "_METADATA"  # in the folder of each tree of arrays
 _STEP = re.compile(r"(?:.*_)?(\d{1,18})", re.ASCII)  # folder of a step
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax is still writing
 
@@ -32,45 +26,6 @@ FAMILIES = ("tunix", "tunix-gemma", "gemma", "maxtext-llama3.1", "maxtext-qwen")
 
 # Options that describe a tree: of a checkpoint that is read, or of one that is written like it.
 TREE_OPTIONS = ("layout", "scan_axis", "axes", "ignore")
-
-
-class OrbaxFormat:
-    """Orbax checkpoints, of version 0 or 1 of its interface. See `formats.Format`."""
-
-    name = CHECKPOINT
-    description = f"an orbax checkpoint, or a folder of its steps ({MARKER} or {_TREE} in it)"
-    targets: Mapping[str, tuple[str, ...]] = {
-        "orbax": ("like", *TREE_OPTIONS),
-        **dict.fromkeys(FAMILIES, ("head_dim",)),
-    }
-    options = (*TREE_OPTIONS, "alpha", "rank", "item", "step", "scan_axes")
-
-    def recognises(self, source: str | Path) -> bool:
-        """Returns True for a checkpoint, whole or not, and for a folder of steps."""
-        return is_orbax(source)
-
-    def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
-        """Calls `open_orbax`."""
-        from coremerge_jax.io.orbax import open_orbax
-
-        return open_orbax(source, name=name, **options)
-
-    def save(self, adapter: "Adapter", out: str | Path, *, to: str, **options: Any) -> None:
-        """Calls `save_orbax`."""
-        from coremerge_jax.io.orbax import save_orbax
-
-        save_orbax(adapter, out, to=to if to in FAMILIES else None, **options)
-
-    def hash(self, source: str | Path) -> dict[str, str]:
-        """Returns one SHA-256 of the names and contents of all files."""
-        whole = hashlib.sha256()
-        for file in sorted(
-            path for path, mode in _walk(Path(source)) if mode and stat.S_ISREG(mode)
-        ):
-            whole.update(str(file.relative_to(source)).encode())
-            with file.open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-        return {"all files": whole.hexdigest()}
 
 
 def is_orbax(source: str | Path) -> bool:
@@ -179,7 +134,7 @@ def _find_step(source: Path, step: int | None) -> Path:
         return steps[step]
     if not whole:
         if steps or _is_marked(source):
-            what = "whole step" if steps else f"tree of arrays ({_TREE})"
+            what = "whole step" if steps else f"tree of arrays ({TREE})"
             raise FormatError(f"{source}: not finished, or cut off: no {what} in it")
         if _is_step_of_others(source):
             found = _find_step(source.parent, None)
@@ -202,9 +157,9 @@ def _is_whole(step: Path, steps: Collection[Path]) -> bool:
 
 def _items(folder: Path) -> list[str | None]:
     """Returns the trees of arrays in a checkpoint: None stands for the checkpoint itself."""
-    if os.path.lexists(folder / _TREE):
+    if os.path.lexists(folder / TREE):
         return [None]
-    found = sorted(path.name for path in folder.iterdir() if os.path.lexists(path / _TREE))
+    found = sorted(path.name for path in folder.iterdir() if os.path.lexists(path / TREE))
     return [name for name in found if _UNFINISHED not in name]
 
 
@@ -212,7 +167,7 @@ def _listed(items: Sequence[str | None]) -> str:
     return ", ".join(repr(name or "the checkpoint itself") for name in items)
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
+def walk(folder: Path) -> Iterator[tuple[Path, int | None]]:
     """Yields what is in a folder, but for folders, with its mode; None for a broken link.
 
     A folder that links lead to is entered once.
@@ -238,7 +193,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def refuse_special_files(folder: Path) -> None:
     """Refuses what would block, or never end, when orbax reads it."""
-    for path, mode in _walk(folder):
+    for path, mode in walk(folder):
         if mode is None:
             raise FormatError(f"{path}: a link that leads nowhere; copy the checkpoint again")
         if not stat.S_ISREG(mode):

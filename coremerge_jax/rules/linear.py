@@ -75,7 +75,7 @@ def scale(core: Core, weight: Float[Array, ""]) -> Core:
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 
-def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> Num[Array, " T"]:
+def by_task(values: tuple[float | int, ...] | jax.Array, context: Context) -> Num[Array, " T"]:
     """Picks the values ``(T,)`` of the adapters at hand.
 
     Raises:

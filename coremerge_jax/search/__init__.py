@@ -1,9 +1,9 @@
 """Parameters of a merge: swept over on projected adapters, or learned by gradient descent."""
 
-from coremerge_jax.search.fit import Fit, cross_entropy, entropy, fit
+from coremerge_jax.search.fitting import Fit, cross_entropy, entropy, fit
 from coremerge_jax.search.methods import METHODS, Method, grid, line, random
 from coremerge_jax.search.parameters import configure, parameters
-from coremerge_jax.search.sweep import Record, Sweep, sweep
+from coremerge_jax.search.sweeping import Record, Sweep, sweep
 
 __all__ = [
     "METHODS",

@@ -9,9 +9,9 @@ import jax
 
 from coremerge_jax.errors import FormatError, hint
 from coremerge_jax.lora import FLOATS, Adapter, Array, Metadata
+from coremerge_jax.trees.arguments import check_alpha, check_patterns, check_rank
 from coremerge_jax.trees.arrays import place_like
 from coremerge_jax.trees.axes import Axes, find_axes
-from coremerge_jax.trees.checks import check_alpha, check_patterns, check_rank
 from coremerge_jax.trees.copies import other_trees
 from coremerge_jax.trees.layouts import LAYOUTS, Factor, Layout, refuse_foreign
 from coremerge_jax.trees.paths import (

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError, hint
 from coremerge_jax.lora import FLOATS, Adapter
+from coremerge_jax.trees.arguments import check_patterns
 from coremerge_jax.trees.axes import Shape, find_kernel_axes, lengths, misfit
-from coremerge_jax.trees.checks import check_patterns
 from coremerge_jax.trees.paths import Leaf, first_match, module_paths
 
 # The number of a layer or an expert in a module's path.

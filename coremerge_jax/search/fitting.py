@@ -18,7 +18,7 @@ from coremerge_jax.merging.checks import check_function, check_number, check_who
 from coremerge_jax.merging.projected import Projected, project
 from coremerge_jax.rules import Chain, as_rule, chain
 from coremerge_jax.search.parameters import MergeRule
-from coremerge_jax.search.sweep import progress_line
+from coremerge_jax.search.sweeping import progress_line
 
 if TYPE_CHECKING:  # an optional library
     from matplotlib.figure import Figure
