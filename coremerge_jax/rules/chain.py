@@ -100,12 +100,12 @@ class Chain(Rule):
         return (*self.before, self.reducer, *self.after)
 
     @property
-    def equivariance(self) -> Equivariance:  # type: ignore[override]
+    def equivariance(self) -> Equivariance:  # type: ignore[override]  # of the object, not the class
         """The equivariance of the least equivariant part."""
         return max(rule.equivariance for rule in self.rules)
 
     @property
-    def needs_key(self) -> bool:  # type: ignore[override]
+    def needs_key(self) -> bool:  # type: ignore[override]  # the same
         """True if any part draws random numbers."""
         return any(rule.needs_key for rule in self.rules)
 
@@ -188,7 +188,7 @@ def chain(*rules: "Rule | Callable") -> Chain:
         reducers = [after.index(True) if any(after) else len(parts)]
         parts.insert(reducers[0], task_arithmetic())
     i = reducers[0]
-    return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]
+    return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]  # all but one are steps
 
 
 @pytree
@@ -269,5 +269,5 @@ def validated(rule: Chain) -> Chain:
             if is_array and not isinstance(value, jax.core.Tracer):
                 plain[one.name] = jax.device_get(value).item()
         if plain:
-            dataclasses.replace(part, **plain)  # type: ignore[type-var]
+            dataclasses.replace(part, **plain)  # type: ignore[type-var]  # checks the values
     return rule

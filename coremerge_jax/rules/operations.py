@@ -168,6 +168,7 @@ def counted(fn: Callable, *shapes: object, **static: object) -> Operations:
 
 
 def _of_jaxpr(jaxpr: Jaxpr) -> Operations:
+    """Adds up equations. Arrays are live from the equation that makes them to their last use."""
     last = {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.invars if isinstance(x, Var)}
     last |= {x: len(jaxpr.eqns) for x in jaxpr.outvars if isinstance(x, Var)}
     live = {x for x in jaxpr.invars if x in last}

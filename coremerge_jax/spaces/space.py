@@ -200,7 +200,7 @@ class Projection:
         """Returns the cores in the coordinates of the update: ``gain @ cores``."""
         if self.gain is None:
             return self.factors
-        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]
+        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]  # with a gain, it is an array
 
     def _expand(self, merged: Merged, keep_a: bool | Bool[Array, ""]) -> LoRA:
         """Returns factors of ``u merged vᵀ``."""
