@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +49,8 @@ def widest(*dtypes: np.dtype) -> np.dtype:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LoRA:
     """A low-rank update ``ΔW = b @ a`` of one module, scaling included.
 
@@ -67,7 +67,7 @@ class LoRA:
 
     a: Array
     b: Array
-    kind: Kind = flax.struct.field(pytree_node=False, default=LINEAR)
+    kind: Kind = dataclasses.field(default=LINEAR, metadata={"static": True})
 
     def __post_init__(self) -> None:
         # Pytree transformations put other things than matrices (scalars, axes, None) in the leaves.
@@ -95,6 +95,10 @@ class LoRA:
     def dtype(self) -> np.dtype:
         """The common dtype of both factors."""
         return widest(self.a.dtype, self.b.dtype)
+
+    def replace(self, **changes: Any) -> "LoRA":
+        """Returns a copy with other ``a``, ``b`` or ``kind``."""
+        return dataclasses.replace(self, **changes)
 
     def dense(self) -> Array:
         """Returns the update ``b @ a``, ``(..., m, n)``; a NumPy array for NumPy factors."""

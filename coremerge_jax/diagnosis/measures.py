@@ -11,9 +11,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import in_range, inverse, lapack, matmul, orthonormal_factors
+from coremerge_jax.linalg import (
+    accumulate,
+    in_range,
+    inverse,
+    lapack,
+    matmul,
+    orthonormal_factors,
+)
 from coremerge_jax.lora import Array, LoRA, widest
-from coremerge_jax.rules.rule import fold_rows, side_by_side
+from coremerge_jax.rules.rule import side_by_side
 from coremerge_jax.spaces import Projection, core
 
 # Directions of the merged update count up to this error, as in the paper that `alignment` is of.
@@ -234,7 +241,7 @@ def signs(cores: LoRA, total: jax.Array, rtol: float) -> tuple[jax.Array, jax.Ar
         return *grams, jnp.sum(x**2, axis=1), jnp.sum(against**2, axis=1)
 
     rows = split(jnp.swapaxes(b, 0, 1), (tasks, width)), split(total, total.shape[1:])
-    products, weights, agreeing, entries, energy, against = fold_rows(sums, rows)
+    products, weights, agreeing, entries, energy, against = accumulate(sums, rows)
     conflict, opposed = weights - products, entries - agreeing
     return _ratio(conflict, 2 * weights), _ratio(opposed, 2 * entries), _ratio(against, energy)
 

@@ -12,8 +12,18 @@ In float32, where κ² would cost too much, the slower way is the only one.
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
-from coremerge_jax.linalg.numerics import in_loop, in_range, inverse, matmul, rounding, roundoff
-from coremerge_jax.linalg.order import kth_smallest
+from coremerge_jax.linalg.numerics import (
+    accumulate,
+    in_loop,
+    in_range,
+    inverse,
+    matmul,
+    pytree,
+    root,
+    rounding,
+    roundoff,
+)
+from coremerge_jax.linalg.order import kth_largest, kth_smallest
 from coremerge_jax.linalg.singular import (
     Factored,
     flattened,
@@ -26,18 +36,22 @@ from coremerge_jax.linalg.singular import (
 __all__ = [
     "Basis",
     "Factored",
+    "accumulate",
     "basis",
     "flattened",
     "in_loop",
     "in_range",
     "inverse",
     "isotropic",
+    "kth_largest",
     "kth_smallest",
     "lapack",
     "matmul",
     "orthonormal_factors",
     "pad_rows",
     "polar",
+    "pytree",
+    "root",
     "rounding",
     "roundoff",
     "spectral_map",

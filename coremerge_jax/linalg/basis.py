@@ -1,9 +1,9 @@
 """Orthonormal bases of column spaces, as coordinates of the matrix itself."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +17,14 @@ from coremerge_jax.linalg.numerics import (
     in_range,
     inverse,
     matmul,
+    pytree,
+    root,
     roundoff,
 )
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Basis:
     """Orthonormal columns ``u: (m, p)`` of the space that a matrix ``x: (m, R)`` spans.
 
@@ -229,8 +232,7 @@ def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
 def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
     """Returns ``uᵀ du`` of the left singular vectors; zero where their singular values coincide."""
     squares = jnp.sum(coordinates**2, axis=1)
-    # The root of zero has no derivative, and is needed for second ones.
-    s = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    s = root(squares)
     dp = matmul(d, coordinates.T) * inverse(s)[None, :]
     gap = s[None, :] ** 2 - s[:, None] ** 2
     distinct = jnp.abs(gap) > rtol * jnp.max(s) ** 2

@@ -1,11 +1,13 @@
-"""Common functions of linear algebra, and order statistics."""
+"""Common parts of numerical programs: products, roundoff, safe functions, loops, fallbacks."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+_Class = TypeVar("_Class", bound=type)
 
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -14,6 +16,17 @@ GRAM_CONDITION = 1e4
 
 # Up to this size, decompositions of the matrix itself are about as fast.
 GRAM_SIZE = 64
+
+
+def pytree(cls: _Class) -> _Class:
+    """Registers a frozen dataclass as a pytree.
+
+    All fields are children, but for those with ``metadata={"static": True}``.
+    """
+    # Checks of types at run time would refuse what JAX puts in the place of arrays when it maps
+    # over axes, or compares structures.
+    cls.__no_type_check__ = True  # type: ignore[attr-defined]  # typing.no_type_check sets it too
+    return jax.tree_util.register_dataclass(cls)
 
 
 def in_range(s: jax.Array, rtol: float | jax.Array) -> jax.Array:
@@ -30,14 +43,21 @@ def roundoff(x: jax.Array) -> float:
 
 
 def rounding(x: jax.Array) -> jax.Array:
-    """Returns the size below which a singular value is noise of ``x`` less its parts."""
-    least = 64 * float(jnp.finfo(x.dtype).eps)  # of small matrices, whose parts are less exact
+    """Returns the size below which a singular value of ``x - y`` is noise, for any part y of x."""
+    least = 64 * float(jnp.finfo(x.dtype).eps)  # parts of small matrices are less exact
     return max(roundoff(x), least) * jnp.linalg.norm(jax.lax.stop_gradient(x))
 
 
+# The inner `where` of these two keeps zeros out of the function: its derivative there is infinite
+# or NaN, and would stay so when the outer one multiplies it by zero.
 def inverse(s: jax.Array, cutoff: jax.Array | float = 0) -> jax.Array:
-    """Returns ``1 / s`` where ``s`` is above the cutoff, else 0."""
+    """Returns ``1 / s`` where ``s`` is above the cutoff, else 0; with derivative 0 there."""
     return jnp.where(s > cutoff, 1 / jnp.where(s > cutoff, s, 1), 0)
+
+
+def root(s: jax.Array) -> jax.Array:
+    """Returns ``sqrt(s)`` where ``s`` is positive, else 0; with derivative 0 there."""
+    return jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0)
 
 
 def complement(q: jax.Array, x: jax.Array) -> jax.Array:
@@ -63,14 +83,31 @@ def in_loop(fn: Callable) -> Callable:
     return keep(keep(fn))
 
 
-def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
-    """Returns a function of arrays: ``fast``, and ``robust`` where that says it is not exact.
-
-    Under `jax.vmap`, ``robust`` runs only if some matrix of the whole batch needs it.
+def accumulate(fn: Callable, *rows: Any, combine: Callable = jnp.add) -> Any:
+    """Sums ``fn(*row)`` over the rows of arrays in a loop, which holds one result at a time.
 
     Args:
-        fast: gives a result and whether it is exact.
-        robust: gives a result of the same structure.
+        fn: maps one row of each of ``rows`` to arrays.
+        *rows: pytrees of arrays with equal leading axes.
+        combine: adds one result to the total, which starts from zeros.
+    """
+
+    def step(total: Any, row: tuple) -> tuple[Any, None]:
+        return jax.tree.map(combine, total, fn(*row)), None
+
+    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], rows))
+    return jax.lax.scan(in_loop(step), jax.tree.map(jnp.zeros_like, shapes), rows)[0]
+
+
+def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
+    """Returns a function of arrays: ``fast``, or ``robust`` where the fast result is not exact.
+
+    Under `jax.vmap`, ``robust`` runs only if some matrix of the whole batch needs it. A plain
+    `jax.lax.cond` would become a `select` there, which computes both for every matrix.
+
+    Args:
+        fast: returns a result, and True if it is exact.
+        robust: returns a result of the same structure.
     """
 
     @jax.custom_batching.custom_vmap
@@ -96,7 +133,7 @@ def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
 
 
 def _repeat(size: int, in_batched: Any, args: Any) -> Any:
-    """Repeats what is not batched, for the rules of `jax.custom_batching.custom_vmap`."""
+    """Repeats arguments without a batch axis, for the rules of `custom_vmap`."""
 
     def one(x: jax.Array, is_batched: bool) -> jax.Array:
         return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))

@@ -34,6 +34,11 @@ def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(value, x.dtype)
 
 
+def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns the ``k``-th largest entry (from 1) of a nonnegative ``x``; 0 if it has fewer."""
+    return kth_smallest(x, x.size - k + 1)
+
+
 class _Place(NamedTuple):
     """Bounds of the ``k``-th smallest of some integers: ``low <= it < high``.
 

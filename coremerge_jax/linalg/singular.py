@@ -1,9 +1,9 @@
 """Functions of the singular values."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -17,12 +17,14 @@ from coremerge_jax.linalg.numerics import (
     in_range,
     inverse,
     matmul,
+    pytree,
     rounding,
     roundoff,
 )
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Factored:
     """The matrix ``u @ blockdiag(blocks) @ vᵀ``.
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import accumulate, matmul
 from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.rule import Cores, dense, fold_rows
-from coremerge_jax.spaces import Core, Projection, Space
+from coremerge_jax.rules.rule import Cores, dense
+from coremerge_jax.spaces import Projection, Space, core
 
 BITS = 16  # of a magnitude that one count of all modules settles
 
@@ -149,7 +149,7 @@ def _facts(module: Inputs, factors: Cores | None, b: jax.Array, settings: Settin
     not. Where there are none, the factors themselves are summed up.
     """
     peak = jnp.max(jnp.abs(b)).astype(settings.dtype)
-    if isinstance(factors, LoRA) and isinstance(settings.space, Core):
+    if isinstance(factors, LoRA) and isinstance(settings.space, core):
         b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
         a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
     else:
@@ -257,7 +257,7 @@ def count_stack(
         return counts, jnp.zeros(len(known), jnp.int32).at[module.tasks].add(counted * size)
 
     def count_modules(shared: tuple, rows: tuple[Inputs, jax.Array]) -> tuple:
-        return fold_rows(partial(count_module, shared), rows)
+        return accumulate(partial(count_module, shared), rows)
 
     shared, rows = (rule, key, known, shift), (arrays, once)
     grid = settings.grid

@@ -28,7 +28,7 @@ from coremerge_jax.merging.groups import Group, group_modules, label, over_modul
 from coremerge_jax.merging.mesh import implicit
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.program import Settings, project_module
-from coremerge_jax.rules import Chain, Ties, as_rule, chain
+from coremerge_jax.rules import Chain, as_rule, chain, ties
 from coremerge_jax.spaces import Projection, Space
 
 # The merged A and B of each stack, not yet scaled and rounded: see `Projected.updates`.
@@ -121,7 +121,7 @@ class Projected:
         """Computes merged updates before scaling, so that many scales can share them."""
         parts = chain(as_rule(rule))
         key = check_rule(parts, key, self.adapters)
-        if any(isinstance(part, Ties) and part.scope == "model" for part in parts.rules):
+        if any(isinstance(part, ties) and part.scope == "model" for part in parts.rules):
             raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
         self._check_weights(weights)
         with self._computing():

@@ -26,7 +26,7 @@ from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import BITS, Facts, Inputs, Settings, count_stack, merge_stack
-from coremerge_jax.rules import Chain, Ties, TiesAbove
+from coremerge_jax.rules import Chain, ties, ties_above
 from coremerge_jax.spaces import Space
 
 
@@ -98,7 +98,7 @@ class MergeStream:
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """Yields the merged modules, some at a time; each exactly once."""
         job = self._job
-        if any(isinstance(part, Ties) and part.scope == "model" for part in job.rule.rules):
+        if any(isinstance(part, ties) and part.scope == "model" for part in job.rule.rules):
             over_all = total if self._shared else lambda *counts: counts
             rule = _with_thresholds(job, self._batches, self._workers, over_all)
             job = dataclasses.replace(job, rule=rule)
@@ -448,8 +448,8 @@ def _with_thresholds(
     other rounding errors. So that it is kept there too, thresholds lie halfway to the next smaller
     entry, or to where the last digit is 0. Of float64, 48 bits are enough.
     """
-    ties = job.rule.reducer
-    assert isinstance(ties, Ties)
+    reducer = job.rule.reducer
+    assert isinstance(reducer, ties)
     adapters = int(job.places.max()) + 1
     with computing(job.precision, *job.traced) as dtype:
         width = 8 * dtype.itemsize
@@ -465,12 +465,12 @@ def _with_thresholds(
         with computing(dtype.name, *job.traced):
             counts, sizes = map(jnp.asarray, parts)
             if wanted is None:
-                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(ties.density, dtype))
+                kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(reducer.density, dtype))
                 wanted = jnp.sum(counts, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
             known, wanted, margin = _next_digit(counts, known, wanted, np.asarray(shift, uint))
     with computing(dtype.name, *job.traced):
         thresholds = jax.lax.bitcast_convert_type(known - margin, dtype)
-    return dataclasses.replace(job.rule, reducer=TiesAbove(ties=ties, thresholds=thresholds))
+    return dataclasses.replace(job.rule, reducer=ties_above(rule=reducer, thresholds=thresholds))
 
 
 @jax.jit

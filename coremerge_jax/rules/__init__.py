@@ -13,31 +13,33 @@ Second derivatives are exact too where singular values differ. Where they coinci
 finite, and leave out how coinciding directions mix.
 """
 
-from collections.abc import Callable
-
 from coremerge_jax.rules.calibration import pico, svc
 from coremerge_jax.rules.chain import Chain, Step, as_rule, chain, from_function
 from coremerge_jax.rules.linear import mean, task_arithmetic
 from coremerge_jax.rules.rule import Context, Equivariance, Rule
-from coremerge_jax.rules.sparse import Ties, TiesAbove, dare, prune, sce, ties
+from coremerge_jax.rules.sparse import dare, prune, sce, ties, ties_above
 from coremerge_jax.rules.spectral import cart, flatten, isotropize, tsv
 from coremerge_jax.rules.subspace import dc_merge, iso_cts
 
-RULES: dict[str, Callable[..., Rule]] = {
-    "mean": mean,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "sce": sce,
-    "dare": dare,
-    "prune": prune,
-    "tsv": tsv,
-    "cart": cart,
-    "iso_cts": iso_cts,
-    "dc_merge": dc_merge,
-    "isotropize": isotropize,
-    "flatten": flatten,
-    "svc": svc,
-    "pico": pico,
+# In the order of tables, by the names of their classes, which are those of recipes.
+RULES: dict[str, type[Rule]] = {
+    rule.__name__: rule
+    for rule in (
+        mean,
+        task_arithmetic,
+        ties,
+        sce,
+        dare,
+        prune,
+        tsv,
+        cart,
+        iso_cts,
+        dc_merge,
+        isotropize,
+        flatten,
+        svc,
+        pico,
+    )
 }
 
 __all__ = [
@@ -47,8 +49,6 @@ __all__ = [
     "Equivariance",
     "Rule",
     "Step",
-    "Ties",
-    "TiesAbove",
     "as_rule",
     "cart",
     "chain",
@@ -65,5 +65,6 @@ __all__ = [
     "svc",
     "task_arithmetic",
     "ties",
+    "ties_above",
     "tsv",
 ]

@@ -1,18 +1,32 @@
 """Calibration of directions that several adapters share: SVC and Pico."""
 
-import flax.struct
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.linalg import Factored, basis, inverse, matmul, rounding, roundoff, spectral_map
+from coremerge_jax.linalg import (
+    Factored,
+    accumulate,
+    basis,
+    inverse,
+    matmul,
+    pytree,
+    root,
+    rounding,
+    roundoff,
+    spectral_map,
+)
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.chain import Step
-from coremerge_jax.rules.rule import Context, Cores, Equivariance, check, dense, fold
+from coremerge_jax.rules.operations import Operations, Sizes, decomposition
+from coremerge_jax.rules.rule import Context, Cores, Equivariance, check, dense, tasks_in
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Svc(Step):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class svc(Step):
     r"""Singular value calibration (arXiv 2602.05536).
 
     With the merged M = Σ_r σ_r u_r v_rᵀ and the adapters' M_t, each singular value becomes γ_r σ_r,
@@ -45,27 +59,32 @@ class Svc(Step):
         )
 
     def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Maps ``(p, q)`` to ``(p, q)``."""
-        del key
         cores = context.cores
         assert cores is not None
-        tasks = len(jax.tree.leaves(cores)[0])
+        tasks = tasks_in(cores)
         least = jnp.asarray(1 / tasks if self.alpha is None else self.alpha, matrix.dtype)
         found, merged, _, _ = basis(matrix, roundoff(matrix), singular=True)
         u = found.columns()
 
-        def share(core: jax.Array) -> jax.Array:
+        def share(core: Cores) -> jax.Array:
+            core = dense(core)
             rows = matmul(u.T, core)
             squares = jnp.sum(rows**2, axis=1)
             agreement = jnp.sum(merged * rows, axis=1) * inverse(squares, rounding(core) ** 2)
             return jnp.maximum(agreement, least)
 
-        gain = tasks * inverse(fold(share, cores))
+        gain = tasks * inverse(accumulate(share, cores))
         return matmul(u * gain[None, :], merged)
 
+    def operations(self, cores: Sizes) -> Operations:
+        products = cores.forming + 2.0 * cores.tasks * cores.entries * (cores.side + cores.width)
+        core = 20 * cores.entries * cores.side
+        return Operations(products, core, passing=12 * cores.entries)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Pico(Step):
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class pico(Step):
     r"""Calibration of directions that the adapters' B share (Tang and Yang, arXiv 2604.16826).
 
     With the stacked B = U diag(σ) Vᵀ and s_j = σ_j² / Σ_i σ_i²,
@@ -81,10 +100,9 @@ class Pico(Step):
     equivariance = Equivariance.ORTHOGONAL
     place = "before"
     first = True
+    factored = True
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
-        """Maps all cores before the merge."""
-        del keys, context
         if not isinstance(cores, LoRA):
             raise UnsupportedError(
                 "pico looks at the factors B of the adapters, which only core and full space have"
@@ -96,16 +114,18 @@ class Pico(Step):
     def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array:
         """Scales the merged core."""
         assert context.cores is not None
-        tasks = len(jax.tree.leaves(context.cores)[0])
-        mean = fold(_norm, context.cores) / tasks
+        mean = accumulate(_norm, context.cores) / tasks_in(context.cores)
         found = dense(merged)
         return found * mean * inverse(_norm(found))
 
+    def operations(self, cores: Sizes) -> Operations:
+        products = 4.0 * cores.p**2 * cores.abreast + 2 * cores.forming
+        return Operations(products) + decomposition(replace(cores, q=cores.p))
 
-def _norm(x: jax.Array) -> jax.Array:
-    """Frobenius norm, with derivative 0 at 0."""
-    squares = jnp.sum(x**2)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+def _norm(core: Cores) -> jax.Array:
+    """Returns the Frobenius norm of a core, with derivative 0 at 0."""
+    return root(jnp.sum(dense(core) ** 2))
 
 
 def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
@@ -116,8 +136,3 @@ def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
         return (1 / (1 + (tasks - 1) * share) - 1)[None]
 
     return spectral_map(change, gram)[0]
-
-
-svc = Svc
-
-pico = Pico

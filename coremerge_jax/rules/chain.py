@@ -2,32 +2,32 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.linalg import Factored
-from coremerge_jax.rules.rule import Context, Cores, Equivariance, Rule, dense
+from coremerge_jax.linalg import Factored, pytree
+from coremerge_jax.rules.linear import task_arithmetic
+from coremerge_jax.rules.operations import Operations, Sizes, counted
+from coremerge_jax.rules.rule import Context, Cores, Equivariance, Rule, abstract, dense
 
 
 class Step(Rule):
-    """A rule that changes cores: those of the adapters, or the merged one.
+    """A rule that changes cores: those of the adapters before a merge, or the merged one behind it.
 
-    Where a chain names no rule that merges, `task_arithmetic` does, after the steps whose natural
-    place is ``"before"`` and before those whose place is ``"after"``.
+    In a chain without a rule that merges, `task_arithmetic` merges: after the steps whose natural
+    place is ``"before"``, and ahead of those whose place is ``"after"``.
 
     Attributes:
         place: ``"before"`` or ``"after"``.
-        factored: whether `apply` takes a `Factored` as well as an array.
-        first: whether it looks at the adapters' factors, which other steps change.
+        first: True if the step uses the adapters' factors, which other steps change.
     """
 
     place: ClassVar[str]
-    factored: ClassVar[bool] = False
     first: ClassVar[bool] = False
 
     def apply(self, matrix: Any, *, key: jax.Array | None, context: Context) -> Any:
@@ -35,7 +35,7 @@ class Step(Rule):
         raise NotImplementedError
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
-        """Maps all cores before the merge, with one key each; here, each by itself."""
+        """Maps all cores before the merge, with one key each; by default, each by `apply`."""
 
         def one(core: Cores, key: jax.Array | None) -> jax.Array:
             return self.apply(dense(core), key=key, context=context)
@@ -44,19 +44,42 @@ class Step(Rule):
 
     def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array | Factored:
         """Undoes on the merged core what a step before the merge did; by default, nothing."""
-        del context
         return merged
 
     def merge(
         self, cores: Cores, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
-        """Merges, as the chain of this step and a sum does."""
+        """Merges like the chain of this step and a sum."""
         return chain(self).merge(cores, key=key, context=context)
 
+    def operations(self, cores: Sizes) -> Operations:
+        """Counts operations and memory, from leading terms; here, in the step's jaxpr."""
+        every, key, context = abstract(cores)
+        if cores.merged:
+            one = jax.ShapeDtypeStruct((cores.p, cores.q), jnp.float64)
+            return counted(_apply, self, one, key, context)
+        keys = jax.ShapeDtypeStruct((cores.tasks,), key.dtype)
+        return counted(_prepare, self, every, keys, context)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
+    def sizes_after(self, cores: Sizes) -> Sizes:
+        """Returns the sizes of the cores that this step hands on."""
+        if self.factored and not cores.merged:
+            return cores
+        return dataclasses.replace(cores, width=cores.side, dense=True)
+
+
+def _apply(step: Step, matrix: jax.Array, key: jax.Array, context: Context) -> jax.Array:
+    return step.apply(matrix, key=key, context=context)
+
+
+def _prepare(step: Step, cores: Cores, keys: jax.Array, context: Context) -> Cores:
+    return step.prepare(cores, keys=keys, context=context)
+
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Chain(Rule):
-    """Steps on every core, a rule that merges, and steps on the merged core. See `chain`."""
+    """Steps on every core, a rule that merges, and steps on the merged core; made by `chain`."""
 
     before: tuple[Step, ...]
     reducer: Rule
@@ -80,7 +103,7 @@ class Chain(Rule):
     def merge(
         self, cores: Cores, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
-        """Merges: all parts in order."""
+        """Applies all parts in order."""
         merged = self.combine(cores, key=key, context=context)
         return self.finish(merged, key=key, context=context)
 
@@ -90,7 +113,7 @@ class Chain(Rule):
             keys = None
             if step.needs_key:
                 # By adapter, so that a mask does not depend on which others share the module.
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(_fold(key, i, step), context.tasks)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(_key_of(key, i, step), context.tasks)
             cores = step.prepare(cores, keys=keys, context=context)
         return cores
 
@@ -99,7 +122,9 @@ class Chain(Rule):
     ) -> jax.Array | Factored:
         """Applies the steps before the merge, and the merge: all cores to one."""
         cores = self.prepare(cores, key=key, context=context)
-        reducer_key = _fold(key, len(self.before), self.reducer) if self.reducer.needs_key else None
+        reducer_key = (
+            _key_of(key, len(self.before), self.reducer) if self.reducer.needs_key else None
+        )
         return self.reducer.merge(cores, key=reducer_key, context=context)
 
     def finish(
@@ -109,16 +134,25 @@ class Chain(Rule):
         for step in reversed(self.before):
             merged = step.restore(merged, context=context)
         for i, step in enumerate(self.after, start=len(self.before) + 1):
-            step_key = _fold(key, i, step) if step.needs_key else None
+            step_key = _key_of(key, i, step) if step.needs_key else None
             matrix = merged if step.factored else dense(merged)
             merged = step.apply(matrix, key=step_key, context=context)
         return merged
+
+    def operations(self, cores: Sizes) -> Operations:
+        """Counts operations and memory of all parts."""
+        total = Operations()
+        for rule in self.rules:
+            total += rule.operations(cores)
+            cores = rule.sizes_after(cores)
+        return total
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.rules))})"
 
 
-def _fold(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
+def _key_of(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
+    """Returns the key of the i-th part of a chain."""
     if key is None:
         raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
     return jax.random.fold_in(key, i)
@@ -136,8 +170,6 @@ def chain(*rules: "Rule | Callable") -> Chain:
     Raises:
         RecipeError: more than one part merges, or a part must be the first and is not.
     """
-    from coremerge_jax.rules.linear import task_arithmetic
-
     parts: list[Rule] = []
     for rule in map(as_rule, rules):
         parts.extend(rule.rules if isinstance(rule, Chain) else (rule,))
@@ -156,18 +188,18 @@ def chain(*rules: "Rule | Callable") -> Chain:
     return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]
 
 
-@flax.struct.dataclass(repr=False)
-class Function(Rule):
-    """A user's function as a rule. See `from_function`."""
+@pytree
+@dataclass(frozen=True, repr=False)
+class function(Rule):
+    """A user's function as a rule; made by `from_function`."""
 
-    fn: Callable[[jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
-    equivariance: Equivariance = flax.struct.field(  # type: ignore[misc]
-        pytree_node=False, default=Equivariance.ELEMENTWISE
+    fn: Callable[[jax.Array], jax.Array] = field(metadata={"static": True})
+    equivariance: Equivariance = field(  # type: ignore[misc]  # of the object, not of the class
+        default=Equivariance.ELEMENTWISE, metadata={"static": True}
     )
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
         """Calls the function."""
-        del key, context
         cores = dense(cores)
         merged = self.fn(cores)
         if jnp.shape(merged) != cores.shape[1:]:
@@ -183,9 +215,9 @@ def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "ele
 
     Args:
         fn: pure and traceable by JAX.
-        equivariance: ``"linear"``, ``"orthogonal"`` or ``"elementwise"``, see `Equivariance`. The
-            default is right for every function; a stronger claim lets `merge` choose a cheaper
-            basis and must be true.
+        equivariance: ``"linear"``, ``"orthogonal"`` or ``"elementwise"``, as defined by
+            `Equivariance`. The default is right for every function. A stronger claim must be true;
+            it lets `merge` choose a cheaper basis.
 
     Raises:
         RecipeError: there is no such equivariance.
@@ -193,11 +225,11 @@ def from_function(fn: Callable[[jax.Array], jax.Array], equivariance: str = "ele
     if not isinstance(equivariance, str) or equivariance.upper() not in Equivariance.__members__:
         names = ", ".join(repr(x.name.lower()) for x in Equivariance)
         raise RecipeError(f"equivariance={equivariance!r}: expected one of {names}")
-    return Function(fn, Equivariance[equivariance.upper()])
+    return function(fn, Equivariance[equivariance.upper()])
 
 
 def as_rule(rule: Any) -> Rule:
-    """Returns a rule as it is; a plain function as a rule.
+    """Returns a rule unchanged, and a plain function as a rule.
 
     Raises:
         RecipeError: it is neither.
@@ -217,22 +249,22 @@ def as_rule(rule: Any) -> Rule:
 
 
 def validated(rule: Chain) -> Chain:
-    """Returns a chain that is used: also parameters that are arrays have been checked.
+    """Checks the parameters of a chain that are arrays, and returns the chain.
 
     Raises:
         RecipeError: a parameter is out of range, or there is none.
     """
     for part in rule.rules:
         plain = {}
-        for field in dataclasses.fields(part):  # type: ignore[arg-type]
-            value = getattr(part, field.name)
-            if value is None and field.default is not None:
-                raise RecipeError(f"{part.name()}: {field.name} is None; expected a value")
-            if isinstance(value, bool) and not isinstance(field.default, bool):
-                raise RecipeError(f"{part.name()}: {field.name}={value}: expected a number")
+        for one in dataclasses.fields(part):  # type: ignore[arg-type]  # all rules are dataclasses
+            value = getattr(part, one.name)
+            if value is None and one.default is not None:
+                raise RecipeError(f"{part.name()}: {one.name} is None; expected a value")
+            if isinstance(value, bool) and not isinstance(one.default, bool):
+                raise RecipeError(f"{part.name()}: {one.name}={value}: expected a number")
             is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
             if is_array and not isinstance(value, jax.core.Tracer):
-                plain[field.name] = jax.device_get(value).item()
+                plain[one.name] = jax.device_get(value).item()
         if plain:
             dataclasses.replace(part, **plain)  # type: ignore[type-var]
     return rule

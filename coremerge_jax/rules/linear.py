@@ -1,28 +1,45 @@
 """Linear rules: weighted sums of the updates."""
 
-import flax.struct
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import matmul, pytree
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules.rule import Context, Cores, Equivariance, Rule, check_weights
+from coremerge_jax.rules.operations import Operations, Sizes
+from coremerge_jax.rules.rule import (
+    Context,
+    Cores,
+    Equivariance,
+    Rule,
+    check_weights,
+    dtype_of,
+    tasks_in,
+)
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Mean(Rule):
-    """Mean of the updates that a module has: ΔW = (1/T) Σ_t ΔW_t."""
+class _Sum(Rule):
+    """A weighted sum."""
 
     equivariance = Equivariance.LINEAR
 
+    def operations(self, cores: Sizes) -> Operations:
+        return Operations(cores.forming, cores.tasks * cores.entries, passing=12 * cores.entries)
+
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class mean(_Sum):
+    """Mean of the updates that a module has: ΔW = (1/T) Σ_t ΔW_t."""
+
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key, context
-        return total(cores) / len(jax.tree.leaves(cores)[0])
+        return total(cores) / tasks_in(cores)
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class TaskArithmetic(Rule):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class task_arithmetic(_Sum):
     """Weighted sum of the updates: ΔW = Σ_t w_t ΔW_t (Ilharco et al., arXiv 2212.04089).
 
     Attributes:
@@ -30,22 +47,19 @@ class TaskArithmetic(Rule):
     """
 
     weights: tuple[float, ...] | jax.Array | None = None
-    equivariance = Equivariance.LINEAR
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key
         if self.weights is not None:
             weights = by_task(self.weights, context)
-            cores = jax.vmap(scale)(cores, weights.astype(jax.tree.leaves(cores)[0].dtype))
+            cores = jax.vmap(scale)(cores, weights.astype(dtype_of(cores)))
         return total(cores)
 
 
 def total(cores: Cores) -> jax.Array:
-    """Returns the sum of all cores."""
+    """Returns the sum of all cores, ``(p, q)``; of LoRA factors, in one product."""
     if not isinstance(cores, LoRA):
         return jnp.sum(cores, axis=0)
     b = jnp.moveaxis(jnp.asarray(cores.b), 0, 1)
@@ -54,12 +68,12 @@ def total(cores: Cores) -> jax.Array:
 
 
 def scale(core: Cores, weight: jax.Array) -> Cores:
-    """Returns a core times a weight."""
+    """Multiplies one core by a weight; of LoRA factors, B."""
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 
 def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Array:
-    """Returns the values that belong to the adapters at hand.
+    """Picks the values ``(T,)`` of the adapters at hand.
 
     Raises:
         ValueError: there is not one value per adapter.
@@ -68,8 +82,3 @@ def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Arra
     if values.ndim != 1 or values.shape[0] < context.tasks.shape[0]:
         raise ValueError(f"weights of shape {values.shape}: expected one per adapter")
     return values[context.tasks]
-
-
-mean = Mean
-
-task_arithmetic = TaskArithmetic

@@ -1,28 +1,27 @@
-"""Interface of merge rules, and chains of them."""
+"""Interface of merge rules."""
 
 import dataclasses
 import enum
 import math
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.linalg import Factored, in_loop
+from coremerge_jax.linalg import Factored, pytree
 from coremerge_jax.lora import LoRA
+from coremerge_jax.rules.operations import Operations, Sizes, counted
 
 
 class Equivariance(enum.IntEnum):
     """Changes of basis of the cores with which a rule commutes; the larger, the fewer.
 
-    `LINEAR` rules are weighted sums, the same in every basis. `ORTHOGONAL` rules see only singular
+    `LINEAR` rules are weighted sums, the same in every basis. `ORTHOGONAL` rules use only singular
     values and relative angles: any orthonormal basis gives the same update. `ELEMENTWISE` rules
-    look at single entries: they commute with permutations and sign flips of the basis alone.
+    use single entries: they commute with permutations and sign flips of the basis alone.
     """
 
     LINEAR = 0
@@ -30,35 +29,36 @@ class Equivariance(enum.IntEnum):
     ELEMENTWISE = 2
 
 
-@flax.struct.dataclass
+# The cores of all adapters: (T, p, q), or LoRA factors with a leading axis T. One core: without it.
+Cores = jax.Array | LoRA
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Context:
     """Information about the cores that a rule is given.
 
     Attributes:
         shape: int32 ``(2,)``, the numerical shape of the cores: rows and columns beyond it are
             zero and stand for nothing.
-        tasks: int32 ``(T,)``, which adapters the cores belong to.
-        cores: for steps behind the merge, the adapters' cores as they were before any step, in
-            the coordinates of the merged core.
+        tasks: int32 ``(T,)``, the adapters to which the cores belong.
+        cores: for steps behind the merge, the adapters' cores before any step, in the coordinates
+            of the merged core.
     """
 
     shape: jax.Array
     tasks: jax.Array
-    cores: "Cores | None" = None
+    cores: Cores | None = None
 
     @classmethod
-    def of(cls, cores: "Cores") -> "Context":
-        """Returns the context of cores that are all there is."""
+    def of(cls, cores: Cores) -> "Context":
+        """Returns the context of cores that all count, from the first to the last entry."""
         tasks, *shape = jax.eval_shape(dense, cores).shape
         return cls(
             shape=jnp.asarray(shape, jnp.int32),
             tasks=jnp.arange(tasks, dtype=jnp.int32),
             cores=cores,
         )
-
-
-# The cores of all adapters: (T, p, q), or LoRA factors with a leading axis T. One core: without it.
-Cores = jax.Array | LoRA
 
 
 def dense(matrix: jax.Array | LoRA | Factored) -> jax.Array:
@@ -75,52 +75,48 @@ def thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
     return (eye, cores) if p <= q else (cores, eye)
 
 
+def tasks_in(cores: Cores) -> int:
+    """Returns the number T of cores."""
+    return len(jax.tree.leaves(cores)[0])
+
+
+def dtype_of(cores: Cores) -> np.dtype:
+    """Returns the dtype of cores."""
+    return jax.tree.leaves(cores)[0].dtype
+
+
 def side_by_side(x: jax.Array) -> jax.Array:
-    """Returns ``(T, p, r)`` to ``(p, T r)``."""
+    """Joins ``(T, p, r)`` to ``(p, T r)``."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-
-
-def fold(fn: Callable, cores: Cores, *per_task: Any, combine: Callable = jnp.add) -> Any:
-    """Sums ``fn(core, ...)`` over adapters, without the dense cores of all of them at once.
-
-    Args:
-        fn: from one dense core ``(p, q)``, and one row of each of ``per_task``, to arrays.
-        cores: those of all adapters.
-        *per_task: further arrays with a leading axis T.
-        combine: adds what one adapter gives to the total, which starts from zeros.
-    """
-    return fold_rows(lambda row: fn(dense(row[0]), *row[1:]), (cores, *per_task), combine)
-
-
-def fold_rows(fn: Callable, rows: Any, combine: Callable = jnp.add) -> Any:
-    """Sums ``fn`` over the rows of arrays, one after the other."""
-
-    def step(total: Any, row: Any) -> tuple[Any, None]:
-        return jax.tree.map(combine, total, fn(row)), None
-
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], rows))
-    return jax.lax.scan(in_loop(step), jax.tree.map(jnp.zeros_like, shapes), rows)[0]
 
 
 class Rule:
     """A merge rule: a pure function from cores ``(T, p, q)`` to one merged core ``(p, q)``.
 
     Rules are frozen dataclasses and pytrees whose numeric parameters are leaves: they may be
-    traced, so that a sweep over them is one compiled program.
+    traced, so that a sweep over them is one compiled program. Their classes have the names that
+    users write, in Python and in recipes.
+
+    Attributes:
+        equivariance: the changes of basis with which the rule commutes.
+        needs_key: True if the rule draws random numbers.
+        factored: True if cores stay in factors: a rule that merges returns a `Factored`; a step
+            takes one where it follows the merge, and before it maps `LoRA` factors to `LoRA`.
     """
 
     equivariance: ClassVar[Equivariance]
     needs_key: ClassVar[bool] = False
+    factored: ClassVar[bool] = False
 
     def __call__(
         self, cores: Cores, *, key: jax.Array | None = None, context: Context | None = None
     ) -> jax.Array:
-        """Merges.
+        """Merges cores.
 
         Args:
             cores: ``(T, p, q)``, one matrix per adapter, or their low-rank factors.
             key: PRNG key, for rules that draw random numbers.
-            context: what is known of the cores; by default, that all of them counts.
+            context: facts about the cores; by default, all their rows and columns count.
 
         Returns:
             ``(p, q)``.
@@ -130,25 +126,50 @@ class Rule:
     def merge(
         self, cores: Cores, *, key: jax.Array | None, context: Context
     ) -> jax.Array | Factored:
-        """Merges: what a rule has to implement. The result may stay in factors."""
+        """Merges all cores to one. Every rule implements this; the result may be `Factored`."""
         raise NotImplementedError
+
+    def operations(self, cores: Sizes) -> Operations:
+        """Counts operations and memory, from leading terms; here, in the jaxpr of `merge`."""
+        return counted(_merge, self, *abstract(cores))
+
+    def sizes_after(self, cores: Sizes) -> Sizes:
+        """Returns the sizes of the cores that this rule hands on."""
+        if self.factored:
+            return dataclasses.replace(cores, dense=False, merged=True)
+        return dataclasses.replace(cores, width=cores.side, dense=True, merged=True)
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # all subclasses are dataclasses
+        parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
+        return f"{type(self).__name__}({parameters})"
 
     @classmethod
     def name(cls) -> str:
-        """Returns the rule's name in text."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        """Returns the rule's name in recipes and tables."""
+        return cls.__name__
 
-    def __repr__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
-        return f"{self.name()}({parameters})"
+
+def _merge(rule: Rule, cores: Cores, key: jax.Array, context: Context) -> jax.Array | Factored:
+    return rule.merge(cores, key=key, context=context)
+
+
+def abstract(cores: Sizes) -> tuple[jax.ShapeDtypeStruct | LoRA, jax.ShapeDtypeStruct, Context]:
+    """Returns shapes of cores, of a key and of a context, to trace a rule with."""
+    given = cores.cores()
+    context: Any = Context(
+        shape=jax.ShapeDtypeStruct((2,), jnp.int32),  # type: ignore[arg-type]  # shapes stand for arrays
+        tasks=jax.ShapeDtypeStruct((cores.tasks,), jnp.int32),  # type: ignore[arg-type]  # the same
+        cores=given,  # type: ignore[arg-type]  # the same
+    )
+    return given, jax.eval_shape(jax.random.key, 0), context
 
 
 def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> None:
-    """Validates a parameter where it is a plain number.
+    """Validates a parameter if it is a plain number.
 
-    Arrays may be traced, or be derivatives by the parameter in its place: those that are used in
-    a merge are checked there, see `validated`.
+    Arrays may be traced, and pytree transformations put other things in the place of parameters.
+    `validated` checks the arrays that a merge uses.
 
     Raises:
         RecipeError: naming the parameter, its value and what is expected.
@@ -159,6 +180,11 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> No
         raise RecipeError(f"{name}={value!r}: expected {expected}")
     if isinstance(value, int | np.integer) and abs(int(value)) >= 2**31:
         raise RecipeError(f"{name}={value!r}: expected {expected}, below 2^31")  # as JAX's int32
+
+
+def check_share(name: str, value: Any) -> None:
+    """Validates a share of entries, above 0 and at most 1, if it is a plain number."""
+    check(name, value, lambda x: 0 < x <= 1, "a share in (0, 1]")
 
 
 def check_weights(weights: Any) -> None:

@@ -1,29 +1,33 @@
 """Elementwise rules: TIES, SCE, DARE and magnitude pruning."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from coremerge_jax import linalg
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.linalg import accumulate, inverse, kth_largest, pytree, roundoff
 from coremerge_jax.rules.chain import Step
 from coremerge_jax.rules.linear import by_task
+from coremerge_jax.rules.operations import Operations, Sizes, entrywise
 from coremerge_jax.rules.rule import (
     Context,
     Cores,
     Equivariance,
     Rule,
     check,
+    check_share,
     check_weights,
     dense,
-    fold,
+    dtype_of,
 )
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Ties(Rule):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ties(Rule):
     r"""Trim, elect signs, merge what agrees (Yadav et al., arXiv 2306.01708).
 
     M̂_t keeps the entries of M_t that are at least its k-th smallest magnitude, with
@@ -39,20 +43,20 @@ class Ties(Rule):
         reduce: ``"mean"`` of the entries that agree, their ``"sum"``, or the ``"max"``: the one
             of the largest magnitude.
         weights: one weight per adapter, applied after trimming; None is 1 for all.
-        scope: whether the trimming threshold of an adapter is found per ``"module"``, or is one
-            over all modules of the ``"model"`` (`merge` finds it; a call on one module's cores
-            has no other module to look at).
+        scope: each adapter has one trimming threshold per ``"module"``, or one over all modules of
+            the ``"model"``. The latter is found by `merge`: a call on the cores of one module
+            takes the threshold of this module.
     """
 
     density: float | jax.Array = 0.2
-    elect: str = flax.struct.field(pytree_node=False, default="sum")
-    reduce: str = flax.struct.field(pytree_node=False, default="mean")
+    elect: str = field(default="sum", metadata={"static": True})
+    reduce: str = field(default="mean", metadata={"static": True})
     weights: tuple[float, ...] | jax.Array | None = None
-    scope: str = flax.struct.field(pytree_node=False, default="module")
+    scope: str = field(default="module", metadata={"static": True})
     equivariance = Equivariance.ELEMENTWISE
 
     def __post_init__(self) -> None:
-        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        check_share("density", self.density)
         check_weights(self.weights)
         for name, options in (
             ("elect", ("sum", "count")),
@@ -64,10 +68,10 @@ class Ties(Rule):
                 raise RecipeError(f"{name}={value!r}: expected {expected}")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key
         size = context.shape[0] * context.shape[1]
-        thresholds = jax.lax.map(lambda core: self.threshold(jnp.abs(dense(core)), size), cores)
+        thresholds = jax.lax.map(
+            lambda core: _threshold(jnp.abs(dense(core)), size, self.density), cores
+        )
         return self.merge_above(thresholds, cores, context)
 
     def merge_above(self, thresholds: jax.Array, cores: Cores, context: Context) -> jax.Array:
@@ -76,58 +80,57 @@ class Ties(Rule):
         if self.weights is not None:
             weights = by_task(self.weights, context).astype(thresholds.dtype)
 
-        def trim(core: jax.Array, threshold: jax.Array, weight: jax.Array) -> jax.Array:
+        def trim(core: Cores, threshold: jax.Array, weight: jax.Array) -> jax.Array:
+            core = dense(core)
             return jnp.where(jnp.abs(core) >= threshold, core * weight, 0)
 
-        def vote(*row: jax.Array) -> jax.Array:
+        def vote(*row: Any) -> jax.Array:
             return jnp.sign(trim(*row)) if self.elect == "count" else trim(*row)
 
-        elected = jnp.sign(fold(vote, cores, thresholds, weights))
+        elected = jnp.sign(accumulate(vote, cores, thresholds, weights))
 
-        def agreeing(*row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def agreeing(*row: Any) -> tuple[jax.Array, jax.Array]:
             kept = trim(*row)
             agrees = jnp.sign(kept) * elected > 0
             return jnp.where(agrees, jnp.abs(kept), 0), agrees.astype(kept.dtype)
 
         combine = jnp.maximum if self.reduce == "max" else jnp.add
-        merged, number = fold(agreeing, cores, thresholds, weights, combine=combine)
+        merged, number = accumulate(agreeing, cores, thresholds, weights, combine=combine)
         if self.reduce == "mean":
             merged = merged / jnp.maximum(number, 1)
         return elected * merged
 
-    def threshold(self, magnitude: jax.Array, size: jax.Array) -> jax.Array:
-        """Returns the trimming threshold of one adapter.
-
-        Args:
-            magnitude: absolute values of its entries, of any shape.
-            size: int32, how many of them count; the others are zero.
-        """
-        return _threshold(magnitude, size, self.density)
+    def operations(self, cores: Sizes) -> Operations:
+        # Dense cores are formed three times: for thresholds, for signs, and for the sum.
+        operations = 80 * cores.tasks * cores.entries
+        return Operations(3 * cores.forming, operations, passing=12 * cores.entries)
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class TiesAbove(Rule):
-    """`Ties` with given trimming thresholds.
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ties_above(Rule):
+    """`ties` with given trimming thresholds.
 
     Attributes:
-        ties: the rule, whose density is not used.
+        rule: its density is not used.
         thresholds: one per adapter.
     """
 
-    ties: Ties
+    rule: ties
     thresholds: jax.Array
     equivariance = Equivariance.ELEMENTWISE
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key
-        dtype = jax.tree.leaves(cores)[0].dtype
-        thresholds = self.thresholds.astype(dtype)[context.tasks]
-        return self.ties.merge_above(thresholds, cores, context)
+        thresholds = self.thresholds.astype(dtype_of(cores))[context.tasks]
+        return self.rule.merge_above(thresholds, cores, context)
+
+    def operations(self, cores: Sizes) -> Operations:
+        return self.rule.operations(cores)
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Dare(Step):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class dare(Step):
     """Drops entries at random and rescales the rest (Yu et al., arXiv 2311.03099).
 
     M ↦ Z ∘ M / (1 − drop) with Z_ij = 0 with probability ``drop`` and 1 otherwise. The mask
@@ -147,8 +150,6 @@ class Dare(Step):
         check("drop", self.drop, lambda x: 0 <= x < 1, "a probability in [0, 1)")
 
     def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Maps ``(p, q)`` to ``(p, q)``."""
-        del context
         if key is None:
             raise RecipeError("dare draws random numbers: pass key=jax.random.key(seed)")
         # Always float32, so that the mask does not depend on the precision of the merge.
@@ -157,9 +158,13 @@ class Dare(Step):
         scale = 1 / (1 - jnp.asarray(self.drop, matrix.dtype))
         return jnp.where(drawn >= drop, matrix * scale, 0)
 
+    def operations(self, cores: Sizes) -> Operations:
+        return entrywise(cores, 60)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Prune(Step):
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class prune(Step):
     """Keeps the largest entries of each core, as the trimming of `ties` does.
 
     Attributes:
@@ -171,18 +176,20 @@ class Prune(Step):
     place = "before"
 
     def __post_init__(self) -> None:
-        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        check_share("density", self.density)
 
     def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Maps ``(p, q)`` to ``(p, q)``."""
-        del key
         magnitude = jnp.abs(matrix)
         size = context.shape[0] * context.shape[1]
         return jnp.where(magnitude >= _threshold(magnitude, size, self.density), matrix, 0)
 
+    def operations(self, cores: Sizes) -> Operations:
+        return entrywise(cores, 80)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Sce(Rule):
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class sce(Rule):
     r"""Select, calculate, erase (Wan et al., FuseChat, arXiv 2408.07990, section 3.2).
 
     The ⌊density · d⌋ entries with the largest variance over the adapters are selected, of the d
@@ -201,45 +208,38 @@ class Sce(Rule):
     equivariance = Equivariance.ELEMENTWISE
 
     def __post_init__(self) -> None:
-        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        check_share("density", self.density)
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key, context
         every = dense(cores)
         if len(every) == 1:
             return every[0]
         chosen = jnp.where(self._selected(every)[None], every, 0)
         squares = jnp.sum(chosen**2, axis=(1, 2))
         agrees = jnp.sign(chosen) * jnp.sign(jnp.sum(chosen, axis=0))[None] > 0
-        weights = jnp.where(agrees, (squares * linalg.inverse(jnp.sum(squares)))[:, None, None], 0)
-        return jnp.sum(weights * chosen, axis=0) * linalg.inverse(jnp.sum(weights, axis=0))
+        weights = jnp.where(agrees, (squares * inverse(jnp.sum(squares)))[:, None, None], 0)
+        return jnp.sum(weights * chosen, axis=0) * inverse(jnp.sum(weights, axis=0))
+
+    def operations(self, cores: Sizes) -> Operations:
+        every = cores.tasks * cores.entries
+        return Operations(cores.forming, 60 * every, passing=3 * every + 12 * cores.entries)
 
     def _selected(self, every: jax.Array) -> jax.Array:
         """Marks the entries of the largest variance, ``(p, q)``."""
         variance = jnp.var(every, axis=0)
-        noise = linalg.roundoff(variance) ** 2 * jnp.max(every**2)
+        noise = roundoff(variance) ** 2 * jnp.max(every**2)
         variance = jnp.where(variance > noise, variance, 0)
         number = _share(jnp.sum(variance > 0), self.density, variance.dtype)
-        least = linalg.kth_smallest(variance, variance.size + 1 - jnp.maximum(number, 1))
+        least = kth_largest(variance, jnp.maximum(number, 1))
         among = (variance >= least) & (variance > 0) & (number > 0)
         return among | (jnp.asarray(self.density) >= 1)
 
 
 def _threshold(magnitude: jax.Array, size: jax.Array, density: float | jax.Array) -> jax.Array:
     """Returns the largest entry that ⌊density · size⌋ are above; TIES keeps it as well."""
-    return linalg.kth_smallest(magnitude, magnitude.size - _share(size, density, magnitude.dtype))
+    return kth_largest(magnitude, _share(size, density, magnitude.dtype) + 1)
 
 
-def _share(size: jax.Array, density: float | jax.Array, dtype: Any) -> jax.Array:
+def _share(size: jax.Array, density: float | jax.Array, dtype: np.dtype) -> jax.Array:
     """Returns ``⌊density · size⌋``."""
     return jnp.floor(size.astype(dtype) * jnp.asarray(density, dtype)).astype(size.dtype)
-
-
-ties = Ties
-
-sce = Sce
-
-dare = Dare
-
-prune = Prune

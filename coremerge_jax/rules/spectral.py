@@ -1,12 +1,14 @@
 """Orthogonally equivariant rules: TSV, CART and Iso-C."""
 
-import flax.struct
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.linalg import (
     Factored,
+    accumulate,
     basis,
     flattened,
     isotropic,
@@ -15,6 +17,7 @@ from coremerge_jax.linalg import (
     orthonormal_factors,
     pad_rows,
     polar,
+    pytree,
     rounding,
     roundoff,
     truncate,
@@ -22,20 +25,30 @@ from coremerge_jax.linalg import (
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.chain import Step
 from coremerge_jax.rules.linear import total
+from coremerge_jax.rules.operations import (
+    Operations,
+    Sizes,
+    decomposition,
+    polar_factors,
+    thin_bases,
+)
 from coremerge_jax.rules.rule import (
     Context,
     Cores,
     Equivariance,
     Rule,
     check,
-    fold,
+    dense,
+    dtype_of,
     side_by_side,
+    tasks_in,
     thin,
 )
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Tsv(Rule):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class tsv(Rule):
     r"""Task singular vectors made orthogonal across tasks (Gargiulo et al., arXiv 2412.00081).
 
     With M_t ≈ U_t S_t V_tᵀ cut to k_t triplets, U = [U_1 … U_T] and V alike, the singular vectors
@@ -57,14 +70,14 @@ class Tsv(Rule):
 
     rank: int | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
+    factored = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int | np.integer)
         check("rank", self.rank, lambda x: whole and x >= 1, "a whole number of at least 1")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
-        """Merges: all cores to one, as ``u blockdiag(S) vᵀ`` in any bases of the U_t and V_t."""
-        del key, context
+        """Merges to ``u blockdiag(S) vᵀ``, in any bases of the U_t and V_t."""
         b, a = thin(cores)
         left, right, inner = orthonormal_factors(b, a)
         side = min(b.shape[1], a.shape[2])
@@ -88,9 +101,14 @@ class Tsv(Rule):
         u, v = jax.vmap(polar)(pad_rows(*map(side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
 
+    def operations(self, cores: Sizes) -> Operations:
+        deficient = self.rank is not None or cores.abreast > cores.side
+        return thin_bases(cores) + polar_factors(cores, cores.abreast, deficient)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Cart(Rule):
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class cart(Rule):
     """Low-rank deviations from the mean (Choi et al., arXiv 2412.12153).
 
     merged = M̄ + scale · Σ_t [M_t − M̄]_k with the mean M̄ and [·]_k the truncation to rank k.
@@ -114,17 +132,21 @@ class Cart(Rule):
         check("scale", self.scale, lambda _: True, "a finite number")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key
-        dtype = jax.tree.leaves(cores)[0].dtype
+        dtype = dtype_of(cores)
         rank = jnp.asarray(self.rank)
         if not jnp.issubdtype(rank.dtype, jnp.integer):
             side = jnp.min(context.shape).astype(dtype)
             rank = jnp.ceil(rank.astype(dtype) * side)
-        tasks = len(jax.tree.leaves(cores)[0])
-        mean = total(cores) / tasks
-        deviations = fold(lambda core: truncate(core - mean, rank, rounding(core))[0], cores)
-        return mean + jnp.asarray(self.scale, dtype) * deviations
+        mean = total(cores) / tasks_in(cores)
+
+        def deviation(core: Cores) -> jax.Array:
+            core = dense(core)
+            return truncate(core - mean, rank, rounding(core))[0]
+
+        return mean + jnp.asarray(self.scale, dtype) * accumulate(deviation, cores)
+
+    def operations(self, cores: Sizes) -> Operations:
+        return Operations(cores.forming) + cores.tasks * decomposition(cores)
 
 
 class _Spectrum(Step):
@@ -147,9 +169,19 @@ class _Spectrum(Step):
 
         return jax.vmap(one)(cores)
 
+    def operations(self, cores: Sizes) -> Operations:
+        one, width = decomposition(cores), cores.width
+        if cores.dense:
+            return cores.number * one
+        if cores.merged:  # the decompositions of its blocks
+            return replace(one, products=cores.forming, core=cores.tasks * 20.0 * width**3)
+        products = 10.0 * cores.side * width * cores.abreast
+        return replace(one, products=products, core=cores.tasks * 10 * width**3)
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Isotropize(_Spectrum):
+
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class isotropize(_Spectrum):
     """Iso-C: equal singular values (Marczak et al., arXiv 2502.04959).
 
     M = U S Vᵀ ↦ σ̄ · U Vᵀ with σ̄ the mean singular value. Only the numerical range counts: null
@@ -160,13 +192,12 @@ class Isotropize(_Spectrum):
     def apply(
         self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
     ) -> jax.Array:
-        """Maps ``(p, q)`` to ``(p, q)``."""
-        del key, context
         return isotropic(matrix)
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class Flatten(_Spectrum):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class flatten(_Spectrum):
     """A flatter spectrum, of the same nuclear norm; a generalization of Iso-C, our own.
 
     M = U S Vᵀ ↦ U (S^power · tr S / tr S^power) Vᵀ over the numerical range: nothing with power 1,
@@ -184,15 +215,4 @@ class Flatten(_Spectrum):
     def apply(
         self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
     ) -> jax.Array:
-        """Maps ``(p, q)`` to ``(p, q)``."""
-        del key, context
         return flattened(matrix, self.power)
-
-
-tsv = Tsv
-
-cart = Cart
-
-isotropize = Isotropize
-
-flatten = Flatten

@@ -1,6 +1,7 @@
 """Rules that merge in common and in task-specific subspaces: Iso-CTS and DC-Merge."""
 
-import flax.struct
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,30 +10,41 @@ from coremerge_jax.linalg import (
     Factored,
     in_range,
     inverse,
-    kth_smallest,
+    kth_largest,
     lapack,
     matmul,
     orthonormal_factors,
     polar,
+    pytree,
     rounding,
     roundoff,
     truncate,
 )
 from coremerge_jax.rules.linear import total
+from coremerge_jax.rules.operations import (
+    Operations,
+    Sizes,
+    decomposition,
+    polar_factors,
+    thin_bases,
+)
 from coremerge_jax.rules.rule import (
     Context,
     Cores,
     Equivariance,
     Rule,
     check,
+    check_share,
     dense,
     side_by_side,
+    tasks_in,
     thin,
 )
 
 
-@flax.struct.dataclass(kw_only=True, repr=False)
-class IsoCts(Rule):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class iso_cts(Rule):
     r"""Isotropic merging in common and task-specific subspaces (Marczak et al., arXiv 2502.04959).
 
     The common subspace: the k leading singular directions U_0, V_0 of Σ_t M_t. The specific ones:
@@ -63,10 +75,7 @@ class IsoCts(Rule):
         check("specific", self.specific, lambda x: x == int(x) >= 0, "a whole number ≥ 0")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
-        """Merges: all cores to one."""
-        del key
-        tasks = len(jax.tree.leaves(cores)[0])
-        common, specific = self._ranks(jnp.min(context.shape), tasks)
+        common, specific = self._ranks(jnp.min(context.shape), tasks_in(cores))
         joint, shared = truncate(total(cores), common)
 
         def own(core: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,6 +88,14 @@ class IsoCts(Rule):
         count = jnp.round(jnp.sum(frames**2))
         mean = jnp.sum(parts * frames) / jnp.maximum(count, 1)
         return mean * _orthogonalized(frames)
+
+    def operations(self, cores: Sizes) -> Operations:
+        count = cores.tasks + 1
+        return (
+            Operations(cores.forming, kept=count * cores.entries)
+            + count * decomposition(cores)
+            + polar_factors(cores, count * cores.side)
+        )
 
     def _ranks(self, side: jax.Array, tasks: int) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.float32
@@ -107,11 +124,9 @@ def _orthogonalized(frames: jax.Array) -> jax.Array:
     return jnp.einsum("ptk,qtk->pq", inner, right, precision="highest")
 
 
-iso_cts = IsoCts
-
-
-@flax.struct.dataclass(kw_only=True, repr=False)
-class DcMerge(Rule):
+@pytree
+@dataclass(frozen=True, kw_only=True, repr=False)
+class dc_merge(Rule):
     r"""Merging along balanced directions in a cover space (DC-Merge, arXiv 2603.06242).
 
     With M_t = U_t S_t V_tᵀ of rank r_t:
@@ -135,14 +150,14 @@ class DcMerge(Rule):
     density: float | jax.Array = 0.001
     rho: float | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
+    factored = True
 
     def __post_init__(self) -> None:
-        check("density", self.density, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        check_share("density", self.density)
         check("rho", self.rho, lambda x: x >= 1, "a number of at least 1")
 
     def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
-        """Merges: all cores to one, as ``U blockdiag(…) Vᵀ``."""
-        del key, context
+        """Merges to ``U blockdiag(…) Vᵀ``."""
         left, right, inner = orthonormal_factors(*thin(cores))
         u, s, v = jax.vmap(lapack.svd)(_without_derivative(inner))
         live = jax.vmap(in_range, (0, None))(s, max(map(roundoff, (left, right))))
@@ -165,6 +180,13 @@ class DcMerge(Rule):
         mean = jnp.sum(jnp.where(agrees, kept, 0), axis=0) * inverse(count)
         return Factored(cover[0], mean, cover[1])
 
+    def operations(self, cores: Sizes) -> Operations:
+        abreast, polars = cores.abreast, polar_factors(cores, cores.abreast)
+        products = 2.0 * abreast**2 * (2 * cores.side + abreast)
+        selection = 60 * cores.tasks * abreast**2
+        passing = polars.passing + 4 * abreast**2
+        return thin_bases(cores) + polars + Operations(products, selection, passing=passing)
+
     def _smooth(self, s: jax.Array, live: jax.Array) -> jax.Array:
         """Returns the smoothed singular values ``(r,)`` of the same sum."""
         rank = jnp.maximum(jnp.sum(live), 1).astype(s.dtype)
@@ -182,7 +204,7 @@ class DcMerge(Rule):
         wanted = jnp.asarray(self.density, jnp.float32) * size.astype(jnp.float32)
         number = jnp.maximum(1, jnp.floor(wanted)).astype(jnp.int32)
         magnitude = jnp.abs(x)
-        return jnp.where(magnitude >= kth_smallest(magnitude, x.size - number + 1), x, 0)
+        return jnp.where(magnitude >= kth_largest(magnitude, number), x, 0)
 
 
 @jax.custom_jvp
@@ -193,6 +215,3 @@ def _without_derivative(x: jax.Array) -> jax.Array:
 @_without_derivative.defjvp
 def _refuse_derivative(primals: tuple, tangents: tuple) -> tuple:
     raise NotImplementedError("dc_merge has no derivative: it selects entries of singular vectors")
-
-
-dc_merge = DcMerge

@@ -1,23 +1,12 @@
 """Merge spaces: where to merge. Pairs of pure functions, project and lift."""
 
-from collections.abc import Callable
+from coremerge_jax.spaces.core import core
+from coremerge_jax.spaces.full import full
+from coremerge_jax.spaces.knots import knots
+from coremerge_jax.spaces.space import Projection, Space, Stacked
+from coremerge_jax.spaces.tucker import tucker
 
-from coremerge_jax.spaces.core import Core
-from coremerge_jax.spaces.full import Full
-from coremerge_jax.spaces.knots import Knots
-from coremerge_jax.spaces.space import Projection, Space
-from coremerge_jax.spaces.tucker import Tucker
+# In the order of tables, by the names of their classes, which are those of recipes.
+SPACES: dict[str, type[Space]] = {space.__name__: space for space in (core, full, knots, tucker)}
 
-core = Core
-full = Full
-knots = Knots
-tucker = Tucker
-
-SPACES: dict[str, Callable[..., Space]] = {
-    "core": core,
-    "full": full,
-    "knots": knots,
-    "tucker": tucker,
-}
-
-__all__ = ["SPACES", "Core", "Projection", "Space", "core", "full", "knots", "tucker"]
+__all__ = ["SPACES", "Projection", "Space", "Stacked", "core", "full", "knots", "tucker"]

@@ -1,9 +1,9 @@
 """Core space (arXiv 2509.17786, section 4)."""
 
-import dataclasses
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,18 @@ from coremerge_jax.linalg import (
     in_range,
     matmul,
     orthonormal_factors,
+    root,
     roundoff,
     spectral_map,
 )
 from coremerge_jax.lora import LoRA, widest
+from coremerge_jax.rules.operations import Operations, Sizes
 from coremerge_jax.rules.rule import side_by_side
-from coremerge_jax.spaces.space import Projection, check_static, split
+from coremerge_jax.spaces.space import Projection, Space, Stacked, check_static
 
 
-@dataclasses.dataclass(frozen=True)
-class Core:
+@dataclass(frozen=True)
+class core(Space):
     """Core space: the joint row and column spaces of all adapters, without loss.
 
     With B = [B_1 … B_T] and A = [A_1; …; A_T], the reference bases U and V are the left singular
@@ -37,8 +39,8 @@ class Core:
     U has ``p = min(m, R)`` columns and V has ``q = min(n, R)``. Where the stacks have a smaller
     numerical rank, the last columns and the cores' entries there are zero.
 
-    The cores depend on how an adapter's update is split into B_t and A_t, as does what elementwise
-    rules make of them. With ``gauge="balanced"`` that is always B_t = P_t S_t^{1/2},
+    The cores depend on how an adapter's update is split into B_t and A_t, and so does the result
+    of elementwise rules. With ``gauge="balanced"`` the split is always B_t = P_t S_t^{1/2},
     A_t = S_t^{1/2} Q_tᵀ, from ΔW_t = P_t S_t Q_tᵀ: then the result depends on the updates alone.
 
     Attributes:
@@ -50,7 +52,6 @@ class Core:
 
     gauge: str = "given"
     rtol: float | None = None
-
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -59,59 +60,68 @@ class Core:
         if self.rtol is not None:
             check_static("rtol", self.rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
-    def project(
-        self,
-        lora_a: jax.Array,
-        lora_b: jax.Array,
-        ranks: tuple[int, ...],
-        *,
-        dtype: Any = None,
-        elementwise: bool = True,
-        axis: str | None = None,
-        shape: tuple[int, int] | None = None,
-    ) -> Projection:
-        """Projects updates, see `Space.project`; elementwise rules get singular vectors."""
-        dtype = dtype or widest(lora_a.dtype, lora_b.dtype)
-        rtol = self._rtol(lora_a, dtype)
+    def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
+        (m, n), rtol = stacked.shape, self._rtol(stacked)
         balanced = elementwise and self.gauge == "balanced"
-        singular = elementwise and not balanced
-        find = partial(basis, rtol=rtol, singular=singular, dtype=dtype, axis=axis)
-        m, n = shape or (None, None)
-        left, b, p, _ = find(lora_b, rows=m)
-        right, a, q, spread = find(lora_a.T, rows=n)
+        singular = elementwise and not balanced  # other rules merge alike in a cheaper basis
+        find = partial(basis, rtol=rtol, singular=singular, dtype=stacked.dtype, axis=stacked.axis)
+        left, b, p, _ = find(stacked.b, rows=m)
+        right, a, q, spread = find(stacked.a.T, rows=n)
         if balanced:
-            a, b = _balanced(split(a.T, b, ranks), ranks)
+            a, b = _balanced(stacked.split(a.T, b), stacked.ranks)
             (turn, b, p, _), (turn_a, a, q, _) = (basis(x, rtol, singular=True) for x in (b, a))
             left, right = left.times(turn.columns()), right.times(turn_a.columns())
         return Projection(
-            factors=split(a.T, b, ranks),
+            factors=stacked.split(a.T, b),
             shape=jnp.stack([p, q]),
             left=left,
             right=right,
             spread=spread,
         )
 
-    def _rtol(self, lora_a: jax.Array, dtype: Any) -> float:
+    def _rtol(self, stacked: Stacked) -> float:
         if self.rtol is not None:
             return self.rtol
-        given, computed = widest(lora_a.dtype, np.dtype(np.float32)), dtype
+        given, computed = widest(stacked.a.dtype, np.dtype(np.float32)), stacked.dtype
         eps = float(jnp.finfo(given).eps) + 8 * float(jnp.finfo(computed).eps)
-        return math.sqrt(lora_a.shape[0]) * eps
+        return math.sqrt(stacked.a.shape[0]) * eps
+
+    def operations(
+        self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
+    ) -> tuple[Sizes, Operations]:
+        sizes, bases = count_bases(shape, ranks)
+        p, q, total, width, kept = sizes.p, sizes.q, sum(ranks), sizes.width, 0
+        products, core = bases.products, bases.core
+        if elementwise:
+            core = 9.0 * (p**3 + q**3)
+        if elementwise and self.gauge == "balanced":
+            products += 6 * width * total * (p + q) + 2 * total * (p**2 + q**2)
+            core += 2 / 3 * (p**3 + q**3) + sizes.tasks * 20 * width**3
+            kept = 6 * total * max(p, q)
+        lift = 2 * shape[0] * total * sizes.side
+        return sizes, Operations(products + lift, core, kept)
+
+
+def count_bases(shape: tuple[int, int], ranks: tuple[int, ...]) -> tuple[Sizes, Operations]:
+    """Returns the sizes of cores, and counts bases from Gram matrices and Cholesky factors."""
+    (m, n), total = shape, sum(ranks)
+    sizes = Sizes(len(ranks), min(m, total), min(n, total), max(ranks))
+    return sizes, Operations(2.0 * total**2 * (m + n), 2 / 3 * (sizes.p**3 + sizes.q**3))
 
 
 def _balanced(cores: LoRA, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Balances stacked factors ``(q, R)`` and ``(p, R)``, up to rotations, which do not matter."""
     left, right, inner = orthonormal_factors(jnp.asarray(cores.b), jnp.asarray(cores.a))
     rtol = jnp.asarray(roundoff(right), inner.dtype)
-    root, turn = jnp.moveaxis(jax.vmap(lambda x: spectral_map(_root, x, rtol))(inner), 1, 0)
-    b = side_by_side(matmul(left, matmul(root, jnp.swapaxes(turn, 1, 2))))
-    a = side_by_side(matmul(right, jnp.swapaxes(root, 1, 2)))
+    roots, turn = jnp.moveaxis(jax.vmap(lambda x: spectral_map(_roots, x, rtol))(inner), 1, 0)
+    b = side_by_side(matmul(left, matmul(roots, jnp.swapaxes(turn, 1, 2))))
+    a = side_by_side(matmul(right, jnp.swapaxes(roots, 1, 2)))
     width = max(ranks)
     columns = np.asarray([t * width + i for t, rank in enumerate(ranks) for i in range(rank)])
     return a[:, columns], b[:, columns]
 
 
-def _root(s: jax.Array, rtol: jax.Array) -> jax.Array:
+def _roots(s: jax.Array, rtol: jax.Array) -> jax.Array:
+    """Returns the roots of singular values, and ones in their places; zeros below ``rtol``."""
     live = in_range(s, rtol)
-    root = jnp.where(live, jnp.sqrt(jnp.where(live, s, 1)), 0)
-    return jnp.stack([root, live.astype(s.dtype)])
+    return jnp.stack([root(jnp.where(live, s, 0)), live.astype(s.dtype)])

@@ -1,19 +1,21 @@
 """KnOTS space (Stoica et al., arXiv 2410.19735)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.linalg import basis, inverse, matmul, polar, roundoff
-from coremerge_jax.spaces.core import Core
-from coremerge_jax.spaces.space import Projection, refuse_axis
+from coremerge_jax.linalg import basis, inverse, matmul, polar, root, roundoff
+from coremerge_jax.rules.operations import Operations, Sizes
+from coremerge_jax.spaces.core import core, count_bases
+from coremerge_jax.spaces.space import Projection, Space, Stacked
 
 
-@dataclasses.dataclass(frozen=True)
-class Knots:
+@dataclass(frozen=True)
+class knots(Space):
     """KnOTS space: the right factors of a joint singular value decomposition.
 
         [ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ],    V_tᵀ: (k, n)
@@ -29,63 +31,62 @@ class Knots:
     """
 
     scaled: bool = False
-
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.scaled, bool):
             raise RecipeError(f"scaled={self.scaled!r}: expected True or False")
 
-    def project(
-        self,
-        lora_a: jax.Array,
-        lora_b: jax.Array,
-        ranks: tuple[int, ...],
-        *,
-        dtype: Any = None,
-        elementwise: bool = True,
-        axis: str | None = None,
-        shape: tuple[int, int] | None = None,
-    ) -> Projection:
-        """Projects updates, see `Space.project`; elementwise rules see all n columns."""
-        if elementwise:
-            refuse_axis(self, axis)
-        core = Core().project(
-            lora_a, lora_b, ranks, dtype=dtype, elementwise=False, axis=axis, shape=shape
-        )
-        assert core.left is not None
-        assert core.right is not None
-        tasks, p, q = core.cores.shape
-        joined = jnp.moveaxis(core.cores, 0, 1).reshape(p, tasks * q)
+    def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
+        if elementwise:  # rules see all n columns
+            stacked.refuse_axis(self)
+        inner = core().project_stacked(stacked, elementwise=False)
+        assert inner.left is not None
+        assert inner.right is not None
+        tasks, p, q = inner.cores.shape
+        joined = jnp.moveaxis(inner.cores, 0, 1).reshape(p, tasks * q)
         if not (elementwise or self.scaled):
-            return _by_polar(core, joined)
-        turn, rows, size, _ = basis(joined, roundoff(core.cores), singular=True)
-        squares = jnp.sum(rows**2, axis=1)
-        gain = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+            return _by_polar(inner, joined)
+        turn, rows, size, _ = basis(joined, roundoff(inner.cores), singular=True)
+        gain = root(jnp.sum(rows**2, axis=1))
         if not self.scaled:
             rows = rows * inverse(gain)[:, None]
         cores = jnp.moveaxis(rows.reshape(-1, tasks, q), 1, 0)
         if elementwise:
-            cores = matmul(cores, core.right.columns().T)
-        columns = jnp.asarray(lora_a.shape[1], jnp.int32) if elementwise else core.shape[1]
+            cores = matmul(cores, inner.right.columns().T)
+        columns = jnp.asarray(stacked.a.shape[1], jnp.int32) if elementwise else inner.shape[1]
         return Projection(
             factors=cores,
             shape=jnp.stack([size, columns]),
-            left=core.left.times(turn.columns()),
-            right=None if elementwise else core.right,
+            left=inner.left.times(turn.columns()),
+            right=None if elementwise else inner.right,
             gain=None if self.scaled else gain,
-            spread=None if elementwise else core.spread,
+            spread=None if elementwise else inner.spread,
         )
 
+    def operations(
+        self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
+    ) -> tuple[Sizes, Operations]:
+        (m, n), (cores, bases) = shape, count_bases(shape, ranks)
+        p, q, every = cores.p, cores.q, cores.tasks * cores.entries
+        products, kept = 2.0 * (cores.width + 2 * p) * every, 4 * every
+        if elementwise:
+            products += 2.0 * every * n
+            kept += cores.tasks * p * n
+            q = n
+        sizes = Sizes(cores.tasks, p, q, width=min(p, q), dense=True)
+        lift = 2 * m * sum(ranks) * sizes.side
+        return sizes, bases + Operations(products + lift, 9 * p**3, kept)
 
-def _by_polar(core: Projection, joined: jax.Array) -> Projection:
+
+def _by_polar(inner: Projection, joined: jax.Array) -> Projection:
     """Returns the space of the polar decomposition of the cores side by side."""
-    p, q = core.cores.shape[1:]
+    p, q = inner.cores.shape[1:]
     rows = polar(joined)
-    size = jnp.round(jnp.sum(rows**2)).astype(core.shape.dtype)
+    size = jnp.round(jnp.sum(rows**2)).astype(inner.shape.dtype)
     return dataclasses.replace(
-        core,
+        inner,
         factors=jnp.moveaxis(rows.reshape(p, -1, q), 1, 0),
-        shape=jnp.stack([size, core.shape[1]]),
+        shape=jnp.stack([size, inner.shape[1]]),
         gain=matmul(joined, rows.T),
     )

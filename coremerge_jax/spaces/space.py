@@ -2,26 +2,92 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
-from coremerge_jax.linalg import Basis, Factored, matmul
-from coremerge_jax.lora import LoRA
+from coremerge_jax.linalg import Basis, Factored, matmul, pytree
+from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.rules import Chain, Context, Rule, chain
 from coremerge_jax.rules.linear import scale
-from coremerge_jax.rules.rule import Cores, check, dense
+from coremerge_jax.rules.operations import Operations, Sizes, counted
+from coremerge_jax.rules.rule import Cores, check, dense, tasks_in
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
 # values; beyond it, rounding of the merged B would show, and A is made orthonormal.
 _SPREAD = 4.0
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The updates of one module as stacked factors, from which spaces make a `Projection`.
+
+    Attributes:
+        a: ``(R, n)``, the A factors of all adapters below each other; on a mesh, some columns.
+        b: ``(m, R)``, the B factors side by side; on a mesh, some rows.
+        ranks: the rank of each adapter, ``sum(ranks) == R``.
+        shape: ``(m, n)`` of the module, without rows and columns that only fill up a mesh.
+        dtype: to compute in.
+        axis: the mapped axis (of `jax.shard_map`) over which the columns of A and the rows of B
+            are spread, if they are.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    ranks: tuple[int, ...]
+    shape: tuple[int, int]
+    dtype: np.dtype
+    axis: str | None = None
+
+    def refuse_axis(self, space: "Space") -> None:
+        """Refuses modules that are spread over devices.
+
+        Raises:
+            UnsupportedError: there is an axis.
+        """
+        if self.axis is not None:
+            raise UnsupportedError(
+                f"{space!r} merges matrices with the rows or columns of the module, which cannot "
+                "be spread over devices; merge in core space, or spread modules alone"
+            )
+
+    def split(self, a: jax.Array, b: jax.Array) -> LoRA:
+        """Splits factors ``(R, q)`` and ``(p, R)``, stacked alike, by adapter.
+
+        Returns:
+            Factors ``(T, max(ranks), q)`` and ``(T, p, max(ranks))``, padded with zeros.
+
+        Raises:
+            MismatchError: the ranks are not those of the factors, or one is 0.
+        """
+        ranks, total = self.ranks, sum(self.ranks)
+        if not ranks or min(ranks) < 1 or total != a.shape[0]:
+            raise MismatchError(
+                f"ranks {ranks} of stacked factors of rank {a.shape[0]}: expected ranks of at "
+                "least 1 that add up to it"
+            )
+        width, starts = max(ranks), np.cumsum((0, *ranks))
+        if len(set(ranks)) == 1:
+            a_parts, b_parts = a.reshape(-1, width, a.shape[1]), b.reshape(len(b), -1, width)
+        else:
+            # Row `total` of A and column `total` of B are the zeros that fill up lower ranks.
+            places = [
+                [start + i if i < rank else total for i in range(width)]
+                for start, rank in zip(starts[:-1], ranks, strict=True)
+            ]
+            index = np.asarray(places)
+            a_parts = jnp.pad(a, ((0, 1), (0, 0)))[index]
+            b_parts = jnp.pad(b, ((0, 0), (0, 1)))[:, index]
+        return LoRA(a=a_parts, b=jnp.moveaxis(b_parts, 1, 0))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Projection:
     """The adapters' updates of one module in a merge space: ``ΔW_t = u gain cores_t vᵀ``.
 
@@ -103,7 +169,7 @@ class Projection:
                 should: see `keeps_a`.
         """
         if tasks is None:
-            tasks = jnp.arange(len(jax.tree.leaves(self.factors)[0]), dtype=jnp.int32)
+            tasks = jnp.arange(tasks_in(self.factors), dtype=jnp.int32)
         context = Context(shape=self.shape, tasks=tasks)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = rule.combine(self.factors, key=key, context=context)
@@ -155,12 +221,12 @@ class Projection:
         return LoRA(a=a, b=u.times(jnp.where(keep_a, on_a, core)).columns())
 
 
-class Space(Protocol):
-    """A merge space: a hashable object with one pure method.
+class Space:
+    """A merge space: a hashable object that projects updates by a pure function.
 
     Attributes:
-        lossless: whether the projected updates are the updates, so that linear rules give the same
-            as without a space.
+        lossless: True if the projected updates are the updates themselves, so that linear rules
+            give the same result as without a space.
     """
 
     lossless: ClassVar[bool]
@@ -171,29 +237,74 @@ class Space(Protocol):
         lora_b: jax.Array,
         ranks: tuple[int, ...],
         *,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         elementwise: bool = True,
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Projection:
-        """Brings the updates of one module into the merge space.
+        """Projects the updates of one module into the merge space.
 
         Args:
             lora_a: ``(R, n)``, the A factors of all adapters below each other.
             lora_b: ``(m, R)``, the B factors side by side.
             ranks: the rank of each adapter, ``sum(ranks) == R``; static.
-            dtype: what to compute in; by default that of the factors. Directions within rounding
+            dtype: to compute in; by default that of the factors. Directions within rounding
                 errors of the factors as they are given are dropped from the bases.
-            elementwise: whether the rule looks at single entries; for other rules the space may
+            elementwise: True if the rule uses single entries; for other rules the space may
                 choose cheaper coordinates that give the same merged update.
-            axis: a mapped axis (of `jax.shard_map`) that the columns of A and the rows of B are
-                spread over, for modules too large for one device. So are those of what is lifted.
-            shape: ``(m, n)`` of the module, where some of these only fill up, with zeros.
+            axis: a mapped axis (of `jax.shard_map`) over which the columns of A and the rows of B
+                are spread, for modules too large for one device. The lifted factors are spread
+                alike.
+            shape: ``(m, n)`` of the module, if some rows or columns only fill up, with zeros.
 
         Raises:
+            MismatchError: the ranks are not those of the factors.
             UnsupportedError: the space has matrices as large as the module, and there is an axis.
         """
-        ...
+        if shape is None:
+            parts = 1 if axis is None else jax.lax.axis_size(axis)
+            shape = parts * lora_b.shape[0], parts * lora_a.shape[1]
+        dtype = np.dtype(dtype or widest(lora_a.dtype, lora_b.dtype))
+        stacked = Stacked(lora_a, lora_b, ranks, shape, dtype, axis)
+        return self.project_stacked(stacked, elementwise=elementwise)
+
+    def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
+        """Projects updates that `project` has described. Every space implements this."""
+        raise NotImplementedError
+
+    def operations(
+        self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
+    ) -> tuple[Sizes, Operations]:
+        """Counts operations and memory of `project` and `Projection.lift`, from leading terms.
+
+        By default they are counted in the jaxprs of both.
+
+        Args:
+            shape: ``(m, n)`` of the module.
+            ranks: the rank of each adapter.
+            elementwise: as in `project`.
+
+        Returns:
+            The sizes of the cores; the operations.
+        """
+        (m, n), total = shape, sum(ranks)
+        a, b = (jax.ShapeDtypeStruct(x, jnp.float64) for x in ((total, n), (m, total)))
+        static: dict[str, Any] = {"space": self, "ranks": ranks, "elementwise": elementwise}
+        with jax.enable_x64(True):
+            cores, _ = jax.eval_shape(partial(_there_and_back, **static), a, b)
+        thin = isinstance(cores, LoRA)
+        tasks, p, q = (len(ranks), *cores.shape) if thin else cores.shape
+        width = max(ranks) if thin else min(p, q)
+        sizes = Sizes(tasks, p, q, width, dense=not thin)
+        return sizes, counted(_there_and_back, a, b, **static)
+
+
+def _there_and_back(
+    a: jax.Array, b: jax.Array, space: Space, ranks: tuple[int, ...], elementwise: bool
+) -> tuple[Cores, LoRA]:
+    """Projects updates, and lifts the first."""
+    found = space.project(a, b, ranks, elementwise=elementwise)
+    return found.factors, found.lift(found.cores[0])
 
 
 def check_static(
@@ -208,44 +319,3 @@ def check_static(
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise RecipeError(f"{name}={value!r}: expected {expected}")
     check(name, value, ok, expected)
-
-
-def refuse_axis(space: "Space", axis: str | None) -> None:
-    """Refuses modules that are spread over devices.
-
-    Raises:
-        UnsupportedError: there is an axis.
-    """
-    if axis is not None:
-        raise UnsupportedError(
-            f"{space!r} merges matrices with the rows or columns of the module, which cannot be "
-            "spread over devices; merge in core space, or spread modules alone"
-        )
-
-
-def split(a: jax.Array, b: jax.Array, ranks: tuple[int, ...]) -> LoRA:
-    """Splits stacked factors ``(R, q)`` and ``(p, R)`` by adapter.
-
-    Returns:
-        Factors ``(T, max(ranks), q)`` and ``(T, p, max(ranks))``, padded with zeros.
-
-    Raises:
-        MismatchError: the ranks are not those of the factors, or one is 0.
-    """
-    if not ranks or min(ranks) < 1 or sum(ranks) != a.shape[0]:
-        raise MismatchError(
-            f"ranks {ranks} of stacked factors of rank {a.shape[0]}: expected ranks of at least 1 "
-            "that add up to it"
-        )
-    width, starts = max(ranks), np.cumsum((0, *ranks))
-    if len(set(ranks)) == 1:
-        a_parts, b_parts = a.reshape(-1, width, a.shape[1]), b.reshape(len(b), -1, width)
-    else:
-        places = [
-            [start + i if i < rank else sum(ranks) for i in range(width)]
-            for start, rank in zip(starts[:-1], ranks, strict=True)
-        ]
-        index = np.asarray(places)
-        a_parts = jnp.pad(a, ((0, 1), (0, 0)))[index]
-        b_parts = jnp.pad(b, ((0, 0), (0, 1)))[:, index]
-    return LoRA(a=a_parts, b=jnp.moveaxis(b_parts, 1, 0))

@@ -1,20 +1,21 @@
 """Shared subspaces of a fixed rank (Compress then Merge, arXiv 2606.03723)."""
 
-import dataclasses
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from coremerge_jax.linalg import lapack, matmul
 from coremerge_jax.lora import LoRA
+from coremerge_jax.rules.operations import Operations, Sizes
 from coremerge_jax.rules.rule import dense
-from coremerge_jax.spaces.core import Core
-from coremerge_jax.spaces.space import Projection, check_static
+from coremerge_jax.spaces.core import core, count_bases
+from coremerge_jax.spaces.space import Projection, Space, Stacked, check_static
 
 
-@dataclasses.dataclass(frozen=True)
-class Tucker:
+@dataclass(frozen=True)
+class tucker(Space):
     r"""Subspaces of a given rank that keep most of all adapters: the merged rank is that at most.
 
     With the cores M_t of core space, N_t = ‖M_t‖ and their mean N̄, the balanced cores
@@ -31,9 +32,8 @@ class Tucker:
         rank: of the subspaces. This default, and the following, are the authors'.
         beta: 1 counts adapters by their norms, 0 counts all alike. The authors choose it on
             validation data; the default is that of their published command for vision models.
-        iterations: at most.
-        tolerance: what the share that is lost has to change by, for another iteration after the
-            third.
+        iterations: the largest number of iterations.
+        tolerance: after the third iteration, they end when the share that is lost changes by less.
     """
 
     rank: int = 16
@@ -49,33 +49,31 @@ class Tucker:
         check_static("beta", self.beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         check_static("tolerance", self.tolerance, lambda x: x >= 0, "a number of at least 0")
 
-    def project(
-        self,
-        lora_a: jax.Array,
-        lora_b: jax.Array,
-        ranks: tuple[int, ...],
-        *,
-        dtype: Any = None,
-        elementwise: bool = True,
-        axis: str | None = None,
-        shape: tuple[int, int] | None = None,
-    ) -> Projection:
-        """Projects updates, see `Space.project`; all rules see the iteration's singular vectors."""
-        del elementwise
-        core = Core().project(
-            lora_a, lora_b, ranks, dtype=dtype, elementwise=False, axis=axis, shape=shape
-        )
-        assert core.left is not None
-        assert core.right is not None
-        assert isinstance(core.factors, LoRA)
-        p, q = self._subspaces(jax.lax.stop_gradient(dense(core.factors)))
-        a, b = jnp.asarray(core.factors.a), jnp.asarray(core.factors.b)
+    def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
+        inner = core().project_stacked(stacked, elementwise=False)
+        assert inner.left is not None
+        assert inner.right is not None
+        assert isinstance(inner.factors, LoRA)
+        p, q = self._subspaces(jax.lax.stop_gradient(dense(inner.factors)))
+        a, b = jnp.asarray(inner.factors.a), jnp.asarray(inner.factors.b)
         return Projection(
             factors=LoRA(a=matmul(a, q), b=matmul(p.T, b)),
-            shape=jnp.minimum(core.shape, self.rank),
-            left=core.left.times(p),
-            right=core.right.times(q),
+            shape=jnp.minimum(inner.shape, self.rank),
+            left=inner.left.times(p),
+            right=inner.right.times(q),
         )
+
+    def operations(
+        self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
+    ) -> tuple[Sizes, Operations]:
+        cores, bases = count_bases(shape, ranks)
+        p, q, every = cores.p, cores.q, cores.tasks * cores.entries
+        rank = min(p, q, self.rank)
+        # About ten iterations, each with products and eigenvectors on both sides.
+        products = 2.0 * (cores.width + p + q + 10 * 2 * rank) * every
+        lift = 2 * shape[0] * sum(ranks) * rank
+        iterated = Operations(products + lift, 11 * 9 * (p**3 + q**3), 8 * every)
+        return replace(cores, p=rank, q=rank), bases + iterated
 
     def _subspaces(self, cores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns P and Q, with columns of zeros where there is nothing left to keep."""
