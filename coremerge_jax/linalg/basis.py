@@ -2,11 +2,13 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.numerics import (
@@ -28,24 +30,24 @@ from coremerge_jax.linalg.numerics import (
 class Basis:
     """Orthonormal columns ``u: (m, p)`` of the space that a matrix ``x: (m, R)`` spans.
 
-    Columns behind the numerical rank are zero. Kept as ``u = x @ frame`` where ``x`` is tall, so
-    that what happens in the space happens to small matrices.
+    Columns behind the numerical rank are zero. For a tall ``x``, ``u = x @ frame`` is not formed:
+    a change of the basis changes the small frame alone.
 
     Attributes:
         x: the matrix, or None where ``u`` is the frame itself.
         frame: ``(R, p)``, or ``(m, p)`` without ``x``; its dtype is the one to compute in.
     """
 
-    x: jax.Array | None
-    frame: jax.Array
+    x: Float[Array, "m R"] | None
+    frame: Float[Array, "k p"]
 
-    def columns(self) -> jax.Array:
+    def columns(self) -> Float[Array, "m p"]:
         """Returns ``u`` itself."""
         if self.x is None:
             return self.frame
         return matmul(self.x.astype(self.frame.dtype), self.frame)
 
-    def times(self, z: jax.Array) -> "Basis":
+    def times(self, z: Float[Array, "p k"]) -> "Basis":
         """Returns ``u @ z`` for ``z: (p, k)``: a basis if the columns of ``z`` are orthonormal."""
         return Basis(x=self.x, frame=matmul(self.frame, z))
 
@@ -53,70 +55,71 @@ class Basis:
 class _Parts(NamedTuple):
     """Parts of the result of `basis`."""
 
-    frame: jax.Array
-    coordinates: jax.Array
-    size: jax.Array
-    spread: jax.Array
+    frame: Float[Array, "k p"]
+    coordinates: Float[Array, "p R"]
+    size: Int[Array, ""]
+    spread: Float[Array, ""]
 
 
-class _How(NamedTuple):
+class _Options(NamedTuple):
     """Options of `basis`."""
 
-    rtol: float
+    rtol: float | int
     singular: bool
     axis: str | None
     rank: int  # how many columns the basis has
 
 
 def basis(
-    x: jax.Array,
-    rtol: float,
+    x: Float[Array, "m R"],
+    rtol: float | int,
     *,
     singular: bool,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     axis: str | None = None,
     rows: int | None = None,
-) -> tuple[Basis, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Basis, Float[Array, "p R"], Int[Array, ""], Float[Array, ""]]:
     """Returns an orthonormal basis ``u`` of the column space of ``x``.
 
-    For derivatives, the numerical rank is constant: what is orthogonal to both the columns and the
-    rows of ``x`` counts for nothing in a change of it.
+    The rank is constant under differentiation; tangents orthogonal to both the columns and the
+    rows of ``x`` leave the basis unchanged.
 
     Args:
         x: ``(m, R)``.
         rtol: singular values up to ``rtol`` times the largest are taken for zero.
-        singular: whether the columns must be the left singular vectors. Any others, where that
-            is enough, come from a Cholesky factorization, which is much cheaper. Where singular
+        singular: True if the columns must be the left singular vectors. If any others will do,
+            they come from a Cholesky factorization, which is much cheaper. Where singular
             vectors are not unique, their derivatives are those of one smooth choice.
-        dtype: what to compute in; by default that of ``x``.
-        axis: a mapped axis (of `jax.shard_map`) that the rows of ``x`` are spread over, as are
-            then those of ``u``. What devices tell each other is sums of Gram matrices, no more.
-        rows: how many rows there are on all devices, where some only fill up, with zeros.
+        dtype: the dtype to compute in; by default that of ``x``.
+        axis: a mapped axis (of `jax.shard_map`) over which the rows of ``x`` are spread. The rows
+            of ``u`` are spread alike. The only communication is a psum of Gram matrices.
+        rows: the number of rows on all devices, without those that only fill up, with zeros.
 
     Returns:
         ``u``; the coordinates ``uᵀ x: (p, R)`` with ``p = min(m, R)``; the numerical rank, int32;
-        and the spread of the singular values, ``rms(s) · rms(1 / s)``, by which rounding errors
-        grow on average when a matrix is written as a multiple of ``x``.
+        and the spread of the singular values, ``rms(s) · rms(1 / s)``, which is the factor by
+        which rounding errors grow on average when a matrix is written as a multiple of ``x``.
     """
     if rows is None:
         rows = x.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
-    how = _How(rtol, singular, axis, min(rows, x.shape[1]))
+    how = _Options(rtol, singular, axis, min(rows, x.shape[1]))
     parts = _basis(x.astype(dtype or x.dtype), how)
     return Basis(x if _is_tall(x, how) else None, parts.frame), *parts[1:]
 
 
-def _is_tall(x: jax.Array, how: _How) -> bool:
+def _is_tall(x: Float[Array, "m R"], how: _Options) -> bool:
     """Returns True if ``u`` is kept as a multiple of ``x``."""
     return how.axis is not None or x.shape[0] >= x.shape[1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _basis(x: jax.Array, how: _How) -> _Parts:
+def _basis(x: Float[Array, "m R"], how: _Options) -> _Parts:
     if how.axis is not None:
         return _spread_basis(x.T, how)
     rtol, singular, *_ = how
     tall = _is_tall(x, how)
-    # Long rows in memory: on CPU, products of them are up to twice as fast as of long columns.
+    # The barrier keeps the transpose in memory: on CPU, products of long rows are up to twice as
+    # fast as those of long columns.
     rows = jax.lax.optimization_barrier(x.T if tall else x)
     robust = partial(_by_svd, tall=tall, rtol=rtol)
     if not gram_pays(x):
@@ -124,23 +127,29 @@ def _basis(x: jax.Array, how: _How) -> _Parts:
     return fast_or_robust(partial(_by_eigh if singular else _by_cholesky, tall=tall), robust)(rows)
 
 
-def _gram(rows: jax.Array, axis: str | None = None) -> jax.Array:
+def _gram(rows: Float[Array, "R m"], axis: str | None = None) -> Float[Array, "R R"]:
     gram = matmul(rows, rows.T)
     return gram if axis is None else jax.lax.psum(gram, axis)
 
 
-def _by_cholesky(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
+def _by_cholesky(
+    rows: Float[Array, "R m"], tall: bool, axis: str | None = None
+) -> tuple[_Parts, Bool[Array, ""]]:
     """Uses a Gram matrix L Lᵀ: ``u = x L⁻ᵀ``; a wide matrix of full rank has ``u = 1``."""
     lower = lapack.cholesky(_gram(rows, axis))
     inverted = lapack.inverse_lower(lower)
     size = len(rows)
     product = jnp.linalg.norm(lower) * jnp.linalg.norm(inverted)
-    exact = product <= GRAM_CONDITION * size**0.5  # false where it is NaN
+    # The product is at least the condition number. False where it is NaN: the Gram matrix is not
+    # positive definite.
+    exact = product <= GRAM_CONDITION * size**0.5
     frame, coordinates = (inverted.T, lower.T) if tall else (jnp.eye(size, dtype=rows.dtype), rows)
     return _Parts(frame, coordinates, jnp.asarray(size, jnp.int32), product / size), exact
 
 
-def _by_eigh(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Parts, jax.Array]:
+def _by_eigh(
+    rows: Float[Array, "R m"], tall: bool, axis: str | None = None
+) -> tuple[_Parts, Bool[Array, ""]]:
     """Uses a Gram matrix E S² Eᵀ: ``u = x E S⁻¹`` of a tall matrix, ``E`` of a wide one."""
     squares, vectors = lapack.eigh(_gram(rows, axis))
     s = jnp.sqrt(jnp.abs(squares))
@@ -150,11 +159,11 @@ def _by_eigh(rows: jax.Array, tall: bool, axis: str | None = None) -> tuple[_Par
     return _Parts(frame, coordinates, jnp.asarray(len(s), jnp.int32), _spread(s)), exact
 
 
-def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
+def _by_svd(rows: Float[Array, "R m"], tall: bool, rtol: float | int) -> _Parts:
     """Returns the singular vectors, from the triangular factor."""
     upper = lapack.triangular(rows.T)
     left, s, right = lapack.svd(upper.T)
-    live = in_range(s, rtol) | jnp.isnan(s)  # else what is NaN would pass for zero
+    live = in_range(s, rtol) | jnp.isnan(s)  # NaN must not pass for zero
     s = jnp.where(live, s, 0)
     left, right = (jnp.where(live[None, :], z, 0) for z in (left, right))
     # rows = left S rightᵀ Q: those of a tall x are its columns. Zero columns must have coordinates
@@ -164,8 +173,8 @@ def _by_svd(rows: jax.Array, tall: bool, rtol: float) -> _Parts:
     return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
 
 
-def _spread_basis(columns: jax.Array, how: _How) -> _Parts:
-    """Finds a basis of a matrix whose columns are these rows, in part on other devices."""
+def _spread_basis(columns: Float[Array, "R m"], how: _Options) -> _Parts:
+    """Finds a basis of a matrix of which each device has some rows, given transposed."""
     robust = partial(_by_grams, how=how)
     if columns.dtype != jnp.float64 or how.rank < len(columns):
         return robust(columns)
@@ -173,12 +182,12 @@ def _spread_basis(columns: jax.Array, how: _How) -> _Parts:
     return fast_or_robust(fast, robust)(columns)
 
 
-def _by_grams(columns: jax.Array, how: _How) -> _Parts:
-    """Returns the singular vectors, from a few Gram matrices: each of what the one before has left.
+def _by_grams(columns: Float[Array, "R m"], how: _Options) -> _Parts:
+    """Returns the singular vectors, from a few Gram matrices, each of the matrix that is left.
 
-    A Gram matrix loses directions below √eps of the largest. So these are scaled up by as much as
-    it can tell, and seen by the next one, as in iterated Cholesky QR (Fukaya et al., SIAM J. Sci.
-    Comput. 42, 2020).
+    A Gram matrix loses directions below √eps of the largest. So each step scales small directions
+    up by as much as its Gram matrix resolves, for the next one, as in iterated Cholesky QR (Fukaya
+    et al., SIAM J. Sci. Comput. 42, 2020).
     """
     size = len(columns)
     eps = float(jnp.finfo(columns.dtype).eps)
@@ -201,13 +210,14 @@ def _by_grams(columns: jax.Array, how: _How) -> _Parts:
     return _Parts(frame, coordinates, jnp.sum(live, dtype=jnp.int32), _spread(s))
 
 
-def _spread(s: jax.Array) -> jax.Array:
+def _spread(s: Float[Array, " k"]) -> Float[Array, ""]:
+    """Returns ``rms(s) · rms(1 / s)`` over nonzero singular values."""
     live = jnp.maximum(jnp.sum(s > 0), 1).astype(s.dtype)
     return jnp.sqrt(jnp.sum(s**2) * jnp.sum(inverse(s) ** 2)) / live
 
 
 @_basis.defjvp
-def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
+def _basis_jvp(how: _Options, primals: tuple, tangents: tuple) -> tuple[_Parts, _Parts]:
     (x,), (dx,) = primals, tangents
     parts = _basis(x, how)
     frame, coordinates, size, spread = parts
@@ -225,11 +235,13 @@ def _basis_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple:
         pseudo = (coordinates * inverse(squares)[:, None]).T
         dframe = matmul(frame, turn) + complement(u, matmul(dx, pseudo))
     dcoordinates = d - matmul(turn, coordinates)
-    no_tangent: Any = np.zeros(size.shape, jax.dtypes.float0)
-    return parts, _Parts(dframe, dcoordinates, no_tangent, jnp.zeros_like(spread))
+    no_tangent = np.zeros(size.shape, jax.dtypes.float0)
+    return parts, _Parts(dframe, dcoordinates, no_tangent, jnp.zeros_like(spread))  # type: ignore[arg-type]  # integers have float0 tangents
 
 
-def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
+def _turn(
+    d: Float[Array, "p R"], coordinates: Float[Array, "p R"], rtol: float
+) -> Float[Array, "p p"]:
     """Returns ``uᵀ du`` of the left singular vectors; zero where their singular values coincide."""
     squares = jnp.sum(coordinates**2, axis=1)
     s = root(squares)
@@ -241,11 +253,17 @@ def _turn(d: jax.Array, coordinates: jax.Array, rtol: float) -> jax.Array:
     return f * (dps + dps.T)
 
 
-def orthonormal_factors(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns orthonormal ``left (T, p, r)``, ``right (T, q, r)``: ``b a = left inner rightᵀ``."""
+def orthonormal_factors(
+    b: Float[Array, "T p r"], a: Float[Array, "T r q"]
+) -> tuple[Float[Array, "T p k"], Float[Array, "T q k"], Float[Array, "T k k"]]:
+    """Returns orthonormal ``left (T, p, k)``, ``right (T, q, k)``: ``b a = left inner rightᵀ``.
+
+    ``k = min(r, max(p, q))``.
+    """
+    # Both in one batch: two batches of LAPACK calls could wait for each other, see `lapack`.
     both = pad_rows(b, jnp.swapaxes(a, 1, 2))
 
-    def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def orthonormal(x: Float[Array, "m r"]) -> tuple[Float[Array, "m k"], Float[Array, "k r"]]:
         found, coordinates, _, _ = basis(x, roundoff(x), singular=False)
         return found.columns(), coordinates
 
@@ -254,7 +272,7 @@ def orthonormal_factors(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Arra
     return columns[0, :, : b.shape[1]], columns[1, :, : a.shape[2]], inner
 
 
-def pad_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+def pad_rows(x: Float[Array, "*T p r"], y: Float[Array, "*T q r"]) -> Float[Array, "2 *T m r"]:
     """Stacks two arrays after giving them as many rows each, with zeros."""
     rows = max(x.shape[-2], y.shape[-2])
     before = ((0, 0),) * (x.ndim - 2)

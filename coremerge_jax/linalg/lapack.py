@@ -1,11 +1,11 @@
 """Decompositions of one matrix at a time on CPU, so that they cannot wait for each other.
 
 Some releases of JAX (0.9.2 among them) split a *batched* LAPACK call among the threads of XLA's
-pool, and block the thread that asked until the others are done. Where that thread is one of the
-pool itself, as in a program that is busy enough, all threads come to wait and the process hangs
-for ever. Calls on one matrix do their work where they are. So `jax.vmap` of the functions here is
-a loop on CPU, which is as fast, as LAPACK works through a batch one by one anyway, and a batched
-call elsewhere.
+pool, and block the calling thread until the others are done. In a busy program the calling thread
+is one of the pool itself: then all threads can end up waiting, and the process hangs for ever.
+Calls on one matrix run on the calling thread. So `jax.vmap` of the functions here is a loop on
+CPU, which is as fast, as LAPACK works through a batch one by one anyway. Elsewhere it is a batched
+call.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from coremerge_jax.linalg.threads import use_one_thread
 
-use_one_thread()  # here, so that no program can come to decompositions without it
+use_one_thread()  # here, so that no program can reach decompositions without it
 
 
 def _one_by_one_on_cpu(fn: Callable) -> Callable:
     wrapped = jax.custom_batching.custom_vmap(fn)
 
     @wrapped.def_vmap
-    def batched(size: int, in_batched: list, x: jax.Array) -> tuple[Any, Any]:
+    def batched(size: int, in_batched: list, x: Float[Array, "..."]) -> tuple[Any, Any]:
         del size
-        if not in_batched[0]:  # where tangents alone are
+        if not in_batched[0]:  # only tangents are batched
             out = wrapped(x)
             return out, jax.tree.map(lambda _: False, out)
         out = jax.lax.platform_dependent(
@@ -38,20 +39,20 @@ def _one_by_one_on_cpu(fn: Callable) -> Callable:
 
 
 @_one_by_one_on_cpu
-def cholesky(x: jax.Array) -> jax.Array:
+def cholesky(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Returns the lower factor of a symmetric positive definite matrix, NaN if it is not."""
     return jnp.linalg.cholesky(x, symmetrize_input=False)
 
 
 @_one_by_one_on_cpu
-def inverse_lower(x: jax.Array) -> jax.Array:
+def inverse_lower(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Returns the inverse of a lower triangular matrix."""
     eye = jnp.eye(len(x), dtype=x.dtype)
     return jax.scipy.linalg.solve_triangular(x, eye, lower=True)
 
 
 @_one_by_one_on_cpu
-def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def eigh(x: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
     """Returns descending eigenvalues, and eigenvectors in columns, of a symmetric matrix."""
 
     def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,26 +63,32 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @_one_by_one_on_cpu
-def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def svd(
+    x: Float[Array, "p q"],
+) -> tuple[Float[Array, "p k"], Float[Array, " k"], Float[Array, "q k"]]:
     """Returns ``u (p, k)``, descending ``s (k,)`` and ``v (q, k)``, with ``k = min(p, q)``."""
     u, s, vt = _svd(x, compute_uv=True)
     return u, s, vt.T
 
 
 @_one_by_one_on_cpu
-def triangular(x: jax.Array) -> jax.Array:
+def triangular(x: Float[Array, "p q"]) -> Float[Array, "k q"]:
     """Returns the upper triangular factor of the QR decomposition of a tall matrix."""
     return jnp.linalg.qr(x, mode="r")
 
 
 @_one_by_one_on_cpu
-def singular_values(x: jax.Array) -> jax.Array:
+def singular_values(x: Float[Array, "p q"]) -> Float[Array, " k"]:
     """Returns the singular values ``(k,)``, descending."""
     return _svd(x, compute_uv=False)
 
 
-def _svd(x: jax.Array, compute_uv: bool) -> Any:
-    """Decomposes one matrix: divide and conquer first and, where that fails, QR iterations."""
+def _svd(x: Float[Array, "p q"], compute_uv: bool) -> Any:
+    """Decomposes one matrix.
+
+    LAPACK's divide and conquer does not converge on some finite matrices, and returns NaN. Its QR
+    iterations are slower, and do.
+    """
     svd = partial(jax.lax.linalg.svd, full_matrices=False, compute_uv=compute_uv)
 
     def on_cpu(x: jax.Array) -> Any:
@@ -93,10 +100,10 @@ def _svd(x: jax.Array, compute_uv: bool) -> Any:
     return _of_finite(lambda x: jax.lax.platform_dependent(x, cpu=on_cpu, default=svd), x)
 
 
-def _of_finite(decompose: Callable, x: jax.Array) -> Any:
-    """Returns the decomposition of a matrix; NaN where it has NaN or infinite values.
+def _of_finite(decompose: Callable, x: Float[Array, "p q"]) -> Any:
+    """Returns the decomposition of a matrix; NaN if it has NaN or infinite entries.
 
-    LAPACK must not see these: it prints complaints, gives up or finds some zeros.
+    These are kept from LAPACK, which prints complaints, gives up or returns some zeros.
     """
     finite = jnp.all(jnp.isfinite(x))
     found = decompose(jnp.where(finite, x, 0))

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -29,12 +31,12 @@ def pytree(cls: _Class) -> _Class:
     return jax.tree_util.register_dataclass(cls)
 
 
-def in_range(s: jax.Array, rtol: float | jax.Array) -> jax.Array:
+def in_range(s: Float[Array, "*k"], rtol: ArrayLike) -> Bool[Array, "*k"]:
     """Marks the singular values ``s`` that are above ``rtol`` times the largest."""
     return s > rtol * jnp.max(s)
 
 
-def roundoff(x: jax.Array) -> float:
+def roundoff(x: Float[Array, "*T p q"]) -> float:
     """Returns the relative size below which a singular value of ``x`` is rounding noise.
 
     The usual ``max(p, q) * eps``, as in `numpy.linalg.matrix_rank`.
@@ -42,7 +44,7 @@ def roundoff(x: jax.Array) -> float:
     return max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps)
 
 
-def rounding(x: jax.Array) -> jax.Array:
+def rounding(x: Float[Array, "p q"]) -> Float[Array, ""]:
     """Returns the size below which a singular value of ``x - y`` is noise, for any part y of x."""
     least = 64 * float(jnp.finfo(x.dtype).eps)  # parts of small matrices are less exact
     return max(roundoff(x), least) * jnp.linalg.norm(jax.lax.stop_gradient(x))
@@ -50,22 +52,22 @@ def rounding(x: jax.Array) -> jax.Array:
 
 # The inner `where` of these two keeps zeros out of the function: its derivative there is infinite
 # or NaN, and would stay so when the outer one multiplies it by zero.
-def inverse(s: jax.Array, cutoff: jax.Array | float = 0) -> jax.Array:
+def inverse(s: Float[Array, "*k"], cutoff: ArrayLike = 0) -> Float[Array, "*k"]:
     """Returns ``1 / s`` where ``s`` is above the cutoff, else 0; with derivative 0 there."""
     return jnp.where(s > cutoff, 1 / jnp.where(s > cutoff, s, 1), 0)
 
 
-def root(s: jax.Array) -> jax.Array:
+def root(s: Float[Array, "*k"]) -> Float[Array, "*k"]:
     """Returns ``sqrt(s)`` where ``s`` is positive, else 0; with derivative 0 there."""
     return jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0)
 
 
-def complement(q: jax.Array, x: jax.Array) -> jax.Array:
+def complement(q: Float[Array, "m p"], x: Float[Array, "m k"]) -> Float[Array, "m k"]:
     """Returns the part of ``x`` orthogonal to the columns of ``q``."""
     return x - matmul(q, matmul(q.T, x))
 
 
-def gram_pays(x: jax.Array) -> bool:
+def gram_pays(x: Float[Array, "p q"]) -> bool:
     """Returns True if a Gram matrix of ``x`` can be precise enough, and saves time."""
     return x.dtype == jnp.float64 and max(x.shape) > GRAM_SIZE
 
@@ -114,7 +116,7 @@ def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
     def chosen(*args: Any) -> Any:
         result, exact = fast(*args)
 
-        def pick(x: jax.Array, y: jax.Array) -> jax.Array:
+        def pick(x: Array, y: Array) -> Array:
             return jnp.where(exact.reshape(exact.shape + (1,) * (x.ndim - exact.ndim)), x, y)
 
         # Both ways by `pick`, so that under `jax.shard_map` both differ by device.
@@ -135,7 +137,7 @@ def fast_or_robust(fast: Callable, robust: Callable) -> Callable:
 def _repeat(size: int, in_batched: Any, args: Any) -> Any:
     """Repeats arguments without a batch axis, for the rules of `custom_vmap`."""
 
-    def one(x: jax.Array, is_batched: bool) -> jax.Array:
+    def one(x: Array, is_batched: bool) -> Array:
         return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
     return jax.tree.map(one, args, tuple(in_batched))

@@ -4,15 +4,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
 
 @jax.jit
-def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
+def kth_smallest(x: Float[Array, "*shape"], k: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the ``k``-th smallest entry (from 1) of a nonnegative ``x``; 0 where ``k < 1``.
 
     Nonnegative floats are ordered as their bit patterns are. A pattern with exactly ``k`` entries
     below is found by counting, without a sort: first among the upper halves of the bits, which
-    are less to look at and nearly always suffice. ``k`` may be traced. Not differentiated.
+    are half the memory and nearly always suffice. ``k`` may be traced. The derivative is zero.
 
     Args:
         x: float array of any shape.
@@ -34,7 +35,7 @@ def kth_smallest(x: jax.Array, k: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(value, x.dtype)
 
 
-def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+def kth_largest(x: Float[Array, "*shape"], k: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the ``k``-th largest entry (from 1) of a nonnegative ``x``; 0 if it has fewer."""
     return kth_smallest(x, x.size - k + 1)
 
@@ -45,23 +46,23 @@ class _Place(NamedTuple):
     Attributes:
         low: fewer than ``k`` integers are below.
         high: at least ``k`` integers are below.
-        under: by how many they are fewer, negative.
-        over: by how many they are more.
-        found: whether ``over`` is 0 (or there is nothing to look for).
+        under: the number below ``low``, less ``k``: negative.
+        over: the number below ``high``, less ``k``.
+        found: True if ``over`` is 0, or the value is known without a search.
     """
 
-    low: jax.Array
-    high: jax.Array
-    under: jax.Array
-    over: jax.Array
-    found: jax.Array
+    low: UInt[Array, ""]
+    high: UInt[Array, ""]
+    under: Num[Array, ""]
+    over: Num[Array, ""]
+    found: Bool[Array, ""]
 
 
-def _narrow(bits: jax.Array, k: jax.Array, place: _Place) -> _Place:
+def _narrow(bits: UInt[Array, "*shape"], k: Int[Array, ""], place: _Place) -> _Place:
     """Narrows a place until ``high`` has exactly ``k`` of ``bits`` below it, or is ``low + 1``.
 
-    By regula falsi on the counts, in its Illinois variant (Dowell and Jarratt, BIT 11, 1971), and
-    a bisection now and then, for counts that it is slow on.
+    Uses regula falsi on the counts, in its Illinois variant (Dowell and Jarratt, BIT 11, 1971), and
+    a bisection in every fourth step, for counts on which it is slow.
     """
     real = jnp.float64 if bits.dtype.itemsize == 8 else jnp.float32
 
@@ -72,7 +73,7 @@ def _narrow(bits: jax.Array, k: jax.Array, place: _Place) -> _Place:
         middle = jnp.clip(low + way, low + 1, high - 1)
         excess = (jnp.sum(bits < middle, dtype=k.dtype) - k).astype(real)
         up = excess < 0
-        # What stays counts half if it stayed before: else one end might stay for ever.
+        # An end that stays twice counts half: otherwise it might stay for ever.
         weight = jnp.where(side == up, 0.5, 1.0).astype(real)
         place = _Place(
             low=jnp.where(up, middle, low),
@@ -87,7 +88,7 @@ def _narrow(bits: jax.Array, k: jax.Array, place: _Place) -> _Place:
         place = state[0]
         return (place.high - place.low > 1) & ~place.found
 
-    # In loops under `jax.shard_map`, what starts constant has to say that it differs by device.
+    # The state of a loop under `jax.shard_map` has to differ by device from the start.
     under = place.under.astype(real)
     over = place.over.astype(real) + jnp.zeros_like(under)
     start = (

@@ -1,11 +1,13 @@
 """Functions of the singular values."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Shaped
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.numerics import (
@@ -22,6 +24,11 @@ from coremerge_jax.linalg.numerics import (
     roundoff,
 )
 
+_Scalar = Float[Array, ""]
+
+# u, s and v of a singular value decomposition.
+_Triple = tuple[Float[Array, "p k"], Float[Array, " k"], Float[Array, "q k"]]
+
 
 @pytree
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +41,16 @@ class Factored:
         v: ``(q, T r)``.
     """
 
-    u: jax.Array
-    blocks: jax.Array
-    v: jax.Array
+    u: Float[Array, "p k"]
+    blocks: Float[Array, "T r r"]
+    v: Float[Array, "q k"]
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "p q"]:
         """Returns the matrix itself."""
         return matmul(_times_blocks(self.u, self.blocks), self.v.T)
 
 
-def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
+def _times_blocks(x: Float[Array, "p k"], blocks: Float[Array, "T r r"]) -> Float[Array, "p k"]:
     """Returns ``x @ blockdiag(blocks)``."""
     tasks, rank, _ = blocks.shape
     columns = x.reshape(len(x), tasks, rank)
@@ -52,21 +59,23 @@ def _times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> jax.Array:
+def spectral_map(
+    fn: Callable, x: Float[Array, "p q"] | Factored, *params: Shaped[Array, ""]
+) -> Float[Array, "c p q"]:
     """Maps ``x = u @ diag(s) @ vᵀ`` to ``u @ diag(f) @ vᵀ`` for each row f of ``fn(s, *params)``.
 
     The derivative is exact also where singular values coincide: Daleckii and Krein's divided
     differences, in the form for singular values (Noferini, "A formula for the Fréchet derivative
-    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017). What ``fn`` keeps and
-    drops counts as constant, so where it keeps the numerical range, null directions stay null: the
-    part of a change that is between left and right null vectors has no effect.
+    of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017). The selection that
+    ``fn`` makes is constant. So null directions stay null if it keeps the numerical range: the
+    part of a change between left and right null vectors has no effect.
 
     Args:
         fn: maps the descending singular values ``(k,)`` to ``(c, k)``, c replacements for them; it
             must send numerically zero values to zero.
-        x: ``(p, q)``. Nearly free where it is factored and the columns of its u and v that
-            matter are orthonormal, which is found out here.
-        *params: what else ``fn`` depends on.
+        x: ``(p, q)``. A `Factored` is nearly free if the columns of its u and v that matter are
+            orthonormal, which is tested here.
+        *params: further arguments of ``fn``.
 
     Returns:
         ``(c, p, q)``.
@@ -77,14 +86,14 @@ def spectral_map(fn: Callable, x: jax.Array | Factored, *params: jax.Array) -> j
     return _reassemble(u, fn(s, *params), v)
 
 
-def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _decompose(x: Float[Array, "p q"]) -> _Triple:
     """Returns ``u (p, k)``, descending ``s`` and ``v (q, k)`` with ``x = u @ diag(s) @ vᵀ``."""
     if not gram_pays(x):
         return lapack.svd(x)
     return fast_or_robust(_by_gram, lapack.svd)(x)
 
 
-def _by_gram(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+def _by_gram(x: Float[Array, "p q"]) -> tuple[_Triple, Bool[Array, ""]]:
     if x.shape[0] < x.shape[1]:
         (v, s, u), exact = _by_gram(x.T)
         return (u, s, v), exact
@@ -94,8 +103,10 @@ def _by_gram(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.
     return (matmul(x, v) * inverse(s)[None, :], s, v), exact
 
 
-def _map_factored(fn: Callable, x: Factored, params: tuple) -> jax.Array:
-    def of_blocks(x: Factored, params: tuple) -> tuple[jax.Array, jax.Array]:
+def _map_factored(fn: Callable, x: Factored, params: tuple) -> Float[Array, "c p q"]:
+    """Decomposes the blocks alone, or the dense matrix where u or v are not orthonormal."""
+
+    def of_blocks(x: Factored, params: tuple) -> tuple[Float[Array, "c p q"], Bool[Array, ""]]:
         left, s, right = jax.vmap(lapack.svd)(x.blocks)
         u, v = _times_blocks(x.u, left), _times_blocks(x.v, right)
         order = jnp.argsort(-s.ravel())
@@ -106,37 +117,46 @@ def _map_factored(fn: Callable, x: Factored, params: tuple) -> jax.Array:
         orthonormal = jnp.max(jnp.abs(jnp.stack(error))) < tolerance
         return _reassemble(u, fn(s, *params), v), orthonormal
 
-    def of_dense(x: Factored, params: tuple) -> jax.Array:
+    def of_dense(x: Factored, params: tuple) -> Float[Array, "c p q"]:
         return _map_by_svd(fn, x.dense(), *params)
 
     return fast_or_robust(of_blocks, of_dense)(x, params)
 
 
-def _map_by_svd(fn: Callable, x: jax.Array, *params: jax.Array) -> jax.Array:
+def _map_by_svd(
+    fn: Callable, x: Float[Array, "p q"], *params: Shaped[Array, ""]
+) -> Float[Array, "c p q"]:
     u, s, v = lapack.svd(x)
     return _reassemble(u, fn(s, *params), v)
 
 
-def _reassemble(u: jax.Array, f: jax.Array, v: jax.Array) -> jax.Array:
+def _reassemble(
+    u: Float[Array, "p k"], f: Float[Array, "c k"], v: Float[Array, "q k"]
+) -> Float[Array, "c p q"]:
+    """Returns ``u diag(f) vᵀ`` for each row of f."""
     return jax.vmap(lambda f: matmul(u * f[None, :], v.T))(f)
 
 
 @spectral_map.defjvp
-def _spectral_map_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
+def _spectral_map_jvp(
+    fn: Callable, primals: tuple, tangents: tuple
+) -> tuple[Float[Array, "c p q"], Float[Array, "c p q"]]:
     x, *params = primals
     dx, *dparams = tangents
     if isinstance(x, Factored):
         x, dx = jax.jvp(Factored.dense, (x,), (dx,))
-    parts = _parts(fn, x, *params)
-    return parts[0], _tangent(fn, parts[1:], params, dx, dparams)
+    value, u, s, v = _parts(fn, x, *params)
+    return value, _tangent(fn, (u, s, v), params, dx, dparams)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _parts(fn: Callable, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns `spectral_map` of a matrix, and its ``u``, ``s`` and ``v``.
+def _parts(
+    fn: Callable, x: Float[Array, "p q"], *params: Shaped[Array, ""]
+) -> tuple[Float[Array, "c p q"], Float[Array, "p k"], Float[Array, " k"], Float[Array, "q k"]]:
+    """Returns `spectral_map` of a matrix, and its ``u``, ``s`` and ``v``: a derivative needs them.
 
-    All that a derivative needs, with derivatives of its own, so that there are second ones: here
-    vectors of coinciding singular values, which have none, do not turn.
+    They have derivatives of their own, for second derivatives. Vectors of coinciding singular
+    values have none: here they do not turn.
     """
     u, s, v = lapack.svd(x)
     return _reassemble(u, fn(s, *params), v), u, s, v
@@ -146,8 +166,7 @@ def _parts(fn: Callable, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, .
 def _parts_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
     x, *params = primals
     dx, *dparams = tangents
-    value, *frames = _parts(fn, x, *params)
-    u, s, v = frames
+    value, u, s, v = _parts(fn, x, *params)
     dxv, dxu = matmul(dx, v), matmul(dx.T, u)
     dp = matmul(u.T, dxv)
     largest = jnp.maximum(s[:, None], s[None, :])
@@ -159,19 +178,19 @@ def _parts_jvp(fn: Callable, primals: tuple, tangents: tuple) -> tuple:
     reciprocal = inverse(s)[None, :]
     du = matmul(u, turn_u) + complement(u, dxv * reciprocal)
     dv = matmul(v, turn_v) + complement(v, dxu * reciprocal)
-    tangent = _tangent(fn, frames, params, dx, dparams)
-    return (value, *frames), (tangent, du, jnp.diagonal(dp), dv)
+    tangent = _tangent(fn, (u, s, v), params, dx, dparams)
+    return (value, u, s, v), (tangent, du, jnp.diagonal(dp), dv)
 
 
-def _close(s: jax.Array) -> jax.Array:
-    """Finds the pairs for which a difference quotient has more rounding error than its limit."""
+def _close(s: Float[Array, " k"]) -> Bool[Array, "k k"]:
+    """Marks the pairs for which a difference quotient has more rounding error than its limit."""
     eps = float(jnp.finfo(s.dtype).eps)
     return (s[:, None] - s[None, :]) ** 2 <= eps * s[0] * jnp.maximum(s[:, None], s[None, :])
 
 
 def _tangent(
-    fn: Callable, frames: Sequence[jax.Array], params: Sequence, dx: jax.Array, dparams: Sequence
-) -> jax.Array:
+    fn: Callable, frames: _Triple, params: list, dx: Float[Array, "p q"], dparams: list
+) -> Float[Array, "c p q"]:
     """Returns the derivative of `spectral_map`."""
     u, s, v = frames
     dxv, dxu = matmul(dx, v), matmul(dx.T, u)
@@ -180,7 +199,10 @@ def _tangent(
     slope = jax.jacfwd(fn)(s, *params)
     gap, close = s[:, None] - s[None, :], _close(s)
 
-    def tangent(f: jax.Array, df: jax.Array, slope: jax.Array) -> jax.Array:
+    def tangent(
+        f: Float[Array, " k"], df: Float[Array, " k"], slope: Float[Array, "k k"]
+    ) -> Float[Array, "p q"]:
+        # Of a difference quotient of f, at singular values that coincide.
         limit = jnp.diagonal(slope)[:, None] - slope
         limit = (limit + limit.T) / 2
         even = jnp.where(close, limit, (f[:, None] - f[None, :]) / jnp.where(close, 1, gap))
@@ -196,17 +218,17 @@ def _tangent(
 
 
 def truncate(
-    x: jax.Array, rank: jax.Array, noise: jax.Array | float = 0
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "p q"], rank: ArrayLike, noise: ArrayLike = 0
+) -> tuple[Float[Array, "p q"], Float[Array, "p q"]]:
     """Cuts ``x`` to its leading singular directions.
 
-    Directions whose singular value equals the last one kept are kept too: which of them to drop
-    would be an arbitrary choice. For derivatives, how many are kept is constant; they are large
-    where singular values at the cut are close.
+    Directions whose singular value equals the last one kept are kept too: to drop some of them
+    would be an arbitrary choice. The number kept is constant under differentiation; derivatives
+    are large where singular values at the cut are close.
 
     Args:
         x: ``(p, q)``.
-        rank: how many; may be traced.
+        rank: the number of directions; may be traced.
         noise: singular values up to this are null as well; not differentiated.
 
     Returns:
@@ -218,7 +240,10 @@ def truncate(
     return update, frame
 
 
-def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array, noise: jax.Array) -> jax.Array:
+def _leading(
+    s: Float[Array, " k"], rank: _Scalar, rtol: _Scalar, noise: _Scalar
+) -> Float[Array, "2 k"]:
+    """Returns the singular values that `truncate` keeps, and ones in their places."""
     first = jnp.arange(s.shape[0], dtype=s.dtype) < rank
     last = jnp.min(jnp.where(first, s, jnp.inf))
     kept = (s >= last * (1 - rtol)) & in_range(s, rtol) & (s > noise)
@@ -226,12 +251,12 @@ def _leading(s: jax.Array, rank: jax.Array, rtol: jax.Array, noise: jax.Array) -
 
 
 @jax.custom_jvp
-def polar(x: jax.Array) -> jax.Array:
+def polar(x: Float[Array, "p q"]) -> Float[Array, "p q"]:
     """Returns ``x`` with each of its (numerically) nonzero singular values replaced by one.
 
-    By Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
-    Matrices, 2008, section 8.3), where the singular values are near enough for it. Derivatives, as
-    of `spectral_map`, are exact along changes that keep the rank.
+    Uses Newton and Schulz's iteration, which is matrix products alone (Higham, Functions of
+    Matrices, 2008, section 8.3), and decompositions if it does not converge in 12 steps. As for
+    `spectral_map`, derivatives are exact along changes that keep the rank.
     """
     if max(x.shape) <= GRAM_SIZE:
         return _polar_by_svd(x)
@@ -239,14 +264,16 @@ def polar(x: jax.Array) -> jax.Array:
 
 
 @polar.defjvp
-def _polar_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _polar_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, "p q"], Float[Array, "p q"]]:
     (value, *_), (tangent, *_) = _isometry_jvp(primals, tangents)
     return value, tangent
 
 
 @jax.custom_jvp
-def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the polar factor of a matrix that is not wide, singular values and right vectors."""
+def _isometry(
+    x: Float[Array, "p q"],
+) -> tuple[Float[Array, "p q"], Float[Array, " q"], Float[Array, "q q"]]:
+    """Returns polar factor, singular values and right vectors of a matrix with p >= q."""
     u, s, v = lapack.svd(x)
     s = jnp.where(in_range(s, roundoff(x)), s, 0)
     return _reassemble(u, jnp.sign(s)[None], v)[0], s, v
@@ -254,10 +281,11 @@ def _isometry(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @_isometry.defjvp
 def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
-    """Derives W, with x = W H; H = W^T x solves what would divide by singular values.
+    """Derives W, with x = W H and H = Wᵀ x.
 
-    W and H are smooth where singular values coincide, their vectors are not. So the solutions are
-    differentiated by what they solve, and vectors only find them.
+    The derivative of W solves linear equations in H. W and H are smooth where singular values
+    coincide, and singular vectors are not. So the vectors only solve the equations:
+    `custom_linear_solve` differentiates the equations themselves for second derivatives.
     """
     (x,), (dx,) = primals, tangents
     if x.shape[0] < x.shape[1]:
@@ -266,7 +294,7 @@ def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
     w, s, v = parts = _isometry(x)
     null = jnp.eye(len(v), dtype=x.dtype) - matmul(w.T, w)
     live = jnp.eye(len(v), dtype=x.dtype) - null
-    filler = jnp.where(s[0] > 0, s[0], 1)  # of null directions; whatever is positive does
+    filler = jnp.where(s[0] > 0, s[0], 1)  # in null directions; any positive number will do
     h = matmul(w.T, x) + filler * null
     along, filled = matmul(w.T, dx), jnp.where(s > 0, s, filler)
     sums = filled[:, None] + filled[None, :]
@@ -288,11 +316,11 @@ def _isometry_jvp(primals: tuple, tangents: tuple) -> tuple:
     return parts, (tangent, jnp.zeros_like(s), jnp.zeros_like(v))
 
 
-def _polar_by_svd(x: jax.Array) -> jax.Array:
+def _polar_by_svd(x: Float[Array, "p q"]) -> Float[Array, "p q"]:
     return _map_by_svd(_ones, x, jnp.asarray(roundoff(x), x.dtype))[0]
 
 
-def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _polar_by_products(x: Float[Array, "p q"]) -> tuple[Float[Array, "p q"], Bool[Array, ""]]:
     if x.shape[0] > x.shape[1]:
         value, exact = _polar_by_products(x.T)
         return value.T, exact
@@ -307,7 +335,7 @@ def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         error = jnp.max(jnp.abs(gram - jnp.eye(len(x), dtype=x.dtype)))
         return 1.5 * x - 0.5 * matmul(gram, x), error, count + 1
 
-    def goes_on(state: tuple) -> jax.Array:
+    def goes_on(state: tuple) -> Bool[Array, ""]:
         return (state[1] > small) & (state[2] < 12)
 
     start = x * jnp.sqrt(1.9 / bound), jnp.full_like(bound, jnp.inf), jnp.asarray(0, jnp.int32)
@@ -315,11 +343,11 @@ def _polar_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, error <= small  # before the last step, which squares it
 
 
-def _ones(s: jax.Array, rtol: jax.Array) -> jax.Array:
+def _ones(s: Float[Array, " k"], rtol: _Scalar) -> Float[Array, "1 k"]:
     return in_range(s, rtol).astype(s.dtype)[None]
 
 
-def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
+def flattened(x: Float[Array, "p q"] | Factored, power: ArrayLike) -> Float[Array, "p q"]:
     """Raises the singular values of ``x`` to a power, and scales them to the sum they had.
 
     With power 0, each (numerically) nonzero one becomes their mean.
@@ -330,14 +358,18 @@ def flattened(x: jax.Array | Factored, power: jax.Array | float) -> jax.Array:
 
 
 @jax.custom_jvp
-def isotropic(x: jax.Array | Factored) -> jax.Array:
+def isotropic(x: Float[Array, "p q"] | Factored) -> Float[Array, "p q"]:
     """Replaces each (numerically) nonzero singular value of ``x`` by their mean."""
     return flattened(x, 0)
 
 
 @isotropic.defjvp
-def _isotropic_jvp(primals: tuple, tangents: tuple) -> tuple:
-    def by_polar(x: jax.Array | Factored) -> jax.Array:
+def _isotropic_jvp(
+    primals: tuple, tangents: tuple
+) -> tuple[Float[Array, "p q"], Float[Array, "p q"]]:
+    """Derives the mean times the polar factor, which is smooth where singular values coincide."""
+
+    def by_polar(x: Float[Array, "p q"] | Factored) -> Float[Array, "p q"]:
         x = x.dense() if isinstance(x, Factored) else x
         isometry = polar(x)
         rank = jax.lax.stop_gradient(jnp.round(jnp.sum(isometry**2)))
@@ -346,7 +378,7 @@ def _isotropic_jvp(primals: tuple, tangents: tuple) -> tuple:
     return jax.jvp(by_polar, primals, tangents)
 
 
-def _flat(s: jax.Array, rtol: jax.Array, power: jax.Array) -> jax.Array:
+def _flat(s: Float[Array, " k"], rtol: _Scalar, power: _Scalar) -> Float[Array, "1 k"]:
     live = in_range(s, rtol)
     raised = jnp.where(live, jnp.where(live, s, 1) ** power, 0)
     total = jnp.sum(raised)

@@ -1,12 +1,12 @@
 """Merge rules: pure functions from the adapters' cores ``(T, p, q)`` to one core ``(p, q)``.
 
-What derivatives mean. All that is selected counts as constant: entries and singular directions that
-are kept, signs that are elected, masks, which the key fixes. So derivatives are exact wherever the
+Derivatives. Every selection is constant: the entries and singular directions that are kept, the
+signs that are elected, the masks that the key fixes. So derivatives are exact wherever the
 selection does not change nearby, and zero by parameters that only select (densities, ranks). They
-are exact also where singular values coincide, unless the rule or elementwise coordinates tell such
-directions apart; then they are finite. Where stacks or updates are of lower rank (copies, zeros,
-shared directions), null directions stay null: derivatives are exact along changes that keep the
-rank, and leave out what would raise it. `dc_merge` has no derivative.
+are exact also where singular values coincide, unless the rule or elementwise coordinates
+distinguish such directions; then they are finite. Where stacks or updates are of lower rank
+(copies, zeros, shared directions), null directions stay null: derivatives are exact along changes
+that keep the rank, and leave out changes that would raise it. `dc_merge` has no derivative.
 
 Second derivatives are exact too where singular values differ. Where they coincide, those of `mean`,
 `task_arithmetic`, `tsv` without a rank, `isotropize` and their chains are exact as well; others are

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import (
-    Factored,
     accumulate,
     basis,
     inverse,
@@ -21,7 +21,17 @@ from coremerge_jax.linalg import (
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.chain import Step
 from coremerge_jax.rules.operations import Operations, Sizes, decomposition
-from coremerge_jax.rules.rule import Context, Cores, Equivariance, check, dense, tasks_in
+from coremerge_jax.rules.rule import (
+    Context,
+    Core,
+    Cores,
+    Dense,
+    Equivariance,
+    Merged,
+    check,
+    dense,
+    tasks_in,
+)
 
 
 @pytree
@@ -58,7 +68,7 @@ class svc(Step):
             "merges"
         )
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def apply(self, matrix: Dense, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         cores = context.cores
         assert cores is not None
         tasks = tasks_in(cores)
@@ -66,7 +76,7 @@ class svc(Step):
         found, merged, _, _ = basis(matrix, roundoff(matrix), singular=True)
         u = found.columns()
 
-        def share(core: Cores) -> jax.Array:
+        def share(core: Core) -> Float[Array, " k"]:
             core = dense(core)
             rows = matmul(u.T, core)
             squares = jnp.sum(rows**2, axis=1)
@@ -111,7 +121,7 @@ class pico(Step):
         change = _calibration(jnp.einsum("tpr,tqr->pq", b, b, precision="highest"), len(b))
         return LoRA(a=cores.a, b=b + jax.vmap(matmul, (None, 0))(change, b), kind=cores.kind)
 
-    def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array:
+    def restore(self, merged: Merged, *, context: Context) -> Dense:
         """Scales the merged core."""
         assert context.cores is not None
         mean = accumulate(_norm, context.cores) / tasks_in(context.cores)
@@ -123,15 +133,15 @@ class pico(Step):
         return Operations(products) + decomposition(replace(cores, q=cores.p))
 
 
-def _norm(core: Cores) -> jax.Array:
+def _norm(core: Core) -> Float[Array, ""]:
     """Returns the Frobenius norm of a core, with derivative 0 at 0."""
     return root(jnp.sum(dense(core) ** 2))
 
 
-def _calibration(gram: jax.Array, tasks: int) -> jax.Array:
+def _calibration(gram: Float[Array, "p p"], tasks: int) -> Float[Array, "p p"]:
     """Returns ``U diag(α − 1) Uᵀ``, given ``B Bᵀ``: a function of its singular values σ²."""
 
-    def change(squares: jax.Array) -> jax.Array:
+    def change(squares: Float[Array, " p"]) -> Float[Array, "1 p"]:
         share = squares * inverse(jnp.sum(squares))
         return (1 / (1 + (tasks - 1) * share) - 1)[None]
 

@@ -8,12 +8,23 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.linalg import Factored, pytree
+from coremerge_jax.linalg import pytree
 from coremerge_jax.rules.linear import task_arithmetic
 from coremerge_jax.rules.operations import Operations, Sizes, counted
-from coremerge_jax.rules.rule import Context, Cores, Equivariance, Rule, abstract, dense
+from coremerge_jax.rules.rule import (
+    Context,
+    Core,
+    Cores,
+    Dense,
+    Equivariance,
+    Merged,
+    Rule,
+    abstract,
+    dense,
+)
 
 
 class Step(Rule):
@@ -30,25 +41,23 @@ class Step(Rule):
     place: ClassVar[str]
     first: ClassVar[bool] = False
 
-    def apply(self, matrix: Any, *, key: jax.Array | None, context: Context) -> Any:
+    def apply(self, matrix: Dense, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         """Maps one core ``(p, q)`` to ``(p, q)``."""
         raise NotImplementedError
 
     def prepare(self, cores: Cores, *, keys: jax.Array | None, context: Context) -> Cores:
         """Maps all cores before the merge, with one key each; by default, each by `apply`."""
 
-        def one(core: Cores, key: jax.Array | None) -> jax.Array:
+        def one(core: Core, key: PRNGKeyArray | None) -> Dense:
             return self.apply(dense(core), key=key, context=context)
 
         return jax.vmap(one, (0, None if keys is None else 0))(cores, keys)
 
-    def restore(self, merged: jax.Array | Factored, *, context: Context) -> jax.Array | Factored:
+    def restore(self, merged: Merged, *, context: Context) -> Merged:
         """Undoes on the merged core what a step before the merge did; by default, nothing."""
         return merged
 
-    def merge(
-        self, cores: Cores, *, key: jax.Array | None, context: Context
-    ) -> jax.Array | Factored:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Merges like the chain of this step and a sum."""
         return chain(self).merge(cores, key=key, context=context)
 
@@ -68,7 +77,7 @@ class Step(Rule):
         return dataclasses.replace(cores, width=cores.side, dense=True)
 
 
-def _apply(step: Step, matrix: jax.Array, key: jax.Array, context: Context) -> jax.Array:
+def _apply(step: Step, matrix: Dense, key: PRNGKeyArray, context: Context) -> Dense:
     return step.apply(matrix, key=key, context=context)
 
 
@@ -91,23 +100,21 @@ class Chain(Rule):
         return (*self.before, self.reducer, *self.after)
 
     @property
-    def equivariance(self) -> Equivariance:  # type: ignore[override]
+    def equivariance(self) -> Equivariance:  # type: ignore[override]  # of the object, not the class
         """The equivariance of the least equivariant part."""
         return max(rule.equivariance for rule in self.rules)
 
     @property
-    def needs_key(self) -> bool:  # type: ignore[override]
+    def needs_key(self) -> bool:  # type: ignore[override]  # the same
         """True if any part draws random numbers."""
         return any(rule.needs_key for rule in self.rules)
 
-    def merge(
-        self, cores: Cores, *, key: jax.Array | None, context: Context
-    ) -> jax.Array | Factored:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies all parts in order."""
         merged = self.combine(cores, key=key, context=context)
         return self.finish(merged, key=key, context=context)
 
-    def prepare(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Cores:
+    def prepare(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Cores:
         """Applies the steps before the merge: all cores to all cores."""
         for i, step in enumerate(self.before):
             keys = None
@@ -117,9 +124,7 @@ class Chain(Rule):
             cores = step.prepare(cores, keys=keys, context=context)
         return cores
 
-    def combine(
-        self, cores: Cores, *, key: jax.Array | None, context: Context
-    ) -> jax.Array | Factored:
+    def combine(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies the steps before the merge, and the merge: all cores to one."""
         cores = self.prepare(cores, key=key, context=context)
         reducer_key = (
@@ -127,16 +132,14 @@ class Chain(Rule):
         )
         return self.reducer.merge(cores, key=reducer_key, context=context)
 
-    def finish(
-        self, merged: jax.Array | Factored, *, key: jax.Array | None, context: Context
-    ) -> jax.Array | Factored:
+    def finish(self, merged: Merged, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies the steps after the merge: one core to one core."""
         for step in reversed(self.before):
             merged = step.restore(merged, context=context)
         for i, step in enumerate(self.after, start=len(self.before) + 1):
             step_key = _key_of(key, i, step) if step.needs_key else None
             matrix = merged if step.factored else dense(merged)
-            merged = step.apply(matrix, key=step_key, context=context)
+            merged = step.apply(matrix, key=step_key, context=context)  # type: ignore[arg-type]  # a factored step takes both
         return merged
 
     def operations(self, cores: Sizes) -> Operations:
@@ -151,7 +154,7 @@ class Chain(Rule):
         return f"chain({', '.join(map(repr, self.rules))})"
 
 
-def _key_of(key: jax.Array | None, i: int, rule: Rule) -> jax.Array:
+def _key_of(key: PRNGKeyArray | None, i: int, rule: Rule) -> PRNGKeyArray:
     """Returns the key of the i-th part of a chain."""
     if key is None:
         raise RecipeError(f"{rule!r} draws random numbers: pass key=jax.random.key(seed)")
@@ -185,7 +188,7 @@ def chain(*rules: "Rule | Callable") -> Chain:
         reducers = [after.index(True) if any(after) else len(parts)]
         parts.insert(reducers[0], task_arithmetic())
     i = reducers[0]
-    return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]
+    return Chain(before=tuple(parts[:i]), reducer=parts[i], after=tuple(parts[i + 1 :]))  # type: ignore[arg-type]  # all but one are steps
 
 
 @pytree
@@ -198,7 +201,7 @@ class function(Rule):
         default=Equivariance.ELEMENTWISE, metadata={"static": True}
     )
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         """Calls the function."""
         cores = dense(cores)
         merged = self.fn(cores)
@@ -266,5 +269,5 @@ def validated(rule: Chain) -> Chain:
             if is_array and not isinstance(value, jax.core.Tracer):
                 plain[one.name] = jax.device_get(value).item()
         if plain:
-            dataclasses.replace(part, **plain)  # type: ignore[type-var]
+            dataclasses.replace(part, **plain)  # type: ignore[type-var]  # checks the values
     return rule

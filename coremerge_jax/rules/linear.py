@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from coremerge_jax.linalg import matmul, pytree
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.operations import Operations, Sizes
 from coremerge_jax.rules.rule import (
     Context,
+    Core,
     Cores,
+    Dense,
     Equivariance,
     Rule,
     check_weights,
@@ -33,7 +36,7 @@ class _Sum(Rule):
 class mean(_Sum):
     """Mean of the updates that a module has: ΔW = (1/T) Σ_t ΔW_t."""
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return total(cores) / tasks_in(cores)
 
 
@@ -51,14 +54,14 @@ class task_arithmetic(_Sum):
     def __post_init__(self) -> None:
         check_weights(self.weights)
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         if self.weights is not None:
             weights = by_task(self.weights, context)
             cores = jax.vmap(scale)(cores, weights.astype(dtype_of(cores)))
         return total(cores)
 
 
-def total(cores: Cores) -> jax.Array:
+def total(cores: Cores) -> Dense:
     """Returns the sum of all cores, ``(p, q)``; of LoRA factors, in one product."""
     if not isinstance(cores, LoRA):
         return jnp.sum(cores, axis=0)
@@ -67,12 +70,12 @@ def total(cores: Cores) -> jax.Array:
     return matmul(b.reshape(len(b), -1), a.reshape(-1, a.shape[-1]))
 
 
-def scale(core: Cores, weight: jax.Array) -> Cores:
+def scale(core: Core, weight: Float[Array, ""]) -> Core:
     """Multiplies one core by a weight; of LoRA factors, B."""
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 
-def by_task(values: tuple[float, ...] | jax.Array, context: Context) -> jax.Array:
+def by_task(values: tuple[float | int, ...] | jax.Array, context: Context) -> Num[Array, " T"]:
     """Picks the values ``(T,)`` of the adapters at hand.
 
     Raises:

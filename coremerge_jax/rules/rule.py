@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import Factored, pytree
@@ -29,8 +30,13 @@ class Equivariance(enum.IntEnum):
     ELEMENTWISE = 2
 
 
-# The cores of all adapters: (T, p, q), or LoRA factors with a leading axis T. One core: without it.
-Cores = jax.Array | LoRA
+# The cores of all adapters: an array, or LoRA factors with a leading axis T.
+Cores = Float[Array, "T p q"] | LoRA
+
+# One core: an array, that of one adapter, and the merged one.
+Dense = Float[Array, "p q"]
+Core = Dense | LoRA
+Merged = Dense | Factored
 
 
 @pytree
@@ -46,8 +52,8 @@ class Context:
             of the merged core.
     """
 
-    shape: jax.Array
-    tasks: jax.Array
+    shape: Int[Array, "2"]
+    tasks: Int[Array, " T"]
     cores: Cores | None = None
 
     @classmethod
@@ -61,12 +67,12 @@ class Context:
         )
 
 
-def dense(matrix: jax.Array | LoRA | Factored) -> jax.Array:
+def dense(matrix: Float[Array, "*T p q"] | LoRA | Factored) -> Float[Array, "*T p q"]:
     """Returns a matrix, or several, as an array."""
     return jnp.asarray(matrix.dense() if isinstance(matrix, LoRA | Factored) else matrix)
 
 
-def thin(cores: Cores) -> tuple[jax.Array, jax.Array]:
+def thin(cores: Cores) -> tuple[Float[Array, "T p r"], Float[Array, "T r q"]]:
     """Returns factors ``(T, p, r)`` and ``(T, r, q)`` of cores; dense cores are left factors."""
     if isinstance(cores, LoRA):
         return jnp.asarray(cores.b), jnp.asarray(cores.a)
@@ -85,7 +91,7 @@ def dtype_of(cores: Cores) -> np.dtype:
     return jax.tree.leaves(cores)[0].dtype
 
 
-def side_by_side(x: jax.Array) -> jax.Array:
+def side_by_side(x: Float[Array, "T p r"]) -> Float[Array, "p k"]:
     """Joins ``(T, p, r)`` to ``(p, T r)``."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
 
@@ -109,8 +115,8 @@ class Rule:
     factored: ClassVar[bool] = False
 
     def __call__(
-        self, cores: Cores, *, key: jax.Array | None = None, context: Context | None = None
-    ) -> jax.Array:
+        self, cores: Cores, *, key: PRNGKeyArray | None = None, context: Context | None = None
+    ) -> Dense:
         """Merges cores.
 
         Args:
@@ -123,9 +129,7 @@ class Rule:
         """
         return dense(self.merge(cores, key=key, context=context or Context.of(cores)))
 
-    def merge(
-        self, cores: Cores, *, key: jax.Array | None, context: Context
-    ) -> jax.Array | Factored:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Merges all cores to one. Every rule implements this; the result may be `Factored`."""
         raise NotImplementedError
 
@@ -150,7 +154,7 @@ class Rule:
         return cls.__name__
 
 
-def _merge(rule: Rule, cores: Cores, key: jax.Array, context: Context) -> jax.Array | Factored:
+def _merge(rule: Rule, cores: Cores, key: PRNGKeyArray, context: Context) -> Merged:
     return rule.merge(cores, key=key, context=context)
 
 

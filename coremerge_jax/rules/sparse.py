@@ -1,11 +1,12 @@
 """Elementwise rules: TIES, SCE, DARE and magnitude pruning."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import accumulate, inverse, kth_largest, pytree, roundoff
@@ -14,7 +15,9 @@ from coremerge_jax.rules.linear import by_task
 from coremerge_jax.rules.operations import Operations, Sizes, entrywise
 from coremerge_jax.rules.rule import (
     Context,
+    Core,
     Cores,
+    Dense,
     Equivariance,
     Rule,
     check,
@@ -23,6 +26,8 @@ from coremerge_jax.rules.rule import (
     dense,
     dtype_of,
 )
+
+_Scalar = Float[Array, ""]
 
 
 @pytree
@@ -67,30 +72,31 @@ class ties(Rule):
                 value, expected = getattr(self, name), " or ".join(map(repr, options))
                 raise RecipeError(f"{name}={value!r}: expected {expected}")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         size = context.shape[0] * context.shape[1]
         thresholds = jax.lax.map(
             lambda core: _threshold(jnp.abs(dense(core)), size, self.density), cores
         )
         return self.merge_above(thresholds, cores, context)
 
-    def merge_above(self, thresholds: jax.Array, cores: Cores, context: Context) -> jax.Array:
+    def merge_above(self, thresholds: Float[Array, " T"], cores: Cores, context: Context) -> Dense:
         """Merges what is at least the adapters' thresholds ``(T,)``."""
         weights = jnp.ones_like(thresholds)
         if self.weights is not None:
             weights = by_task(self.weights, context).astype(thresholds.dtype)
 
-        def trim(core: Cores, threshold: jax.Array, weight: jax.Array) -> jax.Array:
+        def trim(core: Core, threshold: _Scalar, weight: _Scalar) -> Dense:
             core = dense(core)
             return jnp.where(jnp.abs(core) >= threshold, core * weight, 0)
 
-        def vote(*row: Any) -> jax.Array:
-            return jnp.sign(trim(*row)) if self.elect == "count" else trim(*row)
+        def vote(core: Core, threshold: _Scalar, weight: _Scalar) -> Dense:
+            kept = trim(core, threshold, weight)
+            return jnp.sign(kept) if self.elect == "count" else kept
 
         elected = jnp.sign(accumulate(vote, cores, thresholds, weights))
 
-        def agreeing(*row: Any) -> tuple[jax.Array, jax.Array]:
-            kept = trim(*row)
+        def agreeing(core: Core, threshold: _Scalar, weight: _Scalar) -> tuple[Dense, Dense]:
+            kept = trim(core, threshold, weight)
             agrees = jnp.sign(kept) * elected > 0
             return jnp.where(agrees, jnp.abs(kept), 0), agrees.astype(kept.dtype)
 
@@ -117,10 +123,10 @@ class ties_above(Rule):
     """
 
     rule: ties
-    thresholds: jax.Array
+    thresholds: Float[Array, " T"]
     equivariance = Equivariance.ELEMENTWISE
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         thresholds = self.thresholds.astype(dtype_of(cores))[context.tasks]
         return self.rule.merge_above(thresholds, cores, context)
 
@@ -149,7 +155,7 @@ class dare(Step):
     def __post_init__(self) -> None:
         check("drop", self.drop, lambda x: 0 <= x < 1, "a probability in [0, 1)")
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def apply(self, matrix: Dense, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         if key is None:
             raise RecipeError("dare draws random numbers: pass key=jax.random.key(seed)")
         # Always float32, so that the mask does not depend on the precision of the merge.
@@ -178,7 +184,7 @@ class prune(Step):
     def __post_init__(self) -> None:
         check_share("density", self.density)
 
-    def apply(self, matrix: jax.Array, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def apply(self, matrix: Dense, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         magnitude = jnp.abs(matrix)
         size = context.shape[0] * context.shape[1]
         return jnp.where(magnitude >= _threshold(magnitude, size, self.density), matrix, 0)
@@ -210,7 +216,7 @@ class sce(Rule):
     def __post_init__(self) -> None:
         check_share("density", self.density)
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         every = dense(cores)
         if len(every) == 1:
             return every[0]
@@ -224,7 +230,7 @@ class sce(Rule):
         every = cores.tasks * cores.entries
         return Operations(cores.forming, 60 * every, passing=3 * every + 12 * cores.entries)
 
-    def _selected(self, every: jax.Array) -> jax.Array:
+    def _selected(self, every: Float[Array, "T p q"]) -> Bool[Array, "p q"]:
         """Marks the entries of the largest variance, ``(p, q)``."""
         variance = jnp.var(every, axis=0)
         noise = roundoff(variance) ** 2 * jnp.max(every**2)
@@ -235,11 +241,11 @@ class sce(Rule):
         return among | (jnp.asarray(self.density) >= 1)
 
 
-def _threshold(magnitude: jax.Array, size: jax.Array, density: float | jax.Array) -> jax.Array:
+def _threshold(magnitude: Dense, size: Int[Array, ""], density: ArrayLike) -> _Scalar:
     """Returns the largest entry that ⌊density · size⌋ are above; TIES keeps it as well."""
     return kth_largest(magnitude, _share(size, density, magnitude.dtype) + 1)
 
 
-def _share(size: jax.Array, density: float | jax.Array, dtype: np.dtype) -> jax.Array:
+def _share(size: Int[Array, ""], density: ArrayLike, dtype: np.dtype) -> Int[Array, ""]:
     """Returns ``⌊density · size⌋``."""
     return jnp.floor(size.astype(dtype) * jnp.asarray(density, dtype)).astype(size.dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from coremerge_jax.linalg import (
     Factored,
@@ -34,8 +35,11 @@ from coremerge_jax.rules.operations import (
 )
 from coremerge_jax.rules.rule import (
     Context,
+    Core,
     Cores,
+    Dense,
     Equivariance,
+    Merged,
     Rule,
     check,
     dense,
@@ -76,7 +80,7 @@ class tsv(Rule):
         whole = isinstance(self.rank, int | np.integer)
         check("rank", self.rank, lambda x: whole and x >= 1, "a whole number of at least 1")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Factored:
         """Merges to ``u blockdiag(S) vᵀ``, in any bases of the U_t and V_t."""
         b, a = thin(cores)
         left, right, inner = orthonormal_factors(b, a)
@@ -89,7 +93,7 @@ class tsv(Rule):
             limit = jnp.asarray(self.rank, limit.dtype)
         kept = jnp.minimum(ranks, limit).astype(s.dtype)
 
-        def cut() -> tuple[jax.Array, ...]:
+        def cut() -> tuple[Float[Array, "T k k"], Float[Array, "T p k"], Float[Array, "T q k"]]:
             updates, frames = jax.vmap(truncate)(inner, kept)
             frames_t = jnp.swapaxes(frames, 1, 2)
             left_kept = matmul(left, matmul(frames, frames_t))
@@ -131,7 +135,7 @@ class cart(Rule):
         check("rank", self.rank, lambda x: x >= 1 if whole else 0 < x <= 1, expected)
         check("scale", self.scale, lambda _: True, "a finite number")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         dtype = dtype_of(cores)
         rank = jnp.asarray(self.rank)
         if not jnp.issubdtype(rank.dtype, jnp.integer):
@@ -139,7 +143,7 @@ class cart(Rule):
             rank = jnp.ceil(rank.astype(dtype) * side)
         mean = total(cores) / tasks_in(cores)
 
-        def deviation(core: Cores) -> jax.Array:
+        def deviation(core: Core) -> Dense:
             core = dense(core)
             return truncate(core - mean, rank, rounding(core))[0]
 
@@ -189,9 +193,7 @@ class isotropize(_Spectrum):
     depend on rounding errors.) By itself it merges the sum of the cores, which is Iso-C.
     """
 
-    def apply(
-        self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
-    ) -> jax.Array:
+    def apply(self, matrix: Merged, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return isotropic(matrix)
 
 
@@ -212,7 +214,5 @@ class flatten(_Spectrum):
     def __post_init__(self) -> None:
         check("power", self.power, lambda x: x >= 0, "a number of at least 0")
 
-    def apply(
-        self, matrix: jax.Array | Factored, *, key: jax.Array | None, context: Context
-    ) -> jax.Array:
+    def apply(self, matrix: Merged, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return flattened(matrix, self.power)

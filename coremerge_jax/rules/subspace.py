@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from coremerge_jax.linalg import (
     Factored,
@@ -31,6 +32,7 @@ from coremerge_jax.rules.operations import (
 from coremerge_jax.rules.rule import (
     Context,
     Cores,
+    Dense,
     Equivariance,
     Rule,
     check,
@@ -74,11 +76,11 @@ class iso_cts(Rule):
         check("common", self.common, lambda x: x >= 0 if whole else 0 < x <= 1, expected)
         check("specific", self.specific, lambda x: x == int(x) >= 0, "a whole number ≥ 0")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> jax.Array:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         common, specific = self._ranks(jnp.min(context.shape), tasks_in(cores))
         joint, shared = truncate(total(cores), common)
 
-        def own(core: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def own(core: Dense) -> tuple[Dense, Dense]:
             rest = core - matmul(shared, matmul(shared.T, core))
             return truncate(rest, specific, rounding(core))
 
@@ -97,7 +99,8 @@ class iso_cts(Rule):
             + polar_factors(cores, count * cores.side)
         )
 
-    def _ranks(self, side: jax.Array, tasks: int) -> tuple[jax.Array, jax.Array]:
+    def _ranks(self, side: Int[Array, ""], tasks: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns k and s."""
         dtype = jnp.float32
         side, common = side.astype(dtype), jnp.asarray(self.common)
         if jnp.issubdtype(common.dtype, jnp.integer):
@@ -110,7 +113,7 @@ class iso_cts(Rule):
         return common, jnp.maximum(specific, 0)
 
 
-def _orthogonalized(frames: jax.Array) -> jax.Array:
+def _orthogonalized(frames: Float[Array, "T p q"]) -> Dense:
     """Returns ``P^{-1/2} (Σ F_i) Q^{-1/2}`` of partial isometries; P = Σ F_i F_iᵀ, Q = Σ F_iᵀ F_i.
 
     As F_i = F_i F_iᵀ F_i, it is the sum of (P^{-1/2} F_i) F_iᵀ (F_i Q^{-1/2}), and the outer
@@ -156,7 +159,7 @@ class dc_merge(Rule):
         check_share("density", self.density)
         check("rho", self.rho, lambda x: x >= 1, "a number of at least 1")
 
-    def merge(self, cores: Cores, *, key: jax.Array | None, context: Context) -> Factored:
+    def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Factored:
         """Merges to ``U blockdiag(…) Vᵀ``."""
         left, right, inner = orthonormal_factors(*thin(cores))
         u, s, v = jax.vmap(lapack.svd)(_without_derivative(inner))
@@ -167,7 +170,7 @@ class dc_merge(Rule):
         tasks, width = s.shape
         size = jnp.sum(live) ** 2
 
-        def kept_blocks(row: tuple) -> jax.Array:
+        def kept_blocks(row: tuple) -> Float[Array, "T r r"]:
             u, s, v = row
             x = matmul(matmul(cover[0].T, u * s[None, :]), matmul(v.T, cover[1]))
             kept = self._largest(x, size).reshape(tasks, width, tasks, width)
@@ -187,7 +190,7 @@ class dc_merge(Rule):
         passing = polars.passing + 4 * abreast**2
         return thin_bases(cores) + polars + Operations(products, selection, passing=passing)
 
-    def _smooth(self, s: jax.Array, live: jax.Array) -> jax.Array:
+    def _smooth(self, s: Float[Array, " r"], live: Bool[Array, " r"]) -> Float[Array, " r"]:
         """Returns the smoothed singular values ``(r,)`` of the same sum."""
         rank = jnp.maximum(jnp.sum(live), 1).astype(s.dtype)
         shape = jnp.ones_like(s)
@@ -199,7 +202,7 @@ class dc_merge(Rule):
         shape = jnp.where(live, shape, 0)
         return shape * jnp.sum(jnp.where(live, s, 0)) * inverse(jnp.sum(shape))
 
-    def _largest(self, x: jax.Array, size: jax.Array) -> jax.Array:
+    def _largest(self, x: Float[Array, "k k"], size: Int[Array, ""]) -> Float[Array, "k k"]:
         """Keeps only the largest entries, a share of ``size``, and those as large."""
         wanted = jnp.asarray(self.density, jnp.float32) * size.astype(jnp.float32)
         number = jnp.maximum(1, jnp.floor(wanted)).astype(jnp.int32)
@@ -208,7 +211,7 @@ class dc_merge(Rule):
 
 
 @jax.custom_jvp
-def _without_derivative(x: jax.Array) -> jax.Array:
+def _without_derivative(x: Float[Array, "T r r"]) -> Float[Array, "T r r"]:
     return x
 
 

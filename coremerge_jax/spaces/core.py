@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import (
@@ -81,7 +82,7 @@ class core(Space):
 
     def _rtol(self, stacked: Stacked) -> float:
         if self.rtol is not None:
-            return self.rtol
+            return float(self.rtol)
         given, computed = widest(stacked.a.dtype, np.dtype(np.float32)), stacked.dtype
         eps = float(jnp.finfo(given).eps) + 8 * float(jnp.finfo(computed).eps)
         return math.sqrt(stacked.a.shape[0]) * eps
@@ -109,7 +110,9 @@ def count_bases(shape: tuple[int, int], ranks: tuple[int, ...]) -> tuple[Sizes, 
     return sizes, Operations(2.0 * total**2 * (m + n), 2 / 3 * (sizes.p**3 + sizes.q**3))
 
 
-def _balanced(cores: LoRA, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _balanced(
+    cores: LoRA, ranks: tuple[int, ...]
+) -> tuple[Float[Array, "q R"], Float[Array, "p R"]]:
     """Balances stacked factors ``(q, R)`` and ``(p, R)``, up to rotations, which do not matter."""
     left, right, inner = orthonormal_factors(jnp.asarray(cores.b), jnp.asarray(cores.a))
     rtol = jnp.asarray(roundoff(right), inner.dtype)
@@ -121,7 +124,7 @@ def _balanced(cores: LoRA, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array
     return a[:, columns], b[:, columns]
 
 
-def _roots(s: jax.Array, rtol: jax.Array) -> jax.Array:
+def _roots(s: Float[Array, " k"], rtol: Float[Array, ""]) -> Float[Array, "2 k"]:
     """Returns the roots of singular values, and ones in their places; zeros below ``rtol``."""
     live = in_range(s, rtol)
     return jnp.stack([root(jnp.where(live, s, 0)), live.astype(s.dtype)])

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import basis, inverse, matmul, polar, root, roundoff
@@ -79,7 +79,7 @@ class knots(Space):
         return sizes, bases + Operations(products + lift, 9 * p**3, kept)
 
 
-def _by_polar(inner: Projection, joined: jax.Array) -> Projection:
+def _by_polar(inner: Projection, joined: Float[Array, "p k"]) -> Projection:
     """Returns the space of the polar decomposition of the cores side by side."""
     p, q = inner.cores.shape[1:]
     rows = polar(joined)

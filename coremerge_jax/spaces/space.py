@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
-from coremerge_jax.linalg import Basis, Factored, matmul, pytree
+from coremerge_jax.linalg import Basis, matmul, pytree
 from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.rules import Chain, Context, Rule, chain
 from coremerge_jax.rules.linear import scale
 from coremerge_jax.rules.operations import Operations, Sizes, counted
-from coremerge_jax.rules.rule import Cores, check, dense, tasks_in
+from coremerge_jax.rules.rule import Cores, Merged, check, dense, tasks_in
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
 # values; beyond it, rounding of the merged B would show, and A is made orthonormal.
@@ -37,8 +38,8 @@ class Stacked:
             are spread, if they are.
     """
 
-    a: jax.Array
-    b: jax.Array
+    a: Float[Array, "R n"]
+    b: Float[Array, "m R"]
     ranks: tuple[int, ...]
     shape: tuple[int, int]
     dtype: np.dtype
@@ -56,7 +57,7 @@ class Stacked:
                 "be spread over devices; merge in core space, or spread modules alone"
             )
 
-    def split(self, a: jax.Array, b: jax.Array) -> LoRA:
+    def split(self, a: Float[Array, "R q"], b: Float[Array, "p R"]) -> LoRA:
         """Splits factors ``(R, q)`` and ``(p, R)``, stacked alike, by adapter.
 
         Returns:
@@ -100,42 +101,42 @@ class Projection:
         left: the basis of ``u: (m, p)``, or None for the identity.
         right: the basis of ``v: (n, q)``, or None for the identity.
         gain: ``(p,)``, the diagonal of a matrix; that matrix ``(p, p)``; or None for the identity.
-        spread: that of the singular values of the stacked A factors, see `linalg.basis`.
+        spread: that of the singular values of the stacked A factors, as `linalg.basis` returns it.
     """
 
     factors: Cores
-    shape: jax.Array
+    shape: Int[Array, "2"]
     left: Basis | None = None
     right: Basis | None = None
-    gain: jax.Array | None = None
-    spread: jax.Array | None = None
+    gain: Float[Array, " p"] | Float[Array, "p p"] | None = None
+    spread: Float[Array, ""] | None = None
 
-    def weighted(self, weights: jax.Array) -> "Projection":
+    def weighted(self, weights: Float[Array, " T"]) -> "Projection":
         """Returns the projection with its updates multiplied by weights ``(T,)``."""
         return dataclasses.replace(self, factors=jax.vmap(scale)(self.factors, weights))
 
     @property
-    def cores(self) -> jax.Array:
+    def cores(self) -> Float[Array, "T p q"]:
         """``(T, p, q)``, the updates in the merge space."""
         return dense(self.factors)
 
     @property
-    def squares(self) -> jax.Array:
+    def squares(self) -> Float[Array, " T"]:
         """``(T,)``, the squared Frobenius norms of the updates."""
         return jnp.sum(dense(self._weighed_cores()) ** 2, axis=(1, 2))
 
     @property
-    def u(self) -> jax.Array | None:
+    def u(self) -> Float[Array, "m p"] | None:
         """``(m, p)``, or None for the identity."""
         return None if self.left is None else self.left.columns()
 
     @property
-    def v(self) -> jax.Array | None:
+    def v(self) -> Float[Array, "n q"] | None:
         """``(n, q)``, or None for the identity."""
         return None if self.right is None else self.right.columns()
 
     @property
-    def keeps_a(self) -> bool | jax.Array:
+    def keeps_a(self) -> bool | Bool[Array, ""]:
         """True if merged factors can have the A factors of the adapters as their A.
 
         That is exact, and cheaper than any other, unless rounding errors of the merged B would
@@ -152,8 +153,8 @@ class Projection:
         self,
         rule: Rule,
         *,
-        key: jax.Array | None = None,
-        tasks: jax.Array | None = None,
+        key: PRNGKeyArray | None = None,
+        tasks: Int[Array, " T"] | None = None,
         keep_a: bool | None = None,
     ) -> LoRA:
         """Merges the cores and lifts the result.
@@ -164,9 +165,9 @@ class Projection:
         Args:
             rule: the merge rule.
             key: PRNG key, for rules that draw random numbers.
-            tasks: int32 ``(T,)``, which adapters these are; by default 0 to T - 1.
-            keep_a: whether the result has the A factors of the adapters; by default, where it
-                should: see `keeps_a`.
+            tasks: int32 ``(T,)``, the places of the adapters in the list; by default 0 to T - 1.
+            keep_a: True if the result has the A factors of the adapters; by default, if
+                `keeps_a`.
         """
         if tasks is None:
             tasks = jnp.arange(tasks_in(self.factors), dtype=jnp.int32)
@@ -177,7 +178,7 @@ class Projection:
         merged = rule.finish(self._weigh(merged), key=key, context=context)
         return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
 
-    def lift(self, merged: jax.Array) -> LoRA:
+    def lift(self, merged: Float[Array, "p q"]) -> LoRA:
         """Returns the update that a matrix of the merge space stands for.
 
         Args:
@@ -188,18 +189,21 @@ class Projection:
         """
         return self._expand(self._weigh(merged), self.keeps_a)
 
-    def _weigh(self, merged: jax.Array | Factored) -> jax.Array | Factored:
+    def _weigh(self, merged: Merged) -> Merged:
+        """Returns ``gain @ merged``."""
         if self.gain is None:
             return merged
         core = dense(merged)
         return self.gain[:, None] * core if self.gain.ndim == 1 else matmul(self.gain, core)
 
     def _weighed_cores(self) -> Cores:
+        """Returns the cores in the coordinates of the update: ``gain @ cores``."""
         if self.gain is None:
             return self.factors
-        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]
+        return jax.vmap(self._weigh)(self.cores)  # type: ignore[return-value]  # with a gain, it is an array
 
-    def _expand(self, merged: jax.Array | Factored, keep_a: bool | jax.Array) -> LoRA:
+    def _expand(self, merged: Merged, keep_a: bool | Bool[Array, ""]) -> LoRA:
+        """Returns factors of ``u merged vᵀ``."""
         core = dense(merged)
         p, q = core.shape
         u, v = self.left, self.right
@@ -214,7 +218,7 @@ class Projection:
         if keep_a is True:
             return LoRA(a=kept, b=u.times(on_a).columns())
 
-        def orthonormal() -> jax.Array:
+        def orthonormal() -> Float[Array, "q n"]:
             return matmul(v.frame.T, kept.astype(core.dtype)).astype(kept.dtype)
 
         a = jax.lax.cond(keep_a, lambda: kept, orthonormal)
@@ -233,8 +237,8 @@ class Space:
 
     def project(
         self,
-        lora_a: jax.Array,
-        lora_b: jax.Array,
+        lora_a: Float[Array, "R n"],
+        lora_b: Float[Array, "m R"],
         ranks: tuple[int, ...],
         *,
         dtype: DTypeLike | None = None,
@@ -300,7 +304,11 @@ class Space:
 
 
 def _there_and_back(
-    a: jax.Array, b: jax.Array, space: Space, ranks: tuple[int, ...], elementwise: bool
+    a: Float[Array, "R n"],
+    b: Float[Array, "m R"],
+    space: Space,
+    ranks: tuple[int, ...],
+    elementwise: bool,
 ) -> tuple[Cores, LoRA]:
     """Projects updates, and lifts the first."""
     found = space.project(a, b, ranks, elementwise=elementwise)

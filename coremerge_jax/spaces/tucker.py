@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from coremerge_jax.linalg import lapack, matmul
 from coremerge_jax.lora import LoRA
@@ -75,7 +76,9 @@ class tucker(Space):
         iterated = Operations(products + lift, 11 * 9 * (p**3 + q**3), 8 * every)
         return replace(cores, p=rank, q=rank), bases + iterated
 
-    def _subspaces(self, cores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _subspaces(
+        self, cores: Float[Array, "T p q"]
+    ) -> tuple[Float[Array, "p k"], Float[Array, "q k"]]:
         """Returns P and Q, with columns of zeros where there is nothing left to keep."""
         norms = jnp.sqrt(jnp.sum(cores**2, axis=(1, 2)))
         mean = jnp.mean(norms)
@@ -90,7 +93,7 @@ class tucker(Space):
             share = jnp.sqrt(jnp.abs(1 - kept / total))
             return p, q, lost, share, count + 1
 
-        def goes_on(state: tuple) -> jax.Array:
+        def goes_on(state: tuple) -> Bool[Array, ""]:
             *_, before, lost, count = state
             return (count < 3) | (jnp.abs(before - lost) >= self.tolerance) & (
                 count < self.iterations
@@ -104,8 +107,11 @@ class tucker(Space):
         return p, q
 
 
-def _leading(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Returns leading left singular vectors of ``x_1 … x_T`` side by side, and a sum of squares."""
+def _leading(x: Float[Array, "T p k"], rank: int) -> tuple[Float[Array, "p r"], Float[Array, ""]]:
+    """Returns leading left singular vectors of ``x_1 … x_T`` side by side.
+
+    Also returns the sum of the squares of their singular values.
+    """
     gram = jnp.einsum("tpk,tqk->pq", x, x, precision="highest")
     squares, vectors = lapack.eigh(gram)
     squares, vectors = squares[:rank], vectors[:, :rank]
