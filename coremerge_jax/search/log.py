@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self, TextIO
 import numpy as np
 
 from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError
+from coremerge_jax.search.parameters import Parameters
 
 # Relative; far more than rounding errors of other machines, far less than training changes.
 _NORMS = 1e-3
@@ -58,12 +59,12 @@ class Log:
         if self._file:
             self._file.close()
 
-    def find(self, name: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    def find(self, name: str, parameters: Parameters) -> dict[str, Any] | None:
         """Returns the metrics and seconds of a candidate, if the log has them."""
         return self._known.get(identity(name, parameters))
 
     def add(
-        self, name: str, parameters: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
+        self, name: str, parameters: Parameters, metrics: Mapping[str, float], seconds: float
     ) -> None:
         """Appends a record."""
         row = {"rule": name, "parameters": parameters, "metrics": metrics}
@@ -130,6 +131,6 @@ def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:
             )
 
 
-def identity(name: str, parameters: Mapping[str, Any]) -> str:
+def identity(name: str, parameters: Parameters) -> str:
     """Returns a text that identifies a candidate."""
     return json.dumps([name, dict(parameters)], sort_keys=True)

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.merging.checks import check_whole, short
-from coremerge_jax.search.parameters import SCALE
+from coremerge_jax.search.parameters import SCALE, Choices, Distribution
 
 Proposals = Generator[dict[str, Any], float, None]
 
@@ -18,7 +18,7 @@ Proposals = Generator[dict[str, Any], float, None]
 class Method(Protocol):
     """A search method."""
 
-    def propose(self, values: Mapping[str, Any]) -> Proposals:
+    def propose(self, values: Choices) -> Proposals:
         """Yields values of parameters by name, and receives the score of each; more is better.
 
         Parameters that are not in a proposal keep the values that the rule has.
@@ -33,7 +33,7 @@ class Method(Protocol):
 class Grid:
     """All combinations of the values."""
 
-    def propose(self, values: Mapping[str, Any]) -> Proposals:
+    def propose(self, values: Choices) -> Proposals:
         """Proposes; see `Method`. The scale varies fastest, because all scales share one merge."""
         names = sorted(values, key=lambda name: name == SCALE)
         for row in itertools.product(*(listed(name, values[name]) for name in names)):
@@ -58,7 +58,7 @@ class Line:
     def __post_init__(self) -> None:
         check_whole("patience", self.patience, 1)
 
-    def propose(self, values: Mapping[str, Any]) -> Proposals:
+    def propose(self, values: Choices) -> Proposals:
         """Proposes; see `Method`."""
         best: dict[str, Any] = {}
         for name, choices in values.items():
@@ -92,10 +92,10 @@ class Random:
         check_whole("trials", self.trials, 1)
         check_whole("seed", self.seed, 0)
 
-    def propose(self, values: Mapping[str, Any]) -> Proposals:
+    def propose(self, values: Choices) -> Proposals:
         """Proposes; see `Method`."""
         rng = np.random.default_rng(self.seed)
-        if any(hasattr(choices, "rvs") for choices in values.values()):
+        if any(isinstance(choices, Distribution) for choices in values.values()):
             for _ in range(self.trials):
                 yield {name: _draw(name, choices, rng) for name, choices in values.items()}
             return
@@ -106,13 +106,13 @@ class Random:
             yield {name: x[int(j)] for name, x, j in zip(values, lists, places, strict=True)}
 
 
-def listed(name: str, choices: Any) -> list[Any]:
+def listed(name: str, choices: Iterable[Any] | Distribution) -> list[Any]:
     """Returns the values of a parameter as a list of Python objects.
 
     Raises:
         RecipeError: there is no value, or they are a distribution.
     """
-    if hasattr(choices, "rvs"):
+    if isinstance(choices, Distribution):
         raise RecipeError(f"values of {name!r} are a distribution; only random() can draw from it")
     if isinstance(choices, str | int | float):
         choices = [choices]
@@ -124,8 +124,8 @@ def listed(name: str, choices: Any) -> list[Any]:
     return found
 
 
-def _draw(name: str, choices: Any, rng: np.random.Generator) -> Any:
-    if hasattr(choices, "rvs"):
+def _draw(name: str, choices: Iterable[Any] | Distribution, rng: np.random.Generator) -> Any:
+    if isinstance(choices, Distribution):
         value = choices.rvs(random_state=rng)
         return value.item() if hasattr(value, "item") else value
     found = listed(name, choices)

@@ -1,10 +1,11 @@
 """The parameters of a chain of rules, by name: ``"ties.density"``."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from coremerge_jax.errors import RecipeError, unknown
 from coremerge_jax.rules import Chain, Rule, as_rule, chain
@@ -12,11 +13,26 @@ from coremerge_jax.rules import Chain, Rule, as_rule, chain
 # A rule, or a function of cores, (T, p, q) -> (p, q).
 MergeRule = Rule | Callable[[jax.Array], jax.Array]
 
+# Values by the name of a parameter: numbers, words, None or sequences of numbers.
+Parameters = Mapping[str, Any]
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """A distribution to draw values from, such as those of `scipy.stats`."""
+
+    def rvs(self, *, random_state: np.random.Generator) -> Any:
+        """Returns a random value."""
+
+
+# The values to try, by the name of a parameter.
+Choices = Mapping[str, Iterable[Any] | Distribution]
+
 SCALE = "scale"
 """Name of the parameter that multiplies the merged update, for every rule."""
 
 
-def parameters(rule: MergeRule) -> dict[str, Any]:
+def parameters(rule: MergeRule) -> Parameters:
     """Returns the values of a rule's parameters, by name.
 
     Names join rule and field, ``"ties.density"``; with an index if a chain has a rule several
@@ -26,7 +42,7 @@ def parameters(rule: MergeRule) -> dict[str, Any]:
     return {name: getattr(parts.rules[i], field) for name, (i, field) in _places(parts).items()}
 
 
-def configure(rule: MergeRule, values: Mapping[str, Any]) -> Chain:
+def configure(rule: MergeRule, values: Parameters) -> Chain:
     """Returns the rule with other values of some parameters.
 
     Args:
@@ -46,7 +62,8 @@ def configure(rule: MergeRule, values: Mapping[str, Any]) -> Chain:
             raise unknown(f"parameter of {label(parts)!r}:", name, [*places, SCALE])
         i, field = places[name]
         try:
-            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]  # rules are dataclasses
+            # Each rule is a dataclass, though its base is not.
+            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{name}: {error}") from error
     return chain(*rules)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from coremerge_jax.figures import MUTED, Axes, Figure, style  # refuses where there is no matplotlib
 from coremerge_jax.io.atomic import atomic_file
+from coremerge_jax.search.parameters import Parameters
 from coremerge_jax.text import display
 
 _LEAST_SPAN = 1e-4  # of the largest number
@@ -28,7 +29,7 @@ class Candidate(Protocol):
         """The name of the rule."""
 
     @property
-    def parameters(self) -> Mapping[str, Any]:
+    def parameters(self) -> Parameters:
         """The values of its parameters."""
 
     @property

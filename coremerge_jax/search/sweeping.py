@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,16 @@ from coremerge_jax.merging.projected import Projected, Updates, project
 from coremerge_jax.rules import Chain, as_rule, chain
 from coremerge_jax.search.log import Log, identity
 from coremerge_jax.search.methods import Grid, Method, listed
-from coremerge_jax.search.parameters import SCALE, MergeRule, configure, label, parameters
+from coremerge_jax.search.parameters import (
+    SCALE,
+    Choices,
+    Distribution,
+    MergeRule,
+    Parameters,
+    configure,
+    label,
+    parameters,
+)
 from coremerge_jax.text import display, printable
 
 if TYPE_CHECKING:  # an optional library
@@ -58,7 +67,7 @@ class Record:
 
     name: str
     rule: Chain
-    parameters: Mapping[str, Any]
+    parameters: Parameters
     metrics: Mapping[str, float]
     seconds: float
 
@@ -207,7 +216,7 @@ def sweep(
     adapters: Sequence[Adapter] | Projected,
     rules: MergeRule | Mapping[str, MergeRule],
     evaluate: Callable[[Adapter], Metrics],
-    values: Mapping[str, Any],
+    values: Choices,
     *,
     method: Method | None = None,
     objective: str | None = None,
@@ -284,7 +293,7 @@ class Search:
         self,
         adapters: Sequence[Adapter] | Projected,
         rules: MergeRule | Mapping[str, MergeRule],
-        values: Mapping[str, Any],
+        values: Choices,
         method: Method | None = None,
         objective: str | None = None,
         maximize: bool = True,
@@ -310,9 +319,9 @@ class Search:
             self._check(name, choices)
         self.projected = adapters if isinstance(adapters, Projected) else project(adapters)
 
-    def _check(self, name: str, choices: Any) -> None:
+    def _check(self, name: str, choices: Iterable[Any] | Distribution) -> None:
         """Refuses values that are out of range, before anything is evaluated."""
-        for value in [] if hasattr(choices, "rvs") else listed(name, choices):
+        for value in [] if isinstance(choices, Distribution) else listed(name, choices):
             if name == SCALE:
                 check_scale(value)
             for rule in self.rules.values():
@@ -348,7 +357,7 @@ class Search:
         return Sweep(tuple(records), objective, self.maximize)
 
     def _run_rule(self, name: str, judge: Judge, known: Log) -> Iterator[Record]:
-        start = {SCALE: 1.0} | parameters(self.rules[name])
+        start = {SCALE: 1.0, **parameters(self.rules[name])}
         own = {x: choices for x, choices in self.values.items() if x in start}
         proposals, scores = self.method.propose(own), dict[str, float]()
         last: float | None = None
@@ -365,7 +374,7 @@ class Search:
                 yield record
             last = scores[which]
 
-    def _record(self, name: str, candidate: Mapping[str, Any], judge: Judge, known: Log) -> Record:
+    def _record(self, name: str, candidate: Parameters, judge: Judge, known: Log) -> Record:
         record = Record(name, configure(self.rules[name], candidate), candidate, {}, 0.0)
         if found := known.find(name, candidate):
             metrics, seconds = found["metrics"], found["seconds"]

@@ -73,7 +73,7 @@ def _open_recorded(path: str) -> Adapter:
         return open_adapter(path)
     except FormatError as error:
         raise FormatError(
-            f"{error}; it was merged from there, by the record: say where it is now (--sources)"
+            f"{error}; the record says that it was merged from there: say where it is (--sources)"
         ) from error
 
 
