@@ -134,9 +134,9 @@ class MergePlan(_Report):
     Attributes:
         bytes: largest size of the weights in the output.
         signatures: the merged modules; of their ranks, the largest that a cut may leave.
-        choices: automatic choices: ``"precision"`` of the computation, number of ``"batches"``,
+        decisions: automatic decisions: ``"precision"`` of the computation, number of ``"batches"``,
             and of batches that are worked on ``"at_once"``; and for each group of modules with one
-            compiled program, ``"groups"``, the paths and the engine's `Choices`.
+            compiled program, ``"groups"``, the paths and the engine's `Decisions`.
         cost: expected ``"operations"``, ``"bytes"`` read and written, bytes of ``"memory"``,
             number of compiled ``"programs"``, and ``"seconds"`` by stage. Of a merge that several
             processes share, the cost of the share of process 0.
@@ -144,7 +144,7 @@ class MergePlan(_Report):
         recipe: the recipe.
     """
 
-    choices: Mapping[str, Any]
+    decisions: Mapping[str, Any]
     cost: Mapping[str, Any]
 
 
@@ -243,13 +243,13 @@ def _plan(
         signatures=signatures,
         seconds=stage.seconds,
         recipe=recipe,
-        choices={
+        decisions={
             "precision": precision,
             "batches": len(own),
             "at_once": own.workers,
             "groups": [
-                {"modules": paths, **choices.to_dict()}
-                for paths, choices in stream.choices().items()
+                {"modules": paths, **decisions.to_dict()}
+                for paths, decisions in stream.decisions().items()
             ],
         },
         cost={

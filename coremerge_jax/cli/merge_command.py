@@ -131,7 +131,7 @@ def _show_merged(merged: "Merged") -> None:
 
 def _show_plan(plan: "MergePlan") -> None:
     _show_signatures(plan.signatures, {})
-    cost, choices = plan.cost, plan.choices
+    cost, decisions = plan.cost, plan.decisions
     operations, data = cost["operations"], cost["bytes"]
     programs = f"{cost['programs']} programs"
     amounts = {
@@ -149,11 +149,11 @@ def _show_plan(plan: "MergePlan") -> None:
     say(
         f"expected memory {decimal(cost['memory'])}; stages overlap, and programs that are kept "
         "from an earlier merge are not compiled again",
-        f"computes in {choices['precision']}, in {choices['batches']} batches, "
-        f"{choices['at_once']} at once",
+        f"computes in {decisions['precision']}, in {decisions['batches']} batches, "
+        f"{decisions['at_once']} at once",
         *(
             f"merges modules {paths} {words}"
-            for words, paths in _by_words(choices["groups"]).items()
+            for words, paths in _by_words(decisions["groups"]).items()
         ),
         f"would merge {_describe(plan.recipe)}, and write at most {decimal(plan.bytes)}; nothing "
         "was written",

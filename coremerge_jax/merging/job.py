@@ -19,7 +19,7 @@ from coremerge_jax.merging.groups import Group, Scratch, label
 from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
-from coremerge_jax.merging.program import Choices, Facts, Inputs, Settings, choose, merge_stack
+from coremerge_jax.merging.program import Decisions, Facts, Inputs, Settings, decide, merge_stack
 from coremerge_jax.merging.trimming import count_stack
 from coremerge_jax.rules import Chain
 from coremerge_jax.spaces import Space
@@ -149,11 +149,11 @@ class Job:
             jax.ShapeDtypeStruct((b.shape[0], m, b.shape[2]), b.dtype),
         )
 
-    def choices(self, batch: Group) -> Choices:
-        """Returns the automatic choices for a batch, without running a program."""
+    def decisions(self, batch: Group) -> Decisions:
+        """Returns the automatic decisions for a batch, without running a program."""
         assert self.rule is not None
         with self.prepared(batch, *batch.shapes(self.present.outlines)) as (_, settings):
-            found = choose(self.rule, settings)
+            found = decide(self.rule, settings)
         if found.keeps_a is None and self._outline(batch)[1] is not None:
             return dataclasses.replace(found, keeps_a=False)
         return found

@@ -100,8 +100,8 @@ class Settings(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
-    """The engine's automatic choices for modules of one signature.
+class Decisions:
+    """The engine's automatic decisions for modules of one signature.
 
     Attributes:
         space: the merge space; None for linear rules, which give the same in every lossless space
@@ -128,7 +128,7 @@ class Choices:
         }
 
     def __str__(self) -> str:
-        """Returns the choices in words."""
+        """Returns the decisions in words."""
         if self.space is None:
             where = "on the factors"
         else:
@@ -138,8 +138,8 @@ class Choices:
         return f"{where}; {kept[self.keeps_a]}"
 
 
-def choose(rule: Chain, settings: Settings) -> Choices:
-    """Returns the choices for a rule; ``keeps_a`` is False only where shapes decide that.
+def decide(rule: Chain, settings: Settings) -> Decisions:
+    """Returns the decisions for a rule; ``keeps_a`` is False only where shapes decide that.
 
     A rule is linear in the updates, so it needs no space, if it is a weighted sum of them. Spread
     over devices, the stacked factors must also fit into m and n.
@@ -147,9 +147,9 @@ def choose(rule: Chain, settings: Settings) -> Choices:
     fits = sum(settings.ranks) <= min(settings.shape)
     linear = rule.equivariance == Equivariance.LINEAR and settings.space.lossless
     if linear and (fits or settings.axis is None):
-        return Choices(space=None, basis=None, keeps_a=fits)
+        return Decisions(space=None, basis=None, keeps_a=fits)
     elementwise = rule.equivariance == Equivariance.ELEMENTWISE
-    return Choices(settings.space, "singular" if elementwise else "any", keeps_a=None)
+    return Decisions(settings.space, "singular" if elementwise else "any", keeps_a=None)
 
 
 # --- The parts of a merge, for one module ------------------------------------------------------
@@ -245,17 +245,17 @@ def merge_stack(
         ``(L, m, r)``; bool ``(L,)``, False where the A that was kept is ill-conditioned, so that
         the module has to be merged again without ``keep_a``; and facts.
     """
-    choices = choose(rule, settings)
+    decisions = decide(rule, settings)
 
     def merge_module(
         rule: Chain, key: jax.Array | None, module: Inputs
     ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
         good: bool | jax.Array = True
-        if choices.space is None:
-            factors, kept = None, keep_a and bool(choices.keeps_a)
+        if decisions.space is None:
+            factors, kept = None, keep_a and bool(decisions.keeps_a)
             lora = merge_linear(rule, module, settings)
         else:
-            projection = project_module(module, settings, elementwise=choices.basis == "singular")
+            projection = project_module(module, settings, elementwise=decisions.basis == "singular")
             factors, good = projection.factors, projection.keeps_a
             kept = keep_a and good is not False
             lora = merge_projection(rule, key, projection, module.tasks, module.names, keep_a=kept)

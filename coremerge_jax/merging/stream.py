@@ -16,7 +16,7 @@ from coremerge_jax.merging.groups import Group
 from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
-from coremerge_jax.merging.program import Choices, Facts
+from coremerge_jax.merging.program import Decisions, Facts
 from coremerge_jax.merging.trimming import Counts, find_thresholds
 from coremerge_jax.rules import Chain, ties, ties_above
 
@@ -93,9 +93,9 @@ class MergeStream:
         """Returns the cost of each part, in the order of the parts."""
         return [cost(batch, self._rule, self._job.space) for batch in self._batches]
 
-    def choices(self) -> dict[tuple[str, ...], Choices]:
-        """Returns the engine's choices for each signature, by the paths of its modules."""
-        return {group.paths: self._job.choices(group) for group in self._job.present.groups}
+    def decisions(self) -> dict[tuple[str, ...], Decisions]:
+        """Returns the engine's decisions for each signature, by the paths of its modules."""
+        return {group.paths: self._job.decisions(group) for group in self._job.present.groups}
 
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """Yields the merged modules, some at a time; each exactly once."""

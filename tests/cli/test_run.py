@@ -54,7 +54,7 @@ def test_a_plan_writes_nothing(adapters, tmp_path, dry_run):
     output = tmp_path / "out" if dry_run else None
     plan = run_merge(resolved(adapters), output, dry_run=dry_run)
     assert isinstance(plan, MergePlan)
-    assert plan.choices["batches"] >= len(plan.signatures) == plan.cost["programs"]
+    assert plan.decisions["batches"] >= len(plan.signatures) == plan.cost["programs"]
     assert sorted(tmp_path.rglob("*")) == before
 
 

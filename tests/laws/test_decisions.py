@@ -1,43 +1,43 @@
-"""The engine's automatic choices: an object that can be asked, and what merges make of them."""
+"""The engine's automatic decisions: an object that can be asked, and what merges make of them."""
 
 import numpy as np
 import pytest
 from helpers import dense, random_adapters
 
 import coremerge_jax as cm
-from coremerge_jax.merging.program import Choices
+from coremerge_jax.merging.program import Decisions
 
 WIDE, TALL = {"q": (16, 20)}, {"q": (20, 16)}
 
 
-def choices(adapters, rule, **options):
-    (found,) = cm.merge_stream(adapters, rule, **options).choices().values()
+def decisions(adapters, rule, **options):
+    (found,) = cm.merge_stream(adapters, rule, **options).decisions().values()
     return found
 
 
 @pytest.mark.parametrize("space", [cm.core(), cm.full(), cm.knots()])
 def test_linear_rules_are_computed_on_the_factors(space):
     adapters = random_adapters(WIDE, (2, 3))
-    found = choices(adapters, cm.task_arithmetic(), space=space)
-    assert found == Choices(space=None, basis=None, keeps_a=True)
+    found = decisions(adapters, cm.task_arithmetic(), space=space)
+    assert found == Decisions(space=None, basis=None, keeps_a=True)
     stacked = np.concatenate([adapter["q"].a for adapter in adapters])
     np.testing.assert_array_equal(cm.merge(adapters, cm.task_arithmetic())["q"].a, stacked)
 
 
 def test_the_factors_of_a_linear_merge_are_multiplied_where_their_ranks_exceed_the_module():
     adapters = random_adapters(TALL, (9, 9))
-    assert choices(adapters, cm.mean()) == Choices(space=None, basis=None, keeps_a=False)
+    assert decisions(adapters, cm.mean()) == Decisions(space=None, basis=None, keeps_a=False)
     assert cm.merge(adapters, cm.mean())["q"].rank == 16
 
 
 @pytest.mark.parametrize(("rule", "basis"), [(cm.tsv(), "any"), (cm.ties(), "singular")])
 def test_elementwise_rules_get_singular_vectors(rule, basis):
-    found = choices(random_adapters(WIDE, (2, 3)), rule)
-    assert found == Choices(space=cm.core(), basis=basis, keeps_a=None)
+    found = decisions(random_adapters(WIDE, (2, 3)), rule)
+    assert found == Decisions(space=cm.core(), basis=basis, keeps_a=None)
 
 
 def test_a_is_computed_where_shapes_demand_it():
-    assert choices(random_adapters(WIDE, (2, 3)), cm.tsv(), space=cm.full()).keeps_a is False
+    assert decisions(random_adapters(WIDE, (2, 3)), cm.tsv(), space=cm.full()).keeps_a is False
 
 
 def test_a_is_kept_where_it_is_well_conditioned():
@@ -57,8 +57,8 @@ def test_a_is_kept_where_it_is_well_conditioned():
     np.testing.assert_allclose(dense(skewed), dense(kept), atol=1e-5)
 
 
-def test_choices_are_plain_data_too():
-    found = choices(random_adapters(WIDE, (2, 3)), cm.ties()).to_dict()
+def test_decisions_are_plain_data_too():
+    found = decisions(random_adapters(WIDE, (2, 3)), cm.ties()).to_dict()
     assert found == {
         "space": "core",
         "basis": "singular",
