@@ -21,7 +21,7 @@ from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
 from coremerge_jax.io.peft.reader import open_peft
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.io.untrusted import refuse_url
-from coremerge_jax.lora import Adapter, LoRA
+from coremerge_jax.lora import Adapter, LoRA, ModuleStream
 from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.merging.groups import label
 from coremerge_jax.merging.mesh import make_mesh
@@ -289,8 +289,8 @@ def _write(
 
 
 @dataclasses.dataclass
-class _Watched:
-    """A stream that reports each part, and ends in an error if nothing has an effect."""
+class _Watched(ModuleStream):
+    """A merge that reports each part, and ends in an error if nothing has an effect."""
 
     stream: MergeStream
     advance: Callable[[], None]
@@ -313,9 +313,9 @@ class _Watched:
 
     def share(
         self, together: Iterable[Sequence[str]] | None = None
-    ) -> "tuple[_Watched, dict[str, int]]":
+    ) -> tuple[ModuleStream, dict[str, int]]:
         share, owner = self.stream.share(together)
-        return dataclasses.replace(self, stream=share), owner
+        return _Watched(share, self.advance), owner
 
     def __iter__(self) -> Iterator[Mapping[str, LoRA]]:
         for part in self.stream:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, RecipeError, hint
-from coremerge_jax.lora import Adapter, Lengths, Metadata
+from coremerge_jax.lora import Adapter, AdapterSource, Lengths, Metadata
 from coremerge_jax.merging.groups import label
 from coremerge_jax.rules import Chain
 from coremerge_jax.rules.chain import validated
@@ -179,7 +179,9 @@ def check_key(key: Any) -> None:
         raise RecipeError(f"key: expected jax.random.key(seed), got {short(key)}")
 
 
-def refuse_values(adapters: Sequence[Adapter], paths: Iterable[str], describe: Callable) -> None:
+def refuse_values(
+    adapters: Sequence[AdapterSource], paths: Iterable[str], describe: Callable
+) -> None:
     """Refuses factors with values that are not finite.
 
     Raises:
@@ -234,7 +236,9 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array |
     return key if rule.needs_key else None
 
 
-def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: bool) -> list[int]:
+def present_adapters(
+    adapters: Sequence[AdapterSource], weights: Any, allow_mismatch: bool
+) -> list[int]:
     """Returns the indices of the adapters that take part: those of a weight other than 0.
 
     Raises:
@@ -250,7 +254,7 @@ def present_adapters(adapters: Sequence[Adapter], weights: Any, allow_mismatch: 
     return tasks
 
 
-def check_compatible(adapters: Sequence[Adapter]) -> None:
+def check_compatible(adapters: Sequence[AdapterSource]) -> None:
     """Checks that adapters belong to one base model, as far as their metadata and modules show.
 
     Raises:
@@ -296,7 +300,7 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> d
     }
 
 
-def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Metadata:
+def common_metadata(adapters: Sequence[AdapterSource], config: Mapping[str, Any]) -> Metadata:
     """Returns the metadata on which all sources agree."""
 
     def common(field: str) -> Any:
@@ -312,7 +316,7 @@ def common_metadata(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> M
     )
 
 
-def _common_lengths(adapters: Sequence[Adapter]) -> tuple[Lengths, ...]:
+def _common_lengths(adapters: Sequence[AdapterSource]) -> tuple[Lengths, ...]:
     """Returns the lengths of the modules on which all adapters agree."""
     entries = [entry for adapter in adapters for entry in adapter.metadata.lengths]
     found: dict[str, set[Lengths]] = {}

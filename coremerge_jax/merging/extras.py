@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
-from coremerge_jax.lora import Adapter, Array
+from coremerge_jax.lora import AdapterSource, Array
 from coremerge_jax.merging.groups import label
 
 
 def merge_extras(
-    adapters: Sequence[Adapter], policy: str
+    adapters: Sequence[AdapterSource], policy: str
 ) -> tuple[dict[str, Array], Mapping[str, Any]]:
     """Applies the policy for extras (full weights, biases, trained token rows).
 
@@ -61,7 +61,9 @@ def merge_extras(
     }, chosen.metadata.config
 
 
-def _keep(adapters: Sequence[Adapter], name: str) -> tuple[dict[str, Array], Mapping[str, Any]]:
+def _keep(
+    adapters: Sequence[AdapterSource], name: str
+) -> tuple[dict[str, Array], Mapping[str, Any]]:
     named = [adapter for adapter in adapters if adapter.metadata.name == name]
     if len(named) != 1:
         names = ", ".join(repr(adapter.metadata.name) for adapter in adapters)
@@ -70,6 +72,6 @@ def _keep(adapters: Sequence[Adapter], name: str) -> tuple[dict[str, Array], Map
     return dict(named[0].extras), named[0].metadata.config
 
 
-def _layout(adapter: Adapter) -> tuple:
+def _layout(adapter: AdapterSource) -> tuple:
     shapes = {key: tuple(value.shape) for key, value in adapter.extras.items()}
     return shapes, dict(adapter.metadata.config)

@@ -14,7 +14,7 @@ import numpy as np
 
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.linalg import in_loop
-from coremerge_jax.lora import Adapter, Array, Kind, LoRA, widest
+from coremerge_jax.lora import AdapterSource, Array, Kind, LoRA, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Group:
         hashes = [zlib.crc32(path.encode()) for path in self.padded(self.paths)]
         return np.asarray(hashes, np.uint32)
 
-    def kinds(self, outlines: Sequence[Adapter]) -> list[Kind]:
+    def kinds(self, outlines: Sequence[AdapterSource]) -> list[Kind]:
         """Returns the kind of each module, from the first adapter that has it."""
         pairs = zip(self.paths, self.tasks, strict=True)
         return [outlines[tasks[0]][path].kind for path, tasks in pairs]
@@ -75,7 +75,7 @@ class Group:
         return dataclasses.replace(self, paths=paths, tasks=self.tasks[kept], length=len(kept))
 
     def shapes(
-        self, outlines: Sequence[Adapter]
+        self, outlines: Sequence[AdapterSource]
     ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Returns the shapes and dtypes of the results of `stack`."""
         pairs = zip(self.paths, self.tasks, strict=True)
@@ -87,7 +87,7 @@ class Group:
         )
 
     def stack(
-        self, adapters: Sequence[Adapter], scratch: "Scratch | None" = None
+        self, adapters: Sequence[AdapterSource], scratch: "Scratch | None" = None
     ) -> tuple[Array, Array]:
         """Reads and stacks the factors of all adapters.
 
@@ -124,7 +124,7 @@ class Scratch(threading.local):
         return self._memory[:size].view(dtype).reshape(shape)
 
 
-def group_modules(adapters: Sequence[Adapter]) -> list[Group]:
+def group_modules(adapters: Sequence[AdapterSource]) -> list[Group]:
     """Groups the modules of all adapters by signature (m, n, ranks).
 
     A module that only some adapters have is grouped by the ranks of those alone.
@@ -160,7 +160,9 @@ def over_modules(fn: Callable, arrays: Any) -> Any:
     return jax.lax.map(in_loop(fn), arrays)
 
 
-def _check_same(adapters: Sequence[Adapter], path: str, first: int, other: int, lora: LoRA) -> None:
+def _check_same(
+    adapters: Sequence[AdapterSource], path: str, first: int, other: int, lora: LoRA
+) -> None:
     expected = adapters[first][path]
     for what, x, y in (
         ("shape (m, n)", expected.shape, lora.shape),
@@ -178,7 +180,7 @@ def _layout(lora: LoRA) -> tuple:
     return (lora.kind.name, *lora.kind.kernel)
 
 
-def label(adapters: Sequence[Adapter], t: int) -> str:
+def label(adapters: Sequence[AdapterSource], t: int) -> str:
     """Returns an adapter's name for messages."""
     name = adapters[t].metadata.name
     return f"adapter {name!r}" if name else f"adapter {t}"

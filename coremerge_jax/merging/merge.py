@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from coremerge_jax.errors import RecipeError
-from coremerge_jax.lora import Adapter, Array
+from coremerge_jax.lora import Adapter, AdapterSource, Array
 from coremerge_jax.merging.checks import (
     as_adapters,
     as_space,
@@ -148,13 +148,13 @@ def merge_stream(
 
 
 def _devices(
-    mesh: Mesh | None, adapters: Sequence[Adapter], parameters: Any
+    mesh: Mesh | None, adapters: Sequence[AdapterSource], parameters: Any
 ) -> tuple[Devices | None, Mapping[int, int]]:
     """Returns the devices that this process merges with, and the processes that have shares.
 
     What is on the host, or in files, each process can read for itself.
     """
-    factors = jax.tree.leaves([dict(x) for x in adapters if x.in_memory])
+    factors = jax.tree.leaves([[x[path] for path in x] for x in adapters if x.in_memory])
     if mesh is not None and not isinstance(mesh, Mesh):
         raise RecipeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
     if mesh is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coremerge_jax.lora import Adapter, Array, LoRA, Metadata
+from coremerge_jax.lora import Adapter, AdapterSource, Array, LoRA, Metadata
 from coremerge_jax.merging.checks import common_metadata, present_adapters
 from coremerge_jax.merging.extras import merge_extras
 from coremerge_jax.merging.groups import Group, group_modules
@@ -25,7 +25,7 @@ class Present:
         metadata: that on which all agree.
     """
 
-    adapters: Sequence[Adapter]
+    adapters: Sequence[AdapterSource]
     places: np.ndarray
     groups: Sequence[Group]
     extras: Mapping[str, Array]
@@ -59,7 +59,7 @@ class Present:
 
 
 def find_present(
-    adapters: Sequence[Adapter], weights: Any, extras: str, allow_mismatch: bool
+    adapters: Sequence[AdapterSource], weights: Any, extras: str, allow_mismatch: bool
 ) -> Present:
     """Finds the adapters that take part, checks that they belong together and groups modules.
 

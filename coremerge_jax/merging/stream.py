@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from coremerge_jax.lora import Adapter, LoRA
+from coremerge_jax.lora import Adapter, AdapterSource, LoRA
 from coremerge_jax.merging.batches import map_batches, split_groups
 from coremerge_jax.merging.cost import Cost, cost
 from coremerge_jax.merging.groups import Group
@@ -54,7 +54,7 @@ class MergeStream:
         self.effects = Effects([0] * len(job.present.adapters))
 
     @property
-    def adapters(self) -> Sequence[Adapter]:
+    def adapters(self) -> Sequence[AdapterSource]:
         """The adapters that are merged: those of a weight other than 0."""
         return self._job.present.adapters
 
