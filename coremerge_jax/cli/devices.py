@@ -36,7 +36,7 @@ def join_job(patience: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(
-            **given,  # type: ignore[arg-type]
+            **given,  # type: ignore[arg-type]  # of other names than these
             initialization_timeout=patience,
             heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=patience,

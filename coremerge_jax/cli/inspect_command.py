@@ -74,11 +74,12 @@ def _describe(source: str, adapter: "Adapter") -> dict[str, Any]:
 
 
 def _norm(lora: "LoRA") -> float:
-    """Frobenius norm of b @ a, from Gram matrices of the factors."""
+    """Returns the Frobenius norm of b @ a."""
     import numpy as np
 
-    a, b = np.asarray(lora.a, np.float64), np.asarray(lora.b, np.float64)
-    return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
+    from coremerge_jax.linalg import product_norm
+
+    return product_norm(np.asarray(lora.b, np.float64), np.asarray(lora.a, np.float64))
 
 
 def _show(adapters: list[dict[str, Any]]) -> None:

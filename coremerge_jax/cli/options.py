@@ -164,7 +164,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         command(given=Given(recipe_file, options), **own)
 
     keyword = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in parameters]
-    run.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]  # read by typer
     return run
 
 

@@ -18,7 +18,7 @@ from coremerge_jax.merging.processes import agreed, exchange, failing_together
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # on Windows
 
 
 @contextlib.contextmanager

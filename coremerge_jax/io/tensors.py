@@ -170,7 +170,7 @@ class TensorReader:
         rest = value.view(np.uint8).data
         try:
             stream.seek(self.position(key, start))
-            while size := stream.readinto(rest):  # type: ignore[attr-defined]
+            while size := stream.readinto(rest):  # type: ignore[attr-defined]  # not in BinaryIO
                 rest = rest[size:]
         except OSError as error:
             error.filename = str(self.file)  # a failed read does not say where

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
-from coremerge_jax.linalg import matmul
+from coremerge_jax.linalg import matmul, pytree
 from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
@@ -27,7 +26,8 @@ from coremerge_jax.rules.rule import Cores
 from coremerge_jax.spaces import Projection, Space, core
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Inputs:
     """Arrays that one compiled program maps over, with the modules along their first axis."""
 
@@ -46,7 +46,8 @@ class Inputs:
         return Inputs(**{"a": a, "b": b, "weights": None, "scale": None, **given})
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Facts:
     """Facts about modules, found while they are merged, by each of C devices that share one.
 

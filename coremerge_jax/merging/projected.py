@@ -1,15 +1,16 @@
 """Adapters in a merge space: projected once, to be merged many times."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import MismatchError, RecipeError
+from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
 from coremerge_jax.merging.checks import (
     as_adapters,
@@ -37,7 +38,8 @@ from coremerge_jax.spaces import Projection, Space
 Updates = list[tuple[jax.Array, jax.Array]]
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Stack:
     """Modules of one signature in a merge space, along the first axis of the arrays.
 
@@ -55,13 +57,14 @@ class Stack:
     projection: Projection
     tasks: jax.Array
     names: jax.Array
-    paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    kinds: tuple[Kind, ...] = flax.struct.field(pytree_node=False)
-    keeps_a: bool = flax.struct.field(pytree_node=False)
-    dtypes: tuple[np.dtype, np.dtype] = flax.struct.field(pytree_node=False)
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    kinds: tuple[Kind, ...] = dataclasses.field(metadata={"static": True})
+    keeps_a: bool = dataclasses.field(metadata={"static": True})
+    dtypes: tuple[np.dtype, np.dtype] = dataclasses.field(metadata={"static": True})
 
 
-@flax.struct.dataclass
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Projected:
     """Adapters in a merge space, made by `project`. A pytree.
 
@@ -76,10 +79,10 @@ class Projected:
 
     stacks: tuple[Stack, ...]
     extras: dict[str, Array]
-    space: Space = flax.struct.field(pytree_node=False)
-    order: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    adapters: int = flax.struct.field(pytree_node=False)
-    metadata: Metadata = flax.struct.field(pytree_node=False)
+    space: Space = dataclasses.field(metadata={"static": True})
+    order: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    adapters: int = dataclasses.field(metadata={"static": True})
+    metadata: Metadata = dataclasses.field(metadata={"static": True})
 
     @property
     def dtype(self) -> np.dtype:
@@ -93,7 +96,7 @@ class Projected:
                 lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
                 self.stacks,
             )
-        return self.replace(stacks=stacks)  # type: ignore[attr-defined]
+        return dataclasses.replace(self, stacks=stacks)
 
     def merge(
         self,

@@ -63,7 +63,7 @@ def configure(rule: MergeRule, values: Parameters) -> Chain:
         i, field = places[name]
         try:
             # Each rule is a dataclass, though its base is not.
-            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]
+            rules[i] = dataclasses.replace(rules[i], **{field: value})  # type: ignore[type-var]  # rules are dataclasses
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{name}: {error}") from error
     return chain(*rules)
