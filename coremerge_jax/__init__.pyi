@@ -36,7 +36,6 @@ from .merging.stream import MergeStream as MergeStream
 from .merging.truncation import truncate
 from .rules import (
     cart,
-    chain,
     dare,
     dc_merge,
     flatten,
@@ -52,7 +51,11 @@ from .rules import (
     ties,
     tsv,
 )
-from .spaces import core, full, knots, tucker
+from .rules.chain import chain
+from .spaces.core import core
+from .spaces.full import full
+from .spaces.knots import knots
+from .spaces.tucker import tucker
 from .trees.adapters import TreeFormat as TreeFormat
 from .trees.adapters import from_tree, to_tree
 from .trees.axes import Axes
