@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from coremerge_jax.linalg import matmul, pytree
@@ -75,7 +76,7 @@ def scale(core: Core, weight: Float[Array, ""]) -> Core:
     return LoRA(a=core.a, b=core.b * weight) if isinstance(core, LoRA) else core * weight
 
 
-def by_task(values: tuple[float | int, ...] | jax.Array, context: Context) -> Num[Array, " T"]:
+def by_task(values: tuple[ArrayLike, ...] | ArrayLike, context: Context) -> Num[Array, " T"]:
     """Picks the values ``(T,)`` of the adapters at hand.
 
     Raises:
