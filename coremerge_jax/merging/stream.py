@@ -95,7 +95,11 @@ class MergeStream:
 
     def decisions(self) -> dict[tuple[str, ...], Decisions]:
         """Returns the engine's decisions for each signature, by the paths of its modules."""
-        return {group.paths: self._job.decisions(group) for group in self._job.present.groups}
+        found = {}
+        for group in self._job.present.groups:
+            (whole,) = group.split(len(group.paths), self._job.rows)
+            found[group.paths] = self._job.decisions(whole)
+        return found
 
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """Yields the merged modules, some at a time; each exactly once."""

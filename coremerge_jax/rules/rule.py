@@ -115,7 +115,11 @@ class Rule:
     factored: ClassVar[bool] = False
 
     def __call__(
-        self, cores: Cores, *, key: PRNGKeyArray | None = None, context: Context | None = None
+        self,
+        cores: Cores | Float[np.ndarray, "T p q"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: Context | None = None,
     ) -> Dense:
         """Merges cores.
 
@@ -127,6 +131,8 @@ class Rule:
         Returns:
             ``(p, q)``.
         """
+        if not isinstance(cores, LoRA):
+            cores = jnp.asarray(cores)
         return dense(self.merge(cores, key=key, context=context or Context.of(cores)))
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:

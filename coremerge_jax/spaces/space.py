@@ -235,6 +235,9 @@ class Space:
 
     lossless: ClassVar[bool]
 
+    # Constructors check their parameters themselves, with messages for users: in tests too.
+    __no_type_check__: ClassVar[bool] = True
+
     def project(
         self,
         lora_a: Float[Array, "R n"],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers import dense, random_adapters
+from many_devices import mesh
 
 import coremerge_jax as cm
 from coremerge_jax.merging.program import Decisions
@@ -65,3 +66,10 @@ def test_decisions_are_plain_data_too():
         "keeps_a": None,
         "in_words": "in core space (singular vectors); A is kept if well-conditioned",
     }
+
+
+@pytest.mark.usefixtures("all_devices")
+def test_devices_change_no_decision():
+    adapters = random_adapters(WIDE, (2, 3))
+    for rule in (cm.mean(), cm.tsv(), cm.ties()):
+        assert decisions(adapters, rule, mesh=mesh(8)) == decisions(adapters, rule)

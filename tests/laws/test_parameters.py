@@ -15,7 +15,7 @@ MADE = {**rules.RULES, **spaces.SPACES}
 EVERY = [(name, field.name) for name, make in MADE.items() for field in dataclasses.fields(make)]
 
 
-@pytest.mark.parametrize(("name", "field"), EVERY, ids=".".join)
+@pytest.mark.parametrize(("name", "field"), EVERY, ids=map(".".join, EVERY))
 def test_what_is_out_of_range_is_refused(name, field):
     values = (CASES | SPACES)[name].refused.get(field, [])
     assert values or field in WORDS, "a parameter without a test"
