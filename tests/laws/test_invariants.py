@@ -95,7 +95,7 @@ def laws_of(case):
 
 
 def every_law():
-    """Those of one rule and one space follow each other, which use the same compiled programs."""
+    """Yields laws by rule and space: those that share compiled programs follow each other."""
     for case in CASES.values():
         for law, space, ranks in laws_of(case):
             narrow = law.narrow and case.narrow and space == "core" and ranks == RANKS[0]

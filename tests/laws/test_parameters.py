@@ -34,7 +34,7 @@ def test_what_is_in_range_is_taken():
 
 
 def test_every_rule_and_space_has_a_row():
-    """Which laws, definitions and derivatives are tested of it."""
+    """The row says which laws, definitions and derivatives are tested."""
     assert set(rules.RULES) <= set(CASES)
     assert set(spaces.SPACES) <= set(SPACES)
     for name, make in rules.RULES.items():
