@@ -372,15 +372,14 @@ def _facts(
     Coordinates in core space are small, zero where factors are, and not finite if any of them is
     not. Where there are none, the factors themselves are read.
     """
+    merged = b
     if isinstance(factors, LoRA) and isinstance(settings.space, core):
         b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
         a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
-        merged = b
     else:
         ends, columns = np.cumsum(settings.ranks)[:-1], _column_peaks(module.b)
         b_sizes = _largest(columns, ends, settings.dtype)
         a_sizes = _largest(_row_sums(module.a), ends, settings.dtype)
-        merged = b
         if factors is None and b.shape == module.b.shape:
             # Each column was multiplied by a number, and so is its largest magnitude: this saves
             # reading B once more.
