@@ -6,6 +6,9 @@ is one of the pool itself: then all threads can end up waiting, and the process 
 Calls on one matrix run on the calling thread. So `jax.vmap` of the functions here is a loop on
 CPU, which is as fast, as LAPACK works through a batch one by one anyway. Elsewhere it is a batched
 call.
+
+Programs have many decompositions of equal shapes: the functions are jitted, so that JAX traces each
+once for a shape. XLA inlines them all the same.
 """
 
 from collections.abc import Callable
@@ -35,7 +38,7 @@ def _one_by_one_on_cpu(fn: Callable) -> Callable:
         )
         return out, jax.tree.map(lambda _: True, out)
 
-    return wrapped
+    return jax.jit(wrapped)
 
 
 @_one_by_one_on_cpu
