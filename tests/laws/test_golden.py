@@ -42,13 +42,22 @@ def load(name):
     return adapters, spec["cases"], expected
 
 
-def cases(well_posed, chosen=lambda *_: True):
+def core_or_irregular(name, space):
+    return space == "core" or name == "mixed_ranks"
+
+
+def core_and_irregular(name, space):
+    return space == "core" and name == "mixed_ranks"
+
+
+def cases(well_posed, by_day=core_or_irregular):
     for name in SETS:
         for i, case in enumerate(load(name)[1]):
-            if case["well_posed"] == well_posed and chosen(name, case["space"]):
+            if case["well_posed"] == well_posed:
                 parts = [name, case["space"], case["method"], *map(str, case["params"].values())]
-                narrow = name == "mixed_ranks" and case["space"] == "core"
-                marks = [] if narrow else [pytest.mark.wide]
+                place = name, case["space"]
+                marks = [] if core_and_irregular(*place) else [pytest.mark.wide]
+                marks += [] if by_day(*place) else [pytest.mark.nightly]
                 label = "-".join(parts + ["iso"] * case["isotropize"])
                 yield pytest.param(name, i, id=label, marks=marks)
 
@@ -88,13 +97,8 @@ def test_equals_the_reference(name, i):
     check(name, i, "float64", 1e-5)
 
 
-def in_float32(name, space):
-    """Core space on every set; the others on the most irregular one."""
-    return space == "core" or name == "mixed_ranks"
-
-
 @pytest.mark.wide
-@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=True, chosen=in_float32)))
+@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=True, by_day=core_and_irregular)))
 def test_equals_the_reference_in_float32(name, i):
     check(name, i, "float32", 1e-4)
 

@@ -145,7 +145,7 @@ def test_all_else_takes_factors_whose_types_say_where_they_are():
 # --- The pure functions, in a user's own shard_map ---------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ties", "svc", "tsv"])
+@pytest.mark.parametrize("name", ["ties", pytest.param("svc", marks=pytest.mark.wide), "tsv"])
 def test_functions_under_shard_map(name):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((8, 9, 70)), rng.standard_normal((8, 66, 9))
@@ -160,7 +160,7 @@ def test_functions_under_shard_map(name):
         jax.vmap(merge), mesh=mesh(8), in_specs=(P("modules"), P("modules")), out_specs=P("modules")
     )
     with jax.enable_x64(True):
-        assert distance(jax.jit(many)(a, b), jax.vmap(merge)(a, b)) < 1e-12
+        assert distance(jax.jit(many)(a, b), jax.jit(jax.vmap(merge))(a, b)) < 1e-12
 
 
 def spread_merge(rule, axis=None):
