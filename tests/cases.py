@@ -190,7 +190,6 @@ ROWS = [
         ),
         refused={"rank": [0, -1, 1.5], "scale": [10**400]},
         alone=cm.cart(rank=2),
-        narrow=True,
     ),
     Case(
         "isotropize",
@@ -199,7 +198,6 @@ ROWS = [
         of_updates(lambda x: by_hand.flatten(sum(x), 0)),
         slope=Slope(lambda _: cm.isotropize(), smooth=COINCIDE, narrow=True),
         zero_is_absent=True,
-        narrow=True,
     ),
     Case(
         "flatten",

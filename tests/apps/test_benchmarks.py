@@ -49,13 +49,21 @@ def test_speed_without_peers_that_are_not_installed(run_speed, tmp_path, capsys,
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
-def test_speed_with_all_peers(run_speed):
+@pytest.mark.parametrize(
+    ("rules", "others"),
+    [
+        ("ta,tsv", ["llama-3-8b"]),
+        pytest.param(",".join(speed.RULES), ["llama-3-8b", "saturated"], marks=pytest.mark.nightly),
+    ],
+)
+def test_speed_with_all_peers(run_speed, rules, others):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("torch")
         pytest.importorskip("peft")
-    rows = run_speed("--only", "vit-b32")
-    rows |= run_speed("--only", "llama-3-8b", "--only", "saturated", "--rules", "ties")
+    rows = run_speed("--only", "vit-b32", "--rules", rules)
+    for shape in others:
+        rows |= run_speed("--only", shape, "--rules", "ties")
     for (shape, rule), row in rows.items():
         times = row["times"]
         assert times["torch"]["error"] < 1e-6, (shape, rule)

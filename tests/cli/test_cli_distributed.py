@@ -53,22 +53,31 @@ def test_as_one_process_does(coremerge, adapters, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_adapters_without_an_effect(adapters, tmp_path):
-    dead = cm.load_peft(adapters[0])
-    dead = dead.replace(modules={p: cm.LoRA(a=x.a, b=0 * x.b) for p, x in dead.items()})
-    cm.save_peft(dead, tmp_path / "dead")
-    codes, told = finish(start(tmp_path / "dead", adapters[1], "-o", tmp_path / "out"))
+@pytest.fixture
+def dead(adapters, tmp_path):
+    """The folder of an adapter whose updates are zero."""
+    adapter = cm.load_peft(adapters[0])
+    modules = {path: cm.LoRA(a=x.a, b=0 * x.b) for path, x in adapter.items()}
+    cm.save_peft(adapter.replace(modules=modules), tmp_path / "dead")
+    return tmp_path / "dead"
+
+
+def test_one_process_tells_of_an_adapter_without_an_effect(adapters, dead, tmp_path):
+    codes, told = finish(start(dead, adapters[1], "-o", tmp_path / "out"))
     assert codes == [0, 0], told
     note = "adapter 'dead' has no effect: all its updates are zero"
     assert [err.count(note) for _, err in told] == [1, 0]
 
-    codes, told = finish(start(tmp_path / "dead", tmp_path / "dead", "-o", tmp_path / "none"))
+
+@pytest.mark.nightly
+def test_nothing_is_written_where_no_adapter_has_an_effect(dead, tmp_path):
+    codes, told = finish(start(dead, dead, "-o", tmp_path / "none"))
     assert codes == [1, 1], told
     assert all("error: all merged updates are zero, so nothing is written" in x for _, x in told)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_process_is_killed(adapters, tmp_path, killed):
     out = tmp_path / "out"
     processes = start(*adapters, "-o", out, paused=killed)
@@ -82,10 +91,10 @@ def test_a_process_is_killed(adapters, tmp_path, killed):
     assert "another task died" in told[1 - killed][1] or "process" in told[1 - killed][1]
     assert not out.exists()
 
-    if killed:  # a rerun starts cleanly
-        assert finish(start(*adapters, "-o", out))[0] == [0, 0]
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-        assert (out / "adapter_config.json").exists()
+    # A rerun starts cleanly.
+    assert finish(start(*adapters, "-o", out))[0] == [0, 0]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (out / "adapter_config.json").exists()
 
 
 def test_a_process_is_asked_to_end(adapters, tmp_path):

@@ -21,7 +21,7 @@ RULES = {
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 spaces = pytest.mark.parametrize(
     "space",
-    [cm.core(), *(pytest.param(x, marks=pytest.mark.wide) for x in (cm.full(), cm.knots()))],
+    [cm.core(), *(pytest.param(x, marks=pytest.mark.nightly) for x in (cm.full(), cm.knots()))],
     ids=str,
 )
 

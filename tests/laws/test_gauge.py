@@ -31,6 +31,7 @@ def regauged(adapters, seed):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.wide
 @pytest.mark.parametrize("ranks", [(2, 4, 2), (6, 5, 6)], ids=str)
 def test_only_the_update_matters(name, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)

@@ -21,7 +21,7 @@ PLACES = [
     pytest.param(
         (name, space),
         id=f"{name}-{space}",
-        marks=[] if space == "core" and slope.narrow else [pytest.mark.wide],
+        marks=[pytest.mark.wide] * (not slope.narrow) + [pytest.mark.nightly] * (space != "core"),
     )
     for name, slope in SLOPES.items()
     for space in ("core", *slope.spaces)

@@ -265,7 +265,11 @@ def test_law(law, case, space, ranks, seed):
     law.check(case, (PLACES | SCALED)[space], ranks, seed)
 
 
-ALONE = [case for case in CASES.values() if case.alone]
+ALONE = [
+    pytest.param(case, id=case.name, marks=[] if case.narrow else [pytest.mark.wide])
+    for case in CASES.values()
+    if case.alone
+]
 
 
 @pytest.mark.parametrize("rank", [4, 20])
@@ -273,7 +277,7 @@ ALONE = [case for case in CASES.values() if case.alone]
     "space",
     [pytest.param(x, marks=[] if x == "core" else [pytest.mark.wide]) for x in PLACES],
 )
-@pytest.mark.parametrize("case", ALONE, ids=[case.name for case in ALONE])
+@pytest.mark.parametrize("case", ALONE)
 def test_one_adapter_comes_back(case, space, seed, rank):
     (adapter,) = random_adapters(SHAPES, [rank], seed)
     assert_same(merge([adapter], case.alone, space=PLACES[space]), adapter, 1e-12)

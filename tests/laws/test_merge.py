@@ -208,6 +208,7 @@ def test_dare_drops_its_share_and_keeps_the_mean():
     np.testing.assert_allclose(np.unique(dropped), [0, 0.5 / 0.7, 1 / 0.7], rtol=1e-6)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("shape", [(8, 14), (14, 8), (8, 9), (14, 15)], ids=str)
 @pytest.mark.parametrize("space", [cm.core(), cm.knots(scaled=True), cm.full()], ids=repr)
 @pytest.mark.parametrize("equivariance", ["orthogonal", "elementwise"])

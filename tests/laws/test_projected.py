@@ -36,7 +36,8 @@ def some_narrow(names, narrow):
 
 
 @pytest.mark.parametrize("name", some_narrow(RULES, ("ties", "tsv", "svc", "dare|tsv")))
-def test_every_rule_as_merge(adapters, name):
+def test_every_rule_as_merge(name):
+    adapters = random_adapters(SHAPES, RANKS)  # of one signature, as that is compiled for each rule
     projected = cm.project(adapters)
     scale = {"a.*": 0.5, "*": 2.0}
     merged = projected.merge(RULES[name], scale=scale, key=KEY)
@@ -52,6 +53,7 @@ def test_every_space_as_merge(adapters, space):
     assert_same(merged, cm.merge(adapters, rule, space=SPACES[space], key=KEY), 1e-12)
 
 
+@pytest.mark.wide
 def test_weights_of_the_projection_are_those_of_merge(adapters):
     for weights in ([1.0, 0.5, 2.0], [0.0, 1.0, 2.0]):
         rule = cm.chain(cm.dare(), cm.ties(density=0.5))
@@ -110,6 +112,7 @@ def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
         assert_same(one, merged(rank, scale), 1e-6)
 
 
+@pytest.mark.wide
 def test_gradients_of_weights_by_module(adapters):
     def norm(weights):
         merged = cm.project(adapters, precision="float32").merge(cm.tsv(), weights=weights)

@@ -41,7 +41,7 @@ def needed(adapters, rule):
 
 
 @pytest.mark.parametrize(
-    "name", [x if x != "mean" else pytest.param(x, marks=pytest.mark.wide) for x in RULES]
+    "name", [pytest.param(x, marks=[] if "dare" in x else pytest.mark.wide) for x in RULES]
 )
 def test_batches_change_nothing(adapters, name):
     rule = RULES[name]
@@ -124,7 +124,7 @@ SPACES = {
             for name, rule in COSTLY.items()
         ),
         *(
-            pytest.param(COSTLY[name], space, marks=pytest.mark.wide)
+            pytest.param(COSTLY[name], space, marks=pytest.mark.nightly)
             for space in SPACES.values()
             for name in ("ties", "sce", "tsv")
         ),

@@ -7,6 +7,7 @@ from many_devices import pytest_command, start_job
 JOIN = "import jax; jax.distributed.initialize(num_processes=2, process_id={process})"
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(600)
 def test_two_processes(tmp_path):
     command = pytest_command("two_processes.py", tmp_path / "temp{process}", JOIN)
