@@ -114,7 +114,6 @@ ROWS = [
         },
         alone=cm.ties(density=1.0),
         zero_is_absent=True,
-        narrow=True,
     ),
     Case(
         "ties by number",
@@ -160,7 +159,7 @@ ROWS = [
         "dare|ties",
         cm.chain(cm.dare(drop=0.3), cm.ties()),
         RANDOM,
-        slope=Slope(lambda x: cm.chain(cm.dare(drop=x), cm.ties(density=0.7)), 0.3, narrow=True),
+        slope=Slope(lambda x: cm.chain(cm.dare(drop=x), cm.ties(density=0.7)), 0.3),
         narrow=True,
     ),
     Case(
@@ -186,7 +185,6 @@ ROWS = [
             0.7,
             smooth=("orthogonal_isometries",),
             spaces=("full", "knots"),
-            narrow=True,
         ),
         refused={"rank": [0, -1, 1.5], "scale": [10**400]},
         alone=cm.cart(rank=2),
@@ -196,7 +194,7 @@ ROWS = [
         cm.isotropize(),
         SPECTRAL,
         of_updates(lambda x: by_hand.flatten(sum(x), 0)),
-        slope=Slope(lambda _: cm.isotropize(), smooth=COINCIDE, narrow=True),
+        slope=Slope(lambda _: cm.isotropize(), smooth=COINCIDE),
         zero_is_absent=True,
     ),
     Case(
@@ -208,7 +206,6 @@ ROWS = [
             0.5,
             smooth=COINCIDE,
             spaces=("full", "knots"),
-            narrow=True,
         ),
         refused={"power": [-0.5]},
     ),
@@ -243,7 +240,6 @@ ROWS = [
         of_updates(lambda x: by_hand.iso_cts(x, 3, 1)),
         slope=Slope(lambda _: cm.iso_cts(common=3, specific=1)),
         refused={"common": [-1, 0.0, 1.5], "specific": [-1, 0.5]},
-        narrow=True,
     ),
     # In spaces of 8 directions: ⌊0.8 · 8⌋ = 6, round(2 / 3) = 1 for each, and 8 - 3 in common. In
     # full space, 0.8 of 12 directions are more than the 8 that there are: all are common.
@@ -279,7 +275,6 @@ ROWS = [
         SINGULAR,
         of_updates(lambda x: by_hand.dc_merge(x, 0.2, 5.0)),
         refused={"density": [0, 1.1], "rho": [0, 0.5]},
-        narrow=True,
     ),
     Case(
         "dc_merge, averaging",

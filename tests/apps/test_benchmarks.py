@@ -7,6 +7,7 @@ import warnings
 
 import end_to_end
 import pytest
+import same_results
 import speed
 from common import machine, report
 
@@ -150,6 +151,20 @@ def test_end_to_end_targets(tmp_path):
     assert end_to_end.misses(options, found) == []
     options.max_memory = "1GB"
     assert len(end_to_end.misses(options, found)) == 2
+
+
+def test_what_differs_is_told(tmp_path, monkeypatch, capsys):
+    cases = dict(same_results.cases())
+    assert len(cases) > 250
+    before, after = tmp_path / "before.npz", tmp_path / "after.npz"
+    monkeypatch.setattr(same_results, "cases", lambda: [("a", cases["core/mean"])])
+    same_results.record(before)
+    same_results.compare(before, before)
+    assert "1 merges, 8 arrays: 0 differ" in capsys.readouterr().out
+    monkeypatch.setattr(same_results, "cases", lambda: [("a", cases["weights/task_arithmetic"])])
+    same_results.record(after)
+    same_results.compare(before, after)
+    assert "1 merges, 8 arrays: 4 differ" in capsys.readouterr().out
 
 
 def test_a_busy_machine_is_told(capsys):

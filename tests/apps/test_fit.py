@@ -47,7 +47,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if "tsv" in x else pytest.mark.wide) for x in RULES]
+)
 def test_finds_the_coefficients_of_a_merge(adapters, name):
     rule = RULES[name]
     projected = cm.project(adapters)

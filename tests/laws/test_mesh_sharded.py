@@ -27,6 +27,9 @@ COLLECTIVE = re.compile(
 
 MESHES = {"8": mesh(8), "4x2": mesh(4, 2)}
 every_mesh = pytest.mark.parametrize("there", MESHES.values(), ids=MESHES)
+every_mode = pytest.mark.parametrize(
+    "mode", [pytest.param(AxisType.Auto, marks=pytest.mark.wide), AxisType.Explicit]
+)
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_spread_modules_tell_each_other_their_gram_matrices(rule):
     assert sizes == grams
 
 
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@every_mode
 @every_mesh
 def test_factors_that_are_sharded_come_back_so(adapters, there, mode):
     expected = cm.merge(adapters, cm.tsv())
@@ -78,7 +81,7 @@ def test_factors_that_are_sharded_come_back_so(adapters, there, mode):
             assert x.sharding.is_equivalent_to(like.sharding, 2)
 
 
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@every_mode
 @every_mesh
 def test_inside_jit(adapters, there, mode):
     sharded = put(adapters, mesh(*there.devices.shape, mode=mode))
