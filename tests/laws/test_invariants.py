@@ -98,14 +98,17 @@ def every_law():
     """Yields laws by rule and space: those that share compiled programs follow each other."""
     for case in CASES.values():
         for law, space, ranks in laws_of(case):
-            narrow = law.narrow and case.narrow and space == "core" and ranks == RANKS[0]
+            core, first = space == "core", ranks == RANKS[0]
+            marks = [] if law.narrow and case.narrow and core and first else [pytest.mark.wide]
+            if not core and ranks == RANKS[1]:
+                marks.append(pytest.mark.nightly)
             yield pytest.param(
                 law,
                 case,
                 space,
                 ranks,
                 id=f"{law.check.__name__}-{case.name}-{space}-{ranks}",
-                marks=[] if narrow else [pytest.mark.wide],
+                marks=marks,
             )
 
 
