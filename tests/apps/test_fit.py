@@ -105,6 +105,7 @@ def test_stops_early_and_keeps_the_best(adapters):
     assert losses == sorted(losses)
 
 
+@pytest.mark.wide
 def test_one_compilation(adapters):
     traced = 0
 

@@ -142,6 +142,7 @@ def test_global_settings_are_left_alone():
     assert jnp.ones(2).dtype == np.float32
 
 
+@pytest.mark.wide
 def test_result_has_the_widest_dtype_of_the_sources():
     wide, narrow = random_adapters({"q": (8, 10)}, RANKS, dtype="float32")
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), narrow)

@@ -59,6 +59,7 @@ def test_spectral_rules_do_not_care():
         cm.core(gauge="x")
 
 
+@pytest.mark.wide
 def test_derivative():
     (one, two) = random_adapters({"x": (8, 7)}, (2, 3))
     with jax.enable_x64(True):

@@ -103,6 +103,7 @@ def test_equals_the_reference_in_float32(name, i):
     check(name, i, "float32", 1e-4)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "i"), list(cases(well_posed=False)))
 def test_is_well_defined_where_the_reference_is_not(name, i):
     """Finite, and a permutation of rows and columns permutes the result and does no more."""

@@ -65,6 +65,7 @@ def test_equals_the_papers_equations(shape, ranks):
     assert_same(merged, {"q": 0.9 * paper_tsv_isotropize(updates, ranks)}, 1e-6)
 
 
+@pytest.mark.wide
 def test_modules_that_only_some_adapters_have():
     first, second, third = random_adapters({"q": (8, 6), "v": (6, 6), "o": (6, 8)}, (2, 3, 1))
     second = second.replace(modules={path: second[path] for path in ("v", "o")})

@@ -61,6 +61,7 @@ def test_weights_of_the_projection_are_those_of_merge(adapters):
         assert_same(merged, cm.merge(adapters, rule, weights=weights, key=KEY), 1e-12)
 
 
+@pytest.mark.wide
 def test_weights_of_a_merge_multiply_the_cores(adapters):
     weights = np.array([1.0, 0.5, 2.0])
     projected = cm.project(adapters)
@@ -99,6 +100,7 @@ def test_a_grid_of_parameters_is_one_program(adapters):
         assert_same(one, projected.merge(cm.ties(density=density)), 1e-6)
 
 
+@pytest.mark.wide
 def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
     projected = cm.project(adapters)
     ranks, scales = jnp.asarray([1, 2, 9]), jnp.asarray([0.5, 1.0, 2.0])

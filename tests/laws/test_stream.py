@@ -54,6 +54,7 @@ def test_batches_change_nothing(adapters, name):
     assert_same(whole, merged, 1e-6)
 
 
+@pytest.mark.wide
 def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
     whole = cm.merge(adapters, rule)
@@ -67,6 +68,7 @@ def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
         assert_same(whole, stream.collect(), 1e-6)
 
 
+@pytest.mark.wide
 def test_the_outline_is_that_of_the_result(adapters):
     for rule in RULES.values():
         outline = cm.merge_stream(adapters, rule, key=KEY).outline
