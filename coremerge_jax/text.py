@@ -1,6 +1,7 @@
 """Text from files and arguments, made fit to be shown."""
 
 import json
+from numbers import Number
 
 
 def printable(text: str) -> str:
@@ -30,3 +31,17 @@ def display(text: str, length: int) -> str:
 def json_escaped(text: str) -> str:
     """Returns a JSON document with the same characters as escapes of JSON; ends of lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def short(value: object) -> str:
+    """Returns a short text for a value in a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if not isinstance(value, str | Number | tuple | None):
+        return type(value).__name__
+    try:
+        shown = repr(value) if isinstance(value, str) else " ".join(str(value).split())
+    except ValueError:  # Python refuses to write out more than 4,300 digits
+        bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        return f"{type(value).__name__}{bits}"
+    return shown if len(shown) <= 60 else f"{shown[:60]} …"

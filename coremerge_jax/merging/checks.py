@@ -14,6 +14,7 @@ from coremerge_jax.merging.groups import label
 from coremerge_jax.rules import Chain
 from coremerge_jax.rules.chain import validated
 from coremerge_jax.spaces import SPACES, Space, core
+from coremerge_jax.text import short
 
 
 def as_adapters(adapters: Any) -> Sequence[Adapter]:
@@ -84,7 +85,7 @@ def as_weights(weights: Any, adapters: int, name: str = "weights") -> Any:
     if isinstance(weights, jax.Array):
         weights = jax.device_get(weights)
     if isinstance(weights, int | float) or getattr(weights, "shape", None) == ():
-        raise MismatchError(f"{name}={weights}: {expected}")
+        raise MismatchError(f"{name}={short(weights)}: {expected}")
     if isinstance(weights, str | bytes | Mapping | set) or not isinstance(
         weights, Collection | np.ndarray
     ):
@@ -133,7 +134,7 @@ def check_number(name: str, value: Any, more: str = "") -> None:
     if not is_real or isinstance(value, bool):
         raise RecipeError(f"{name}={short(value)}: expected a number{more}")
     if not is_finite(value):
-        raise RecipeError(f"{name}={value}: expected a finite number{more}")
+        raise RecipeError(f"{name}={short(value)}: expected a finite number{more}")
 
 
 def is_finite(value: Any) -> bool:
@@ -198,16 +199,6 @@ def refuse_values(
                         f"{describe(adapters, t)}, module {path!r}: {name} has NaN or infinite "
                         "values; leave this adapter out, or train it again"
                     )
-
-
-def short(value: Any) -> str:
-    """Returns a short text for a value in a message."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, str | int | float | complex | bool | None):
-        shown = repr(value)
-        return shown if len(shown) <= 60 else f"{shown[:60]} …"
-    return f"{type(value).__name__}"
 
 
 def _is_zero(weights: Any, t: int) -> bool:

@@ -25,6 +25,7 @@ from coremerge_jax.rules.rule import (
     abstract,
     dense,
 )
+from coremerge_jax.text import short
 
 
 class Step(Rule):
@@ -264,7 +265,7 @@ def validated(rule: Chain) -> Chain:
             if value is None and one.default is not None:
                 raise RecipeError(f"{part.name()}: {one.name} is None; expected a value")
             if isinstance(value, bool) and not isinstance(one.default, bool):
-                raise RecipeError(f"{part.name()}: {one.name}={value}: expected a number")
+                raise RecipeError(f"{part.name()}: {one.name}={short(value)}: expected a number")
             is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
             if is_array and not isinstance(value, jax.core.Tracer):
                 plain[one.name] = jax.device_get(value).item()

@@ -15,6 +15,7 @@ from coremerge_jax.errors import RecipeError
 from coremerge_jax.linalg import Factored, pytree
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.operations import Operations, Sizes, counted
+from coremerge_jax.text import short
 
 
 class Equivariance(enum.IntEnum):
@@ -187,9 +188,10 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> No
     number = isinstance(value, int | float | np.integer | np.floating)
     wrong = isinstance(value, tuple | list | str | complex | dict)
     if wrong or (number and not (_is_finite(value) and ok(value))):
-        raise RecipeError(f"{name}={value!r}: expected {expected}")
+        raise RecipeError(f"{name}={short(value)}: expected {expected}")
     if isinstance(value, int | np.integer) and abs(int(value)) >= 2**31:
-        raise RecipeError(f"{name}={value!r}: expected {expected}, below 2^31")  # as JAX's int32
+        # JAX's int32
+        raise RecipeError(f"{name}={short(value)}: expected {expected}, below 2^31")
 
 
 def check_share(name: str, value: Any) -> None:

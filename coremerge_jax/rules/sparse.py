@@ -26,6 +26,7 @@ from coremerge_jax.rules.rule import (
     dense,
     dtype_of,
 )
+from coremerge_jax.text import short
 
 _Scalar = Float[Array, ""]
 
@@ -70,7 +71,7 @@ class ties(Rule):
         ):
             if getattr(self, name) not in options:
                 value, expected = getattr(self, name), " or ".join(map(repr, options))
-                raise RecipeError(f"{name}={value!r}: expected {expected}")
+                raise RecipeError(f"{name}={short(value)}: expected {expected}")
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         size = context.shape[0] * context.shape[1]

@@ -19,7 +19,7 @@ from rich.text import Text
 from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io.atomic import atomic_file
 from coremerge_jax.lora import Adapter
-from coremerge_jax.merging.checks import check_function, check_scale, short
+from coremerge_jax.merging.checks import check_function, check_scale
 from coremerge_jax.merging.projected import Projected, Updates, project
 from coremerge_jax.rules import Chain, as_rule, chain
 from coremerge_jax.search.log import Log, identity
@@ -34,7 +34,7 @@ from coremerge_jax.search.parameters import (
     label,
     parameters,
 )
-from coremerge_jax.text import display, printable
+from coremerge_jax.text import display, printable, short
 
 if TYPE_CHECKING:  # an optional library
     from matplotlib.figure import Figure

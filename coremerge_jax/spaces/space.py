@@ -18,6 +18,7 @@ from coremerge_jax.rules import Chain, Context, Rule, chain
 from coremerge_jax.rules.linear import scale
 from coremerge_jax.rules.operations import Operations, Sizes, counted
 from coremerge_jax.rules.rule import Cores, Merged, check, dense, tasks_in
+from coremerge_jax.text import short
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
 # values; beyond it, rounding of the merged B would show, and A is made orthonormal.
@@ -328,5 +329,5 @@ def check_static(
     """
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise RecipeError(f"{name}={value!r}: expected {expected}")
+        raise RecipeError(f"{name}={short(value)}: expected {expected}")
     check(name, value, ok, expected)

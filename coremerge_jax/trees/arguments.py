@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from coremerge_jax.errors import FormatError, hint
+from coremerge_jax.text import short
 from coremerge_jax.trees.paths import matches
 
 
@@ -32,7 +33,7 @@ def check_rank(value: object, name: str) -> int:
         FormatError: it is not a positive integer.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise FormatError(f"{name} is {_short(value)}; expected a positive integer")
+        raise FormatError(f"{name} is {short(value)}; expected a positive integer")
     return int(value)
 
 
@@ -48,13 +49,5 @@ def check_alpha(value: Any, name: str) -> float:
     except (OverflowError, TypeError):  # an integer above all floats, an array of objects
         fits = False
     if not fits:
-        raise FormatError(f"{name} is {_short(value)}; expected a positive number")
+        raise FormatError(f"{name} is {short(value)}; expected a positive number")
     return float(value)
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of too many digits
-        text = "too long to be shown"
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_limits
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint
 from coremerge_jax.io.base_model.apply import find_folding
 from coremerge_jax.lora import Adapter
-from coremerge_jax.merging.checks import short
 from coremerge_jax.recipe import Recipe
 from coremerge_jax.record import read_record
+from coremerge_jax.text import short
 from coremerge_jax.verification.compare import Comparison, Measured
 from coremerge_jax.verification.explain import explain
 from coremerge_jax.verification.findings import Check, Finding, Verification, some

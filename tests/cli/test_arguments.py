@@ -35,6 +35,7 @@ WRONG = {
     "infinite weight": ({"weights": np.array([INFINITE, 1])}, r"weights\[0\]=inf"),
     "weight on device": ({"weights": jnp.array([1, NAN])}, r"weights\[1\]=nan"),
     "table of weights": ({"weights": np.ones((2, 2))}, r"weights\[0\]=ndarray: expected a number"),
+    "weight of many digits": ({"weights": [10**5000, 1]}, r"weights\[0\]=int of 16610 bits"),
     "huge weight": ({"weights": [10**400, 1]}, r"weights\[0\]=1000.*expected a finite number"),
 }
 FOR_MERGE = {
