@@ -66,7 +66,7 @@ SPACES = {
     "knots, scaled": cm.knots(scaled=True),
     "tucker": cm.tucker(rank=6),
 }
-# What all adapters have to know has no factors in these spaces.
+# `pico` needs the factors of the adapters, which these spaces do not have.
 UNDEFINED = {("knots", "pico|tsv"), ("knots, scaled", "pico|tsv"), ("tucker", "pico|tsv")}
 FEW = ("task_arithmetic", "ties", "dare|ties", "tsv|isotropize", "cart")
 

@@ -1,6 +1,6 @@
 """Random adapters, and dense NumPy counterparts of what the library computes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +16,13 @@ def modules(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     from hypothesis import settings  # not in the programs that tests start
 
     return {f"x{i}": shape for i in range(settings().max_examples)}
+
+
+def narrow(names: Iterable[str], chosen: Sequence[str]) -> list:
+    """Parameters of a test, of which those that are not chosen are left out with the newest JAX."""
+    import pytest  # not in the programs that tests start
+
+    return [pytest.param(x, marks=[] if x in chosen else pytest.mark.wide) for x in names]
 
 
 def random_adapters(

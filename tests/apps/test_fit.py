@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import KEY, assert_same, random_adapters
+from helpers import KEY, assert_same, narrow, random_adapters
 
 import coremerge_jax as cm
 from coremerge_jax import search
@@ -47,9 +47,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if "tsv" in x else pytest.mark.wide) for x in RULES]
-)
+@pytest.mark.parametrize("name", narrow(RULES, ["tsv|isotropize"]))
 def test_finds_the_coefficients_of_a_merge(adapters, name):
     rule = RULES[name]
     projected = cm.project(adapters)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, dense, distance, random_adapters
+from helpers import KEY, assert_same, dense, distance, narrow, random_adapters
 
 import coremerge_jax as cm
 
@@ -18,10 +18,7 @@ RULES = {
     "cart": cm.cart(rank=2),
     "isotropize": cm.isotropize(),
 }
-NAMES = [
-    pytest.param(name, marks=[] if name in ("dare|ties", "tsv") else [pytest.mark.wide])
-    for name in RULES
-]
+NAMES = narrow(RULES, ["dare|ties", "tsv"])
 spaces = pytest.mark.parametrize(
     "space",
     [cm.core(), *(pytest.param(x, marks=pytest.mark.nightly) for x in (cm.full(), cm.knots()))],

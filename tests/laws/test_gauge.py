@@ -30,8 +30,8 @@ def regauged(adapters, seed):
     return map_factors(adapters, change)
 
 
-@pytest.mark.parametrize("name", RULES)
 @pytest.mark.wide
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("ranks", [(2, 4, 2), (6, 5, 6)], ids=str)
 def test_only_the_update_matters(name, seed, ranks):
     adapters = random_adapters(SHAPES, ranks, seed)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, distance, random_adapters
+from helpers import KEY, assert_same, distance, narrow, random_adapters
 
 import coremerge_jax as cm
 
@@ -31,11 +31,7 @@ def adapters():
     return [first, second.replace(modules=some), third]
 
 
-def some_narrow(names, narrow):
-    return [pytest.param(x, marks=[] if x in narrow else pytest.mark.wide) for x in names]
-
-
-@pytest.mark.parametrize("name", some_narrow(RULES, ("ties", "tsv", "svc", "dare|tsv")))
+@pytest.mark.parametrize("name", narrow(RULES, ("ties", "tsv", "svc", "dare|tsv")))
 def test_every_rule_as_merge(name):
     adapters = random_adapters(SHAPES, RANKS)  # of one signature, as that is compiled for each rule
     projected = cm.project(adapters)
@@ -46,7 +42,7 @@ def test_every_rule_as_merge(name):
     assert_same(merged, expected, 1e-12)
 
 
-@pytest.mark.parametrize("space", some_narrow(SPACES, ("core", "tucker")))
+@pytest.mark.parametrize("space", narrow(SPACES, ("core", "tucker")))
 def test_every_space_as_merge(adapters, space):
     rule = cm.chain(cm.dare(), cm.ties(density=0.5))
     merged = cm.project(adapters, space=SPACES[space]).merge(rule, key=KEY)

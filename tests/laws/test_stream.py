@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_same, dense, random_adapters
+from helpers import assert_same, dense, narrow, random_adapters
 from threadpoolctl import ThreadpoolController
 
 import coremerge_jax as cm
@@ -40,9 +40,7 @@ def needed(adapters, rule):
     return (workers + 1) * max(one.held + one.work for one in costs)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if "dare" in x else pytest.mark.wide) for x in RULES]
-)
+@pytest.mark.parametrize("name", narrow(RULES, ["dare, ties"]))
 def test_batches_change_nothing(adapters, name):
     rule = RULES[name]
     whole = cm.merge(adapters, rule, key=KEY)
