@@ -144,6 +144,8 @@ class Metadata:
         config: further fields of the source's configuration that its extras need.
         lengths: of modules whose inputs or outputs were several axes in the tree that they are
             from.
+        format: name of the format that the source has on disk, one of ``coremerge convert --to``.
+        prefix: text before the module paths in the source's keys, such as ``"base_model.model."``.
     """
 
     name: str | None = None
@@ -154,6 +156,8 @@ class Metadata:
     dtype: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     lengths: tuple[Lengths, ...] = ()
+    format: str | None = None
+    prefix: str | None = None
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -1,8 +1,7 @@
 """PEFT adapter folder to `Adapter`."""
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,22 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, UnsupportedError, nearest
 from coremerge_jax.io.adapter_config import CONFIG, RETRAIN
+from coremerge_jax.io.factors import (
+    FactorFile,
+    Factors,
+    FactorSource,
+    is_float,
+    open_extra,
+    outline_of,
+    to_float32,
+)
 from coremerge_jax.io.folders import source_name
 from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost
 from coremerge_jax.io.peft import experts
 from coremerge_jax.io.peft.config import PeftConfig, extra_name, is_copy, is_extra, split_factor
 from coremerge_jax.io.peft.files import locate, weights_file
 from coremerge_jax.io.tensors import LazyTensor, TensorReader
-from coremerge_jax.lora import Adapter, AdapterFile, Kind, LoRA, Metadata
-
-Read = Callable[[str], np.ndarray]
-Factors = tuple[np.ndarray, np.ndarray]
+from coremerge_jax.lora import Adapter, Kind, Metadata
 
 # Parts of the names of other methods' tensors. A configuration may not mention the method.
 _METHODS = {
@@ -30,44 +35,6 @@ _METHODS = {
     "lora_diag": "KaSA",
     "lora_monteclora": "MonteCLoRA",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class FactorSource:
-    """Place and form of one module in the tensors of a file.
-
-    Attributes:
-        file: the file, for messages.
-        path: the module's path in the file.
-        outline: the module, with shapes in place of its factors.
-        keys: names of the tensors.
-        factors: function from the tensors to A and B.
-        scale: factor of B.
-    """
-
-    file: Path
-    path: str
-    outline: LoRA
-    keys: tuple[str, ...]
-    factors: Callable[..., Factors]
-    scale: float
-
-    def read(self, tensor: Read) -> LoRA:
-        """Returns the module in memory.
-
-        Raises:
-            FormatError: it has values that are not finite.
-        """
-        a, b = self.factors(*map(tensor, self.keys))
-        a, b = _float32(a), _float32(b, self.scale)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            for key in self.keys:
-                _check_finite(self.file, key, tensor(key))
-            raise FormatError(
-                f"{self.file}: module {self.path!r}: B times the scaling {self.scale:g} (or a "
-                "value of a wider dtype) overflows float32"
-            )
-        return dataclasses.replace(self.outline, a=a, b=b)
 
 
 class Contents:
@@ -127,7 +94,7 @@ class Contents:
     def _factor(self, key: str) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of a tensor that is part of an update."""
         tensor = self._tensor(key)
-        if not _is_float(tensor.dtype):
+        if not is_float(tensor.dtype):
             raise UnsupportedError(
                 f"{self.file}: tensor {key!r} has dtype {tensor.dtype}, so the factors are "
                 "quantized, or no weights; save the adapter in float32, bfloat16 or float16"
@@ -228,7 +195,8 @@ class Contents:
                 "take both files from one checkpoint, or correct r and rank_pattern"
             )
         scale = self.config.scale(outermost(path))
-        return FactorSource(self.file, path, _outline(rank, b[0], a[1], kind), keys, factors, scale)
+        outline = outline_of(rank, b[0], a[1], kind)
+        return FactorSource(self.file, path, outline, keys, factors, scale)
 
     def _experts(
         self, owner: str, levels: Mapping[str, tuple[str, str]], names: list[str]
@@ -247,7 +215,7 @@ class Contents:
                 count = experts.count(rows, rank)
             except FormatError as error:
                 raise FormatError(f"{self.file}: module {path!r}: {error}") from error
-            outline = _outline(rank, m, n, Kind("expert"))
+            outline = outline_of(rank, m, n, Kind("expert"))
             for e in range(count):
                 factors = partial(experts.unpack, rank=rank, index=e)
                 source = FactorSource(self.file, path, outline, levels[path], factors, scale)
@@ -297,27 +265,7 @@ class Contents:
         return extras | {name: self._extra(*bias) for name, bias in self._biases.items()}
 
     def _extra(self, key: str, scale: float = 1.0) -> LazyTensor:
-        tensor = self._tensor(key)
-        dtype = np.dtype(np.float32) if _is_float(tensor.dtype) else tensor.dtype
-        read = partial(_read_extra, self._reader, key, scale)
-        return LazyTensor(tensor.shape, dtype, read)
-
-
-def _read_extra(reader: TensorReader, key: str, scale: float, start: int, stop: int) -> np.ndarray:
-    value = reader.read_part(key, start, stop)
-    if not _is_float(value.dtype):
-        return value
-    _check_finite(reader.file, key, value)
-    result = _float32(value, scale)
-    if not np.isfinite(result).all():
-        raise FormatError(f"{reader.file}: tensor {key!r} overflows float32")
-    return result
-
-
-def _outline(rank: int, m: int, n: int, kind: Kind) -> LoRA:
-    a: Any = jax.ShapeDtypeStruct((rank, n), np.float32)
-    b: Any = jax.ShapeDtypeStruct((m, rank), np.float32)
-    return LoRA(a, b, kind)
+        return open_extra(self._reader, key, scale)
 
 
 def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
@@ -327,59 +275,13 @@ def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
 
 def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> Factors:
     """Returns VeRA's shared projections, scaled by the vectors of a module."""
-    rows, inner, a, b = map(_float32, (rows, inner, a, b))
+    rows, inner, a, b = map(to_float32, (rows, inner, a, b))
     with np.errstate(over="ignore", invalid="ignore"):
         return a * inner[:, None], b[: len(rows)] * rows[:, None]
 
 
-def _check_finite(file: Path, key: str, value: np.ndarray) -> None:
-    if not np.isfinite(value).all():
-        raise FormatError(f"{file}: tensor {key!r} has NaN or infinite values")
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    return not np.issubdtype(dtype, np.integer) and dtype != np.bool_
-
-
-def _float32(value: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Returns the value times the scale in float32, rounded once."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if scale == 1.0:
-            return value.astype(np.float32, copy=False)
-        if value.dtype == np.float64 or float(np.float32(scale)) != scale:
-            return (value.astype(np.float64) * scale).astype(np.float32)
-        scaled = value.astype(np.float32)
-        scaled *= np.float32(scale)
-        return scaled
-
-
 # Fields that are needed to write the extras of an adapter.
 _EXTRA_FIELDS = ("bias", "modules_to_save", "revision", "trainable_token_indices")
-
-
-class PeftFile(AdapterFile):
-    """An adapter whose factors are still in its file (`open_peft`). Threads can share it."""
-
-    def __init__(self, reader: TensorReader, contents: Contents, metadata: Metadata) -> None:
-        outlines = {path: source.outline for path, source in contents.modules.items()}
-        super().__init__(outlines, metadata=metadata, extras=contents.extras)
-        self._reader, self._sources = reader, contents.modules
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folder of the adapter."""
-        return (self._reader.file.parent,)
-
-    def read(self, paths: Iterable[str]) -> dict[str, LoRA]:
-        """Returns the modules with these paths, by one opening of the file.
-
-        Experts of one parameter, and VeRA's projections, are read once if asked for in a row.
-
-        Raises:
-            FormatError: a module has values that are not finite, or the file has changed.
-        """
-        with self._reader.opened() as tensor:
-            return {path: self._sources[path].read(tensor) for path in paths}
 
 
 def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
@@ -416,7 +318,7 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         dtype=contents.dtype,
         config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
     )
-    return PeftFile(reader, contents, metadata)
+    return FactorFile(reader, contents.modules, metadata, contents.extras)
 
 
 def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
