@@ -145,7 +145,7 @@ class Metadata:
         lengths: of modules whose inputs or outputs were several axes in the tree that they are
             from.
         format: name of the format that the source has on disk, one of ``coremerge convert --to``.
-        prefix: text before the module paths in the source's keys, such as ``"base_model.model."``.
+        prefix: text before the module paths in the source's keys, if not that of the format.
     """
 
     name: str | None = None
@@ -156,8 +156,8 @@ class Metadata:
     dtype: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     lengths: tuple[Lengths, ...] = ()
-    format: str | None = None
-    prefix: str | None = None
+    format: str | None = dataclasses.field(default=None, compare=False)
+    prefix: str | None = dataclasses.field(default=None, compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class

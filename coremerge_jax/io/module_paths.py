@@ -8,9 +8,30 @@ from coremerge_jax.errors import FormatError
 # torch.nn.MultiheadAttention keeps it: ``attention.base_layer.out_proj``.
 WRAPPED = ".base_layer"
 
+# What peft puts before the paths of the base model.
+PREFIX = "base_model.model."
+
+# Names that training puts into paths: torch.compile and FSDP anywhere, DataParallel at the start;
+# and peft's own, again, for a model that peft wrapped twice.
+_ANYWHERE = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_flat_param)\."
+)
+_FIRST = re.compile(rf"(module\.|{re.escape(PREFIX)})+")
+
 # Endings of the names of extras: trained rows of an embedding, and the bias of a B factor.
 TOKENS = ".token_adapter.trainable_tokens_delta"
 LORA_BIAS = ".lora_B.bias"
+
+
+def without_wrappers(key: str) -> tuple[bool, str]:
+    """Removes what peft and training wrap around a model from the name of a tensor.
+
+    Returns:
+        True if peft's prefix was there, and the name in the base model.
+    """
+    key = _ANYWHERE.sub("", key)
+    first = _FIRST.match(key)
+    return (PREFIX in first[0], key[first.end() :]) if first else (False, key)
 
 
 def unwrapped(path: str) -> str:

@@ -1,5 +1,6 @@
 """Ranks and scales of a PEFT adapter's modules, and the keys of its tensors."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.io.adapter_config import RANK, read_adapter_config
-from coremerge_jax.io.module_paths import unwrapped
+from coremerge_jax.io.module_paths import unwrapped, without_wrappers
 from coremerge_jax.io.peft.patterns import Patterns
 from coremerge_jax.io.untrusted import NUMBER, short
 
@@ -77,13 +78,13 @@ class PeftConfig:
         return default if first is None else self.fields[field][first]
 
 
-PREFIX = "base_model.model."
-
-# `.default` or another adapter's name stands before the last part in raw state dicts.
+# `.default` or another adapter's name stands before the last part in raw state dicts; twice, where
+# a raw dump was loaded and saved again.
+_NAMED = r"(\.[^.]+){0,2}"
 _FACTORS = (
-    re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB])(\.[^.]+)?\.(?P<leaf>weight|bias)"),
-    re.compile(r"(?P<path>.+)\.(?P<part>(lora_embedding_[AB]|vera_lambda_[bd]))(\.[^.]+)?"),
-    re.compile(r"(?P<path>base_model)\.(?P<part>vera_[AB])(\.[^.]+)?"),
+    re.compile(rf"(?P<path>.+)\.(?P<part>lora_[AB]){_NAMED}\.(?P<leaf>weight|bias)"),
+    re.compile(rf"(?P<path>.+)\.(?P<part>(lora_embedding_[AB]|vera_lambda_[bd])){_NAMED}"),
+    re.compile(rf"(?P<path>base_model)\.(?P<part>vera_[AB]){_NAMED}"),
 )
 
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
@@ -102,8 +103,9 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shar
 
 def split_factor(key: str) -> tuple[str, str] | None:
     """Splits a key into module path and factor (``"lora_A.weight"``); None for other tensors."""
+    name = without_wrappers(key)[1]
     for pattern in _FACTORS:
-        match = pattern.fullmatch(key.removeprefix(PREFIX))
+        match = pattern.fullmatch(name)
         if match:
             leaf = match.groupdict().get("leaf")
             return match["path"], match["part"] + (f".{leaf}" if leaf else "")
@@ -112,7 +114,7 @@ def split_factor(key: str) -> tuple[str, str] | None:
 
 def extra_name(key: str) -> str:
     """Returns the name of a tensor that is not a factor, as it is in the base model."""
-    return unwrapped(_TOKENS.sub("", _SAVED.sub("", key.removeprefix(PREFIX))))
+    return unwrapped(_TOKENS.sub("", _SAVED.sub("", without_wrappers(key)[1])))
 
 
 def is_copy(name: str, names: Collection[str]) -> bool:
@@ -135,10 +137,7 @@ def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) 
         return True
     if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in _EMBEDDINGS):
         return True
-    saved = {*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ())}
-    parts = name.split(".")[:-1]
-    for size in {module.count(".") + 1 for module in saved}:
-        for start in range(len(parts) - size + 1):
-            if ".".join(parts[start : start + size]) in saved:
-                return True
-    return False
+    saved = (*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ()))
+    # As peft does: each module whose path ends so is saved, with all that is in it.
+    owners = itertools.accumulate(path.split("."), lambda above, part: f"{above}.{part}")
+    return any(owner.endswith(saved) for owner in owners)

@@ -18,10 +18,16 @@ from coremerge_jax.errors import FormatError, MismatchError
 from coremerge_jax.io.adapter_config import CONFIG
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
 from coremerge_jax.io.card import model_card
-from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost, split_expert, unwrapped
+from coremerge_jax.io.module_paths import (
+    LORA_BIAS,
+    PREFIX,
+    WRAPPED,
+    outermost,
+    split_expert,
+    unwrapped,
+)
 from coremerge_jax.io.outputs import ADAPTER, check_output, write_record
 from coremerge_jax.io.peft import experts
-from coremerge_jax.io.peft.config import PREFIX
 from coremerge_jax.io.peft.files import WEIGHTS
 from coremerge_jax.io.tensors import TensorReader, TensorWriter
 from coremerge_jax.lora import DTYPES, Adapter, Array, Kind, LoRA, ModuleStream
