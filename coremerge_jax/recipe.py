@@ -20,6 +20,7 @@ import yaml
 
 from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io import untrusted
+from coremerge_jax.io.formats import merge_targets
 from coremerge_jax.io.untrusted import Kind, is_number, is_whole
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # those of `lora`, which imports JA
 
 PRECISIONS = ("float32", "float64")
 
-EXTRAS = ("error", "first", "mean", "keep=NAME")
+EXTRAS = ("error", "first", "mean", "drop", "keep=ADAPTER")
 
 MOST = 10_000  # values in a list, and values that a sweep may try
 
@@ -189,7 +190,7 @@ class Option:
         panel: heading of the option in help.
         flag: name of the option, where it is not the field's.
         unset: meaning of None, for help.
-        choices: words that the value can be; ``keep=NAME`` stands for any name.
+        choices: words that the value can be; ``keep=ADAPTER`` stands for any adapter.
         most: largest length of a list or mapping.
     """
 
@@ -213,7 +214,7 @@ class Option:
             raise RecipeError(f"{name}: got {len(value)}; at most {self.most}")
         if not self.test(value):
             raise RecipeError(f"{name} must be {self.expected}, got {value!r:.200}")
-        keeps = "keep=NAME" in self.choices and re.match("keep=.", value)
+        keeps = "keep=ADAPTER" in self.choices and re.match("keep=.", value)
         if self.choices and value not in self.choices and not keeps:
             raise unknown(name, value, self.choices)
 
@@ -264,13 +265,25 @@ OPTIONS: Mapping[str, Option] = {
         panel="Result",
         unset="nothing is cut",
     ),
+    "uniform_rank": Option(*untrusted.SWITCH, None, ("save_peft",), panel="Result"),
     "dtype": _choice(DTYPES, "save_peft", panel="Result"),
+    "to": Option(
+        _is_text,
+        "the name of a format",
+        "|".join(merge_targets()),
+        panel="Result",
+        unset="peft, or the format of all adapters",
+    ),
     "seed": Option(
         lambda v: is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1", "N"
     ),
     "precision": _choice(PRECISIONS, *_MERGE, unset="the best that the device has"),
     "extras": _choice(EXTRAS, *_MERGE, panel="Result"),
-    "allow_mismatch": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
+    "allow_other_base": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
+    "allow_disjoint": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
+    "base_model": Option(
+        _is_text, "a text", "NAME", ("merge_stream",), panel="Result", unset="the adapters' own"
+    ),
 }
 
 
@@ -288,12 +301,17 @@ class Recipe:
         rank: largest rank of a merged module; a higher one is cut.
         energy: share of each merged module's squared Frobenius norm, such as 0.99; the module is
             cut to the fewest directions that keep it.
+        uniform_rank: give all merged modules one rank, the largest, filled up with zeros.
         dtype: number format of the written factors.
+        to: format of the merged adapter.
         seed: seed of rules that draw random numbers (``dare``).
         precision: precision of the computation.
         extras: policy for trained weights that are not LoRA factors (heads, biases, tokens):
-            refuse them, take the first adapter's, their mean, or those of one adapter.
-        allow_mismatch: merge even if base models differ or no module is common.
+            refuse them, unless all are equal; take the first adapter's, their mean, or those of
+            one adapter, by name, folder or number from 1 on; or leave them out.
+        allow_other_base: merge even if the adapters name different base models.
+        allow_disjoint: merge even if an adapter has no module in common with the others.
+        base_model: name of the base model in the result.
 
     Raises:
         RecipeError: a value is not one that the field can have.
@@ -306,11 +324,15 @@ class Recipe:
     scale: float | Mapping[str, float] = 1.0
     rank: int | None = None
     energy: float | None = None
+    uniform_rank: bool = False
     dtype: str = "float32"
+    to: str | None = None
     seed: int = 0
     precision: str | None = None
     extras: str = "error"
-    allow_mismatch: bool = False
+    allow_other_base: bool = False
+    allow_disjoint: bool = False
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -364,7 +386,10 @@ class Recipe:
             raise RecipeError(str(error)) from error
         recipe = cls.from_yaml(text, str(path))
         adapters = tuple(_relative_to(path.parent, name) for name in recipe.adapters)
-        return dataclasses.replace(recipe, adapters=adapters)
+        extras = recipe.extras
+        if (kept := extras.removeprefix("keep=")) in recipe.adapters:
+            extras = f"keep={adapters[recipe.adapters.index(kept)]}"
+        return dataclasses.replace(recipe, adapters=adapters, extras=extras)
 
     def resolve(self) -> "Resolved":
         """Parses the rules and the space.

@@ -41,10 +41,17 @@ def report(
             "-o", "--output", metavar="OUT", help="HTML file to write.", show_default=False
         ),
     ] = None,
-    allow_mismatch: Annotated[
+    allow_other_base: Annotated[
         bool,
         run_option(
-            "--allow-mismatch", help="Compare even if base models differ or no module is common."
+            "--allow-other-base", help="Compare even if the adapters name different base models."
+        ),
+    ] = False,
+    allow_disjoint: Annotated[
+        bool,
+        run_option(
+            "--allow-disjoint",
+            help="Compare even if an adapter has no module in common with the others.",
         ),
     ] = False,
     force: Force = False,
@@ -55,7 +62,8 @@ def report(
         raise RecipeError("no output: give -o OUT.html, or --json to print the numbers")
     if output is not None:
         _check(output, [*sources, *([merged] if merged else [])], force)
-    diagnosis = _diagnose(sources, merged, allow_mismatch)
+    allowed = {"allow_other_base": allow_other_base, "allow_disjoint": allow_disjoint}
+    diagnosis = _diagnose(sources, merged, allowed)
     if output is not None:
         diagnosis.to_html(output)
     if as_json:
@@ -74,7 +82,7 @@ def _check(output: Path, inputs: list[str], force: bool) -> None:
         raise RecipeError(f"{output}: the report is an HTML page; give a name that ends in .html")
 
 
-def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "Diagnosis":
+def _diagnose(sources: list[str], merged: str | None, allowed: dict[str, bool]) -> "Diagnosis":
     from coremerge_jax.diagnosis import diagnose
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.linalg.threads import processors
@@ -89,4 +97,4 @@ def _diagnose(sources: list[str], merged: str | None, allow_mismatch: bool) -> "
     with stage("measure the machine"):
         machine = Machine.measure(processors())
     with stage("measure the adapters"):
-        return diagnose(adapters, result, machine=machine, allow_mismatch=allow_mismatch)
+        return diagnose(adapters, result, machine=machine, **allowed)

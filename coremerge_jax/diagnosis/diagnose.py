@@ -63,7 +63,8 @@ def diagnose(
     merged: Adapter | None = None,
     *,
     machine: Machine | None = None,
-    allow_mismatch: bool = False,
+    allow_other_base: bool = False,
+    allow_disjoint: bool = False,
 ) -> Diagnosis:
     """Measures how adapters relate to each other, and a merged adapter to them.
 
@@ -73,7 +74,8 @@ def diagnose(
         adapters: adapters of one base model; concrete, not traced.
         merged: an adapter that was made of them, by any method.
         machine: speed of the machine (`Machine.measure`), to estimate the seconds of a merge.
-        allow_mismatch: True to go on even if base models differ or no module is common.
+        allow_other_base: compare even if the adapters name different base models.
+        allow_disjoint: compare even if an adapter has no module in common with the others.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -82,7 +84,7 @@ def diagnose(
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     merged = None if merged is None else implicit(as_adapter(merged, "merged"))
     everything = [*adapters, *([] if merged is None else [merged])]
-    present_adapters(everything if adapters else [], None, allow_mismatch)
+    present_adapters(everything if adapters else [], None, allow_other_base, allow_disjoint)
     group_modules(everything)  # refuses modules of different shapes
     if merged is not None:
         _check_merged(adapters, merged)

@@ -10,23 +10,27 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from coremerge_jax.merging.base_names import is_local
 from coremerge_jax.text import printable
 
 # What Markdown acts on within a line: emphasis, links, images, code, cells, math.
 _MARKUP = re.compile(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www)\.")
 
 
-def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def model_card(
+    base_model: str | None, card: Mapping[str, Any], library: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """Returns the text of README.md and the content of coremerge.json.
 
     Args:
         base_model: the model that is adapted.
         card: fields to write; ``"recipe"`` are the options of a merge, ``"sources"`` its adapters.
+        library: the library that loads the adapter.
     """
     content = {"base_model": base_model, **card}
     data = ModelCardData(
         base_model=_hub_name(base_model),
-        library_name="peft",
+        library_name=library,
         tags=["lora", "merge", "coremerge"],
     )
     sources = content.get("sources", ())
@@ -66,11 +70,15 @@ def model_card(base_model: str | None, card: Mapping[str, Any]) -> tuple[str, di
 
 def _hub_name(base_model: str | None) -> str | None:
     """Returns a name ``owner/name``, else None: the hub refuses a card with a local path."""
+    if not base_model or not base_model.isprintable():
+        return None
+    if "/" in base_model and is_local(base_model):
+        return None
     try:
         validate_repo_id(base_model)
     except HFValidationError:
         return None
-    return base_model if base_model and base_model.isprintable() else None
+    return base_model
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Checks of a merge's arguments, and of adapters that belong together."""
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, RecipeError, hint
 from coremerge_jax.lora import Adapter, AdapterSource, Lengths, Metadata
+from coremerge_jax.merging.base_names import best_name, same_base
 from coremerge_jax.merging.groups import label
 from coremerge_jax.rules import Chain
 from coremerge_jax.rules.chain import validated
@@ -228,7 +230,7 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array |
 
 
 def present_adapters(
-    adapters: Sequence[AdapterSource], weights: Any, allow_mismatch: bool
+    adapters: Sequence[AdapterSource], weights: Any, allow_other_base: bool, allow_disjoint: bool
 ) -> list[int]:
     """Returns the indices of the adapters that take part: those of a weight other than 0.
 
@@ -240,8 +242,11 @@ def present_adapters(
     tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
     if not tasks:
         raise MismatchError("all weights are 0: nothing to merge")
-    if not allow_mismatch:
-        check_compatible([adapters[t] for t in tasks])
+    present = [adapters[t] for t in tasks]
+    if not allow_other_base:
+        check_same_base(present)
+    if not allow_disjoint:
+        check_common_modules(present)
     return tasks
 
 
@@ -251,23 +256,42 @@ def check_compatible(adapters: Sequence[AdapterSource]) -> None:
     Raises:
         MismatchError: two name different base models, or one shares no module with the others.
     """
+    check_same_base(adapters)
+    check_common_modules(adapters)
+
+
+def check_same_base(adapters: Sequence[AdapterSource]) -> None:
+    """Checks that the base models that adapters name can be one (`base_names.same_base`).
+
+    Raises:
+        MismatchError: two of them cannot.
+    """
     bases: dict[str, int] = {}
     for t, adapter in enumerate(adapters):
         if adapter.metadata.base_model:
-            bases.setdefault(adapter.metadata.base_model.rstrip("/"), t)
-    if len(bases) > 1:
-        (x, i), (y, j) = list(bases.items())[:2]
-        raise MismatchError(
-            f"{label(adapters, i)} was trained on base model {x!r}, {label(adapters, j)} on {y!r};"
-            " if they are the same model, allow it with allow_mismatch (--allow-mismatch)"
-        )
+            bases.setdefault(adapter.metadata.base_model, t)
+    for (x, i), (y, j) in itertools.combinations(bases.items(), 2):
+        if not same_base(x, y):
+            raise MismatchError(
+                f"{label(adapters, i)} was trained on base model {x!r}, {label(adapters, j)} on "
+                f"{y!r}; if they are the same model, say so with allow_other_base "
+                "(--allow-other-base)"
+            )
+
+
+def check_common_modules(adapters: Sequence[AdapterSource]) -> None:
+    """Checks that each adapter shares a module with another.
+
+    Raises:
+        MismatchError: one does not.
+    """
     for t, adapter in enumerate(adapters):
         others = [other for other in adapters if other is not adapter]
         if others and not any(path in other for other in others for path in adapter):
             raise MismatchError(
                 f"{label(adapters, t)} has no module in common with the others (its first is "
                 f"{next(iter(adapter))!r}, theirs {next(iter(others[0]))!r}); if that is meant, "
-                "allow it with allow_mismatch (--allow-mismatch)"
+                "allow it with allow_disjoint (--allow-disjoint)"
             )
 
 
@@ -298,12 +322,17 @@ def common_metadata(adapters: Sequence[AdapterSource], config: Mapping[str, Any]
         values = {getattr(adapter.metadata, field) for adapter in adapters} - {None}
         return values.pop() if len(values) == 1 else None
 
-    base = next((a.metadata.base_model for a in adapters if a.metadata.base_model), None)
+    def same(field: str) -> Any:
+        first, *others = (getattr(adapter.metadata, field) for adapter in adapters)
+        return first if all(other == first for other in others) else None
+
     return Metadata(
-        base_model=base,
+        base_model=best_name(a.metadata.base_model for a in adapters if a.metadata.base_model),
         task_type=common("task_type"),
         config=config,
         lengths=_common_lengths(adapters),
+        format=same("format"),
+        prefix=same("prefix"),
     )
 
 

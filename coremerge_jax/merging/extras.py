@@ -1,25 +1,37 @@
 """Extras: tensors of an adapter that are not low-rank updates, and policies to merge them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.lora import AdapterSource, Array
 from coremerge_jax.merging.groups import label
 
+Extras = tuple[dict[str, Array], Mapping[str, Any]]
+
+_CHOICES = "'error', 'first', 'mean', 'drop' or 'keep=ADAPTER'"
+
+# The field of a configuration that says which rows trained tokens are.
+_ROWS = "trainable_token_indices"
+
 
 def merge_extras(
-    adapters: Sequence[AdapterSource], policy: str
-) -> tuple[dict[str, Array], Mapping[str, Any]]:
+    adapters: Sequence[AdapterSource], policy: str, numbers: Sequence[int] | None = None
+) -> Extras:
     """Applies the policy for extras (full weights, biases, trained token rows).
 
     Args:
         adapters: the adapters that are merged.
-        policy: ``"error"`` refuses them; ``"first"`` takes those of the first adapter that has
-            any, ``"keep=NAME"`` those of the adapter of that name, ``"mean"`` averages them over
-            all adapters, which must have the same.
+        policy: ``"error"`` refuses them, unless all adapters have the same with equal values;
+            ``"first"`` takes those of the first adapter that has any; ``"keep=ADAPTER"`` those of
+            one adapter, by its name, its folder, or its number from 1 on; ``"mean"`` averages them
+            over all adapters, which must have tensors of the same names and shapes; ``"drop"``
+            leaves them out.
+        numbers: number of each adapter; 1, 2, … by default.
 
     Returns:
         The merged extras, and the configuration fields that writing them needs.
@@ -29,49 +41,91 @@ def merge_extras(
         MismatchError: the policy does not fit the adapters.
         RecipeError: the policy is not one of these.
     """
-    having = [t for t, adapter in enumerate(adapters) if adapter.extras]
     kind, _, name = policy.partition("=") if isinstance(policy, str) else ("", "", "")
-    if policy not in ("error", "first", "mean") and not (kind == "keep" and name):
-        raise RecipeError(f"extras={policy!r}: expected 'error', 'first', 'mean' or 'keep=NAME'")
+    if policy not in ("error", "first", "mean", "drop") and not (kind == "keep" and name):
+        raise RecipeError(f"extras={policy!r}: expected {_CHOICES}")
     if kind == "keep":
-        return _keep(adapters, name)
-    if not having:
+        kept = adapters[_find(adapters, name, numbers or range(1, len(adapters) + 1))]
+        return dict(kept.extras), kept.metadata.config
+    having = [t for t, adapter in enumerate(adapters) if adapter.extras]
+    if not having or policy == "drop":
         return {}, {}
-    if policy == "error":
-        t = having[0]
-        raise UnsupportedError(
-            f"{label(adapters, t)} has {len(adapters[t].extras)} tensors that are not low-rank "
-            f"updates (first: {next(iter(adapters[t].extras))!r}); choose what to do with them: "
-            "extras='first', 'mean' or 'keep=NAME' (--extras)"
-        )
     chosen = adapters[having[0]]
-    if policy == "first":
+    if policy == "first" or (policy == "error" and _all_equal(adapters)):
         return dict(chosen.extras), chosen.metadata.config
-    for t, adapter in enumerate(adapters):
-        if _layout(adapter) != _layout(chosen):
-            raise MismatchError(
-                f"extras='mean' needs the same extra tensors in all adapters, but "
-                f"{label(adapters, t)} and {label(adapters, having[0])} differ"
-            )
-    return {
+    if policy == "error":
+        raise UnsupportedError(
+            f"{label(adapters, having[0])} has {len(chosen.extras)} tensors that are not low-rank "
+            f"updates (first: {next(iter(chosen.extras))!r}); choose what to do with them: "
+            "extras='first', 'mean', 'drop' or 'keep=ADAPTER' (--extras)"
+        )
+    for t in range(len(adapters)):
+        if difference := _difference(adapters, having[0], t):
+            raise MismatchError(f"extras='mean': {difference}; choose 'first', 'drop' or 'keep='")
+    return _mean(adapters)
+
+
+def _mean(adapters: Sequence[AdapterSource]) -> Extras:
+    first, *others = adapters
+    means = {
         key: np.mean(
             [np.asarray(adapter.extras[key], np.float64) for adapter in adapters], axis=0
         ).astype(value.dtype)
-        for key, value in chosen.extras.items()
-    }, chosen.metadata.config
+        for key, value in first.extras.items()
+    }
+    config = dict(first.metadata.config)
+    if saved := [x for a in adapters for x in a.metadata.config.get("modules_to_save") or ()]:
+        config["modules_to_save"] = list(dict.fromkeys(saved))
+    revision = config.get("revision")
+    if any(other.metadata.config.get("revision") != revision for other in others):
+        config.pop("revision", None)
+    return means, config
 
 
-def _keep(
-    adapters: Sequence[AdapterSource], name: str
-) -> tuple[dict[str, Array], Mapping[str, Any]]:
-    named = [adapter for adapter in adapters if adapter.metadata.name == name]
-    if len(named) != 1:
-        names = ", ".join(repr(adapter.metadata.name) for adapter in adapters)
-        found = "several adapters are" if named else "no adapter is"
-        raise MismatchError(f"extras='keep={name}': {found} named {name!r}; names are {names}")
-    return dict(named[0].extras), named[0].metadata.config
+def _difference(adapters: Sequence[AdapterSource], first: int, t: int) -> str:
+    """Returns how the extras of two adapters differ in names, shapes or rows; "" if not at all."""
+    one, other = adapters[first].extras, adapters[t].extras
+    names = f"{label(adapters, first)} and {label(adapters, t)}"
+    if one.keys() != other.keys():
+        name = min(one.keys() ^ other.keys())
+        return f"only one of {names} has {name!r}"
+    for name, value in one.items():
+        shapes = tuple(value.shape), tuple(other[name].shape)
+        if shapes[0] != shapes[1]:
+            return f"{name!r} has the shapes {shapes[0]} and {shapes[1]} in {names}"
+    rows = [adapters[i].metadata.config.get(_ROWS) for i in (first, t)]
+    return f"the trained rows of {names} are not of the same tokens" if rows[0] != rows[1] else ""
 
 
-def _layout(adapter: AdapterSource) -> tuple:
-    shapes = {key: tuple(value.shape) for key, value in adapter.extras.items()}
-    return shapes, dict(adapter.metadata.config)
+def _all_equal(adapters: Sequence[AdapterSource]) -> bool:
+    """Returns True if the extras of all adapters agree in names, shapes, rows and values."""
+    if len(adapters) == 1 or any(_difference(adapters, 0, t) for t in range(len(adapters))):
+        return False
+    if any(isinstance(x, jax.core.Tracer) for a in adapters for x in a.extras.values()):
+        return False
+    return all(
+        np.array_equal(np.asarray(value), np.asarray(adapter.extras[name]))
+        for name, value in adapters[0].extras.items()
+        for adapter in adapters[1:]
+    )
+
+
+def _find(adapters: Sequence[AdapterSource], text: str, numbers: Sequence[int]) -> int:
+    """Returns the place of the adapter that a text names."""
+    place = os.path.realpath(text)
+    ways = (
+        [t for t, adapter in enumerate(adapters) if adapter.metadata.name == text],
+        [t for t, a in enumerate(adapters) if place in map(os.path.realpath, a.folders)],
+        [t for t, number in enumerate(numbers) if str(number) == text],
+    )
+    for found in ways:
+        if len(found) == 1:
+            return found[0]
+    told = ", ".join(
+        f"{number}: {adapter.metadata.name!r}"
+        for number, adapter in zip(numbers, adapters, strict=True)
+    )
+    many = "several adapters are" if any(ways) else "no adapter is"
+    raise MismatchError(
+        f"extras='keep={text}': {many} named {text!r}; give a name, a folder or a number ({told})"
+    )

@@ -1,5 +1,6 @@
 """Merging adapters: a space and a rule over all modules."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def merge(
     key: jax.Array | None = None,
     precision: str | None = None,
     extras: str = "error",
-    allow_mismatch: bool = False,
+    allow_other_base: bool = False,
+    allow_disjoint: bool = False,
     mesh: Mesh | None = None,
 ) -> Adapter:
     """Merges adapters of one base model into one adapter.
@@ -56,8 +58,9 @@ def merge(
             on TPU and for traced factors, which keep their precision (at least float32). JAX's
             global x64 switch is neither needed nor changed.
         extras: what to do with tensors that are not low-rank updates: ``"error"``, ``"first"``,
-            ``"mean"`` or ``"keep=NAME"``.
-        allow_mismatch: merge also adapters that name different base models or share no module.
+            ``"mean"``, ``"drop"`` or ``"keep=ADAPTER"`` (a name, a folder, or a number from 1 on).
+        allow_other_base: merge also adapters that name different base models.
+        allow_disjoint: merge also adapters without a module in common.
         mesh: devices to share the work. Modules are spread over its first axis; along a second
             one, for modules or ranks too large for one device, so are the columns of A and the
             rows of B. May have devices of several processes (`jax.distributed`), which then all
@@ -86,7 +89,8 @@ def merge(
         key=key,
         precision=precision,
         extras=extras,
-        allow_mismatch=allow_mismatch,
+        allow_other_base=allow_other_base,
+        allow_disjoint=allow_disjoint,
         mesh=mesh,
     ).collect()
 
@@ -101,7 +105,9 @@ def merge_stream(
     key: jax.Array | None = None,
     precision: str | None = None,
     extras: str = "error",
-    allow_mismatch: bool = False,
+    allow_other_base: bool = False,
+    allow_disjoint: bool = False,
+    base_model: str | None = None,
     mesh: Mesh | None = None,
     max_memory: int | None = None,
 ) -> MergeStream:
@@ -120,7 +126,9 @@ def merge_stream(
         key: PRNG key, for rules that draw random numbers.
         precision: for the computation.
         extras: what to do with tensors that are not low-rank updates.
-        allow_mismatch: merge also adapters that seem not to belong together.
+        allow_other_base: merge also adapters that name different base models.
+        allow_disjoint: merge also adapters without a module in common.
+        base_model: name of the base model in the result; by default, that of the adapters.
         mesh: devices to share the work.
         max_memory: bytes that the batches on their way may take together; by default, batches
             are as large as is good for speed.
@@ -132,7 +140,10 @@ def merge_stream(
     parts = chain(as_rule(rule))
     key = check_rule(parts, key, len(adapters))
     weights = as_weights(weights, len(adapters))
-    present = find_present(adapters, weights, extras, allow_mismatch)
+    present = find_present(adapters, weights, extras, allow_other_base, allow_disjoint)
+    if base_model is not None:
+        metadata = dataclasses.replace(present.metadata, base_model=base_model)
+        present = dataclasses.replace(present, metadata=metadata)
     devices, processes = _devices(mesh, present.adapters, (parts, weights, scale))
     job = Job(
         present=present,

@@ -59,7 +59,11 @@ class Present:
 
 
 def find_present(
-    adapters: Sequence[AdapterSource], weights: Any, extras: str, allow_mismatch: bool
+    adapters: Sequence[AdapterSource],
+    weights: Any,
+    extras: str,
+    allow_other_base: bool,
+    allow_disjoint: bool,
 ) -> Present:
     """Finds the adapters that take part, checks that they belong together and groups modules.
 
@@ -67,9 +71,9 @@ def find_present(
         MismatchError: there is none, or they do not belong together.
         UnsupportedError: they have extras and no policy for them was given.
     """
-    tasks = present_adapters(adapters, weights, allow_mismatch)
+    tasks = present_adapters(adapters, weights, allow_other_base, allow_disjoint)
     present = [adapters[t] for t in tasks]
-    merged_extras, config = merge_extras(present, extras)
+    merged_extras, config = merge_extras(present, extras, [t + 1 for t in tasks])
     return Present(
         adapters=present,
         places=np.asarray(tasks, np.int32),

@@ -209,7 +209,8 @@ def project(
     elementwise: bool = True,
     precision: str | None = None,
     extras: str = "error",
-    allow_mismatch: bool = False,
+    allow_other_base: bool = False,
+    allow_disjoint: bool = False,
 ) -> Projected:
     """Projects all modules of adapters to a merge space, once for many merges.
 
@@ -221,7 +222,8 @@ def project(
             basis is chosen.
         precision: ``"float64"`` or ``"float32"``.
         extras: what to do with tensors that are not low-rank updates.
-        allow_mismatch: project also adapters that seem not to belong together.
+        allow_other_base: project also adapters that name different base models.
+        allow_disjoint: project also adapters without a module in common.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -232,7 +234,7 @@ def project(
     """
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     space, weights = as_space(space), as_weights(weights, len(adapters))
-    present = find_present(adapters, weights, extras, allow_mismatch)
+    present = find_present(adapters, weights, extras, allow_other_base, allow_disjoint)
     job = Job(present, space, weights=weights, precision=precision)
     return Projected(
         stacks=tuple(_project(job, group, elementwise) for group in present.groups),

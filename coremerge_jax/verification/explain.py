@@ -145,7 +145,8 @@ def _without(comparison: Comparison, t: int) -> tuple[Recipe, Sequence[Adapter]]
         adapters=(),
         weights=tuple(weights),
         extras="first",
-        allow_mismatch=True,
+        allow_other_base=True,
+        allow_disjoint=True,
     )
     return recipe, adapters
 

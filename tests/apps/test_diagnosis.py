@@ -188,7 +188,7 @@ def test_modules_of_some_adapters():
     assert np.isnan(diagnosis.by_adapter("kept")[1:]).all()
     assert np.isnan(diagnosis.pair_means("outputs")[2])
     assert diagnosis.modules[1].measures.contribution is None
-    apart = cm.diagnose([three, cm.Adapter({"y": one["layers.1.v"]})], allow_mismatch=True)
+    apart = cm.diagnose([three, cm.Adapter({"y": one["layers.1.v"]})], allow_disjoint=True)
     assert np.isnan(apart.pairs("outputs")[0, 1])
     assert "No two adapters have a module in common." in apart.to_html()
 

@@ -103,12 +103,12 @@ def test_extras(coremerge, save, tmp_path):
     assert list(load_peft(tmp_path / "out").extras) == ["head.weight"]
 
 
-def test_allow_mismatch(coremerge, save, tmp_path):
+def test_another_base_may_be_allowed(coremerge, save, tmp_path):
     sources = [save("math", base_model="org/a"), save("code", base_model="org/b")]
     refused = coremerge("merge", *sources, "-o", tmp_path / "out")
     assert refused.code == 1
-    assert "--allow-mismatch" in refused.err
-    assert coremerge("merge", *sources, "-o", tmp_path / "out", "--allow-mismatch").code == 0
+    assert "--allow-other-base" in refused.err
+    assert coremerge("merge", *sources, "-o", tmp_path / "out", "--allow-other-base").code == 0
 
 
 def test_table(coremerge, adapters, save, tmp_path):

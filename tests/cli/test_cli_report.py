@@ -48,7 +48,7 @@ def test_refusals_write_nothing(coremerge, save, tmp_path):
     for args, code, message in (
         ([*paths], 2, "no output: give -o OUT.html, or --json"),
         ([*paths, "-o", tmp_path], 1, "is a folder; give the name of a file"),
-        ([*paths, "-o", out], 1, "--allow-mismatch"),
+        ([*paths, "-o", out], 1, "--allow-other-base"),
         ([*paths, "-o", tmp_path / "none" / "x.html"], 1, "there is no such folder"),
         ([*paths, "-o", tmp_path / "x.pdf"], 2, "give a name that ends in .html"),
         ([tmp_path / "none", "-o", out], 1, "none"),

@@ -134,7 +134,8 @@ recipes = st.builds(
     seed=st.integers(0, 2**32 - 1),
     precision=st.sampled_from([None, "float32", "float64"]),
     extras=st.sampled_from(["error", "first", "mean", "keep=a b"]),
-    allow_mismatch=st.booleans(),
+    allow_other_base=st.booleans(),
+    allow_disjoint=st.booleans(),
 ).flatmap(
     lambda recipe: st.lists(
         numbers, min_size=len(recipe.adapters), max_size=len(recipe.adapters)
@@ -159,7 +160,7 @@ def test_text_of_a_recipe():
     text = Recipe(adapters=("a", "b"), rules=("ties:density=0.2", "isotropize")).to_yaml()
     assert text == (
         "adapters:\n- a\n- b\nrules:\n- ties:density=0.2\n- isotropize\nspace: core\nscale: 1.0\n"
-        "dtype: float32\nseed: 0\nextras: error\nallow_mismatch: false\n"
+        "dtype: float32\nseed: 0\nextras: error\nallow_other_base: false\nallow_disjoint: false\n"
     )
 
 
@@ -188,7 +189,7 @@ def test_text_of_a_recipe():
         ("seed: -1", "seed must be a whole number"),
         ("seed: null", "seed must be a whole number"),
         ("extras: avg", "unknown extras 'avg'; expected one of: error, first, mean"),
-        ("allow_mismatch: 1", "allow_mismatch must be true or false, got 1"),
+        ("allow_disjoint: 1", "allow_disjoint must be true or false, got 1"),
         ("seed: 1\nseed: 2", "recipe, line 1: 'seed' is given twice"),
         ("rules: [", "recipe, line 1: "),
         ("a\0", "recipe: "),
@@ -332,7 +333,7 @@ def test_every_field_is_declared_and_goes_somewhere():
     functions = {"merge_stream": merge_stream, "project": project, "save_peft": save_peft}
     assert list(OPTIONS) == [field.name for field in dataclasses.fields(Recipe)]
     for name, option in OPTIONS.items():
-        assert option.passed_to or name in ("adapters", "rules", "space", "seed")
+        assert option.passed_to or name in ("adapters", "rules", "space", "seed", "to")
         for function in option.passed_to:
             assert name in inspect.signature(functions[function]).parameters
 

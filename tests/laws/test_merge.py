@@ -122,6 +122,15 @@ ADAPTERS = random_adapters({"q": (8, 6), "v": (6, 6)}, (2, 3))
 OTHER_SHAPE = [ADAPTERS[0], *random_adapters({"q": (8, 7)}, (2,), seed=1)]
 CONV = cm.LoRA(a=np.ones((2, 6)), b=np.ones((8, 2)), kind=cm.Kind("conv2d", (6, 1, 1)))
 BASES = with_metadata(ADAPTERS, {"base_model": "x"}, {"base_model": "y"})
+
+
+def with_extras(*values):
+    return [
+        adapter.replace(extras={"head": np.asarray(value, np.float32)})
+        for adapter, value in zip(ADAPTERS, values, strict=True)
+    ]
+
+
 EXTRAS = [ADAPTERS[0], ADAPTERS[1].replace(extras={"head.weight": np.ones(3)})]
 
 
@@ -141,7 +150,13 @@ EXTRAS = [ADAPTERS[0], ADAPTERS[1].replace(extras={"head.weight": np.ones(3)})]
         (cm.MismatchError, "all weights are 0", ADAPTERS, cm.mean(), {"weights": [0, 0.0]}),
         (cm.MismatchError, r"'\*.z' matches no module", ADAPTERS, cm.mean(), {"scale": {"*.z": 1}}),
         (cm.UnsupportedError, "'task1' has 1 tensors .*'head.weight'", EXTRAS, cm.mean(), {}),
-        (cm.MismatchError, "differ", EXTRAS, cm.mean(), {"extras": "mean"}),
+        (cm.MismatchError, "only one of .* has 'head.weight'", EXTRAS, cm.mean(),
+         {"extras": "mean"}),
+        (cm.MismatchError, r"'head' has the shapes \(2,\) and \(3,\)",
+         with_extras([0, 0], [0, 0, 0]), cm.mean(), {"extras": "mean"}),
+        (cm.MismatchError, "trained rows .* same tokens", with_metadata(
+            with_extras([0], [0]), *({"config": {"trainable_token_indices": [i]}} for i in (1, 2))
+         ), cm.mean(), {"extras": "mean"}),
         (cm.MismatchError, "no adapter is named 'z'", EXTRAS, cm.mean(), {"extras": "keep=z"}),
         (ValueError, "extras='all'", ADAPTERS, cm.mean(), {"extras": "all"}),
         (ValueError, "precision='half'", ADAPTERS, cm.mean(), {"precision": "half"}),
@@ -175,21 +190,52 @@ def test_rules_refuse_impossible_parameters(build):
 
 
 def test_mismatch_may_be_allowed():
-    assert set(cm.merge(BASES, cm.mean(), allow_mismatch=True)) == {"q", "v"}
+    assert set(cm.merge(BASES, cm.mean(), allow_other_base=True)) == {"q", "v"}
     apart = [ADAPTERS[0], *random_adapters({"z": (8, 6)}, (2,))]
-    assert set(cm.merge(apart, cm.mean(), allow_mismatch=True)) == {"q", "v", "z"}
+    assert set(cm.merge(apart, cm.mean(), allow_disjoint=True)) == {"q", "v", "z"}
 
 
 @pytest.mark.parametrize(
-    ("policy", "expected"), [("first", 1.0), ("mean", 2.0), ("keep=task1", 3.0)]
+    ("policy", "expected"),
+    [("first", 1.0), ("mean", 2.0), ("keep=task1", 3.0), ("keep=2", 3.0)],
 )
 def test_extras_follow_the_policy(policy, expected):
-    adapters = [
-        adapter.replace(extras={"head": np.full(2, value, np.float32)})
-        for adapter, value in zip(ADAPTERS, (1.0, 3.0), strict=True)
-    ]
-    merged = cm.merge(adapters, cm.mean(), extras=policy)
+    merged = cm.merge(with_extras([1, 1], [3, 3]), cm.mean(), extras=policy)
     np.testing.assert_array_equal(merged.extras["head"], np.full(2, expected, np.float32))
+
+
+def test_equal_extras_need_no_decision_and_others_may_be_dropped():
+    merged = cm.merge(with_extras([1, 2], [1, 2]), cm.mean())
+    np.testing.assert_array_equal(merged.extras["head"], [1, 2])
+    assert not cm.merge(with_extras([1, 2], [1, 3]), cm.mean(), extras="drop").extras
+    with pytest.raises(cm.UnsupportedError, match="choose what to do"):
+        cm.merge(with_extras([1, 2], [1, 3]), cm.mean())
+
+
+def test_the_mean_of_heads_looks_at_names_and_shapes_alone():
+    adapters = with_metadata(
+        with_extras([1], [3]),
+        {"config": {"modules_to_save": ["norm", "score"], "revision": "main"}},
+        {"config": {"modules_to_save": ["score", "norm"], "bias": "none"}},
+    )
+    merged = cm.merge(adapters, cm.mean(), extras="mean")
+    assert merged.extras["head"] == [2]
+    assert merged.metadata.config == {"modules_to_save": ["norm", "score"]}
+
+
+def test_an_adapter_to_keep_is_named_by_its_folder_or_number(tmp_path):
+    """Two folders have one name, and one adapter has a weight of 0, so is not counted."""
+    sources = []
+    for owner, value in (("code", 1), ("math", 2), ("law", 3)):
+        head = {"lm_head.weight": np.full(2, value, np.float32)}
+        cm.save_peft(ADAPTERS[0].replace(extras=head), folder := tmp_path / owner / "final")
+        sources.append(folder)
+    opened = [cm.open_peft(folder) for folder in sources]
+    for name in (str(sources[1]), f"{tmp_path}/code/../math/final/", "2"):
+        kept = cm.merge(opened, cm.mean(), weights=[0, 1, 1], extras=f"keep={name}")
+        assert set(np.asarray(kept.extras["lm_head.weight"])) == {2}
+    with pytest.raises(cm.MismatchError, match=r"several adapters are named .*2: 'final'"):
+        cm.merge(opened, cm.mean(), extras="keep=final")
 
 
 def test_steps_have_their_place_in_a_chain():
