@@ -146,6 +146,7 @@ class Metadata:
             from.
         format: name of the format that the source has on disk, one of ``coremerge convert --to``.
         prefix: text before the module paths in the source's keys, if not that of the format.
+        beside: files with other trained weights, which belong to the source and are not read.
     """
 
     name: str | None = None
@@ -158,6 +159,7 @@ class Metadata:
     lengths: tuple[Lengths, ...] = ()
     format: str | None = dataclasses.field(default=None, compare=False)
     prefix: str | None = dataclasses.field(default=None, compare=False)
+    beside: tuple[Path, ...] = dataclasses.field(default=(), compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class

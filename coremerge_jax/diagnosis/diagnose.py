@@ -13,10 +13,10 @@ from coremerge_jax.errors import MismatchError
 from coremerge_jax.io.atomic import atomic_file
 from coremerge_jax.linalg.threads import processors
 from coremerge_jax.lora import Adapter
+from coremerge_jax.merging.base_names import best_name
 from coremerge_jax.merging.checks import (
     as_adapter,
     as_adapters,
-    common_metadata,
     present_adapters,
     refuse_values,
 )
@@ -96,7 +96,7 @@ def diagnose(
     return Diagnosis(
         adapters=tuple(_names(adapters)),
         merged=None if merged is None else merged.metadata.name or "merged",
-        base_model=common_metadata(adapters, {}).base_model,
+        base_model=best_name(x.metadata.base_model for x in adapters if x.metadata.base_model),
         modules=tuple(modules[path] for path in order),
         costs=tuple(_costs(groups, machine)),
     )

@@ -30,6 +30,7 @@ _ACCEPTED = {
     "bias": untrusted.TEXT,
     "corda_config": untrusted.OBJECT,
     "d_initial": untrusted.NUMBER,
+    "ensure_weight_tying": untrusted.SWITCH,
     "eva_config": untrusted.OBJECT,
     "exclude_modules": _NAMES,
     "fan_in_fan_out": untrusted.SWITCH,
@@ -71,13 +72,12 @@ _ACCEPTED = {
 }
 
 # Refused fields that may be there if they are false.
-_SWITCHES = dict.fromkeys(("ensure_weight_tying", "use_dora", "use_qalora"), untrusted.SWITCH)
+_SWITCHES = dict.fromkeys(("use_dora", "use_qalora"), untrusted.SWITCH)
 
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
     "arrow_config": "Arrow routes each token to other adapters",
     "enable_lora": "its factors are those of a merged, grouped projection of an early peft",
-    "ensure_weight_tying": "tied layers share one update, which merging would separate",
     "kasa_config": "KaSA truncates the weights of the base model",
     "layer_replication": "the model has repeated layers, so its base weights are another model's",
     "megatron_config": "tensor-parallel layers keep only parts of the factors",
@@ -130,6 +130,8 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
 
 def _check_type(file: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
+    if kind is None and {"r", "lora_alpha"} <= fields.keys():  # as Tinker writes it
+        kind = fields["peft_type"] = "LORA"
     if not isinstance(kind, str):
         raise FormatError(f"{file}: peft_type is {kind!r}; expected 'LORA' or 'VERA'")
     if kind not in ("LORA", "VERA"):

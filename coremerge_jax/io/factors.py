@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError
-from coremerge_jax.io.tensors import LazyTensor, TensorReader
+from coremerge_jax.io.tensors import LazyTensor, TensorFiles, TensorReader
 from coremerge_jax.lora import AdapterFile, Kind, LoRA, Metadata
 
 Read = Callable[[str], np.ndarray]
@@ -67,7 +67,7 @@ class FactorFile(AdapterFile):
 
     def __init__(
         self,
-        reader: TensorReader,
+        reader: TensorReader | TensorFiles,
         sources: Mapping[str, FactorSource],
         metadata: Metadata,
         extras: Mapping[str, Any] | None = None,
@@ -100,14 +100,16 @@ def outline_of(rank: int, m: int, n: int, kind: Kind) -> LoRA:
     return LoRA(a, b, kind)
 
 
-def open_extra(reader: TensorReader, key: str, scale: float = 1.0) -> LazyTensor:
+def open_extra(reader: TensorReader | TensorFiles, key: str, scale: float = 1.0) -> LazyTensor:
     """Returns a tensor that is not a factor, times a scale; floats become float32."""
     tensor = reader.tensors[key]
     dtype = np.dtype(np.float32) if is_float(tensor.dtype) else tensor.dtype
     return LazyTensor(tensor.shape, dtype, partial(_read_extra, reader, key, scale))
 
 
-def _read_extra(reader: TensorReader, key: str, scale: float, start: int, stop: int) -> np.ndarray:
+def _read_extra(
+    reader: TensorReader | TensorFiles, key: str, scale: float, start: int, stop: int
+) -> np.ndarray:
     value = reader.read_part(key, start, stop)
     if not is_float(value.dtype):
         return value

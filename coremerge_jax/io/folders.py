@@ -11,17 +11,22 @@ from pathlib import Path
 
 from coremerge_jax.errors import CoreMergeError, FormatError
 from coremerge_jax.io.outputs import find_left
+from coremerge_jax.io.unknown import describe
 from coremerge_jax.io.untrusted import check_path
 
 # Revisions are names that git takes.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@((?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?")
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<folder>(/(?!\.+(/|$|@))[\w.-]+)*)"
+    r"(@(?P<revision>(?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?"
+)
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Returns True for ``owner/name`` or ``owner/name@revision``, unless it may be a local path."""
+    """Returns True for ``owner/name[/folder][@revision]``, unless it may be a local path."""
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        return False
     path = Path(source)
-    is_id = isinstance(source, str) and _HUB_ID.fullmatch(source)
-    return bool(is_id) and not path.exists() and not path.parent.exists()
+    return not path.exists() and not Path(path.parts[0]).exists()
 
 
 def source_name(source: str | Path) -> str:
@@ -37,11 +42,12 @@ def not_found(source: str | Path, expected: str) -> FormatError:
         source: the path that was given.
         expected: the files or folders that could be there.
     """
-    path = Path(source)
+    path, found = Path(source), describe(source)
     if path.is_dir():
-        return FormatError(f"{source}: no adapter in this folder; expected {expected}")
+        what = f"it has {found}" if found else f"expected {expected}"
+        return FormatError(f"{source}: no adapter in this folder; {what}")
     if path.exists():
-        return FormatError(f"{source}: is a file; expected {expected}")
+        return FormatError(f"{source}: {found or f'is a file; expected {expected}'}")
     if str(source).startswith("~"):
         return FormatError(f"{source}: no such folder; give the path itself in place of ~")
     for kind, left in find_left(path.absolute()):
@@ -58,8 +64,8 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
 
     Args:
         source: a folder or an id.
-        download: gives the folder of a repository; takes ``revision``, and ``local_files_only`` to
-            look into the local cache alone.
+        download: gives the folder of a repository; takes ``revision``, ``local_files_only`` to look
+            into the local cache alone, and for a folder in the repository, ``subfolder``.
         config: a file that the folder has, for messages.
 
     Raises:
@@ -73,12 +79,12 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
         raise not_found(source, f"the folder that contains {config}")
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, _, revision = str(source).partition("@")
+    repo, options = _split_id(str(source))
     for local in (True, False):
         if not local and not _hub_answers():
             break
         try:
-            return download(repo, revision=revision or None, local_files_only=local)
+            return download(repo, local_files_only=local, **options)
         except LocalEntryNotFoundError:
             continue
         except CoreMergeError:
@@ -90,6 +96,16 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
     raise FormatError(
         f"{source}: no such folder, not in the Hugging Face cache, and the hub cannot be reached"
     )
+
+
+def _split_id(source: str) -> tuple[str, dict[str, str | None]]:
+    """Splits a Hugging Face id into the repository, and options of a download."""
+    found = _HUB_ID.fullmatch(source)
+    assert found is not None
+    options = {"revision": found["revision"]}
+    if found["folder"]:
+        options["subfolder"] = found["folder"][1:]
+    return found["repo"], options
 
 
 def _hub_answers() -> bool:

@@ -3,13 +3,15 @@
 import fnmatch
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from coremerge_jax.errors import FormatError, MismatchError, RecipeError, hint
+from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError, hint
 from coremerge_jax.lora import Adapter, AdapterSource, Lengths, Metadata
 from coremerge_jax.merging.base_names import best_name, same_base
 from coremerge_jax.merging.groups import label
@@ -315,12 +317,27 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> d
     }
 
 
-def common_metadata(adapters: Sequence[AdapterSource], config: Mapping[str, Any]) -> Metadata:
-    """Returns the metadata on which all sources agree."""
+def common_metadata(
+    adapters: Sequence[AdapterSource], config: Mapping[str, Any], beside: tuple[Path, ...] = ()
+) -> Metadata:
+    """Returns the metadata on which all sources agree.
 
-    def common(field: str) -> Any:
-        values = {getattr(adapter.metadata, field) for adapter in adapters} - {None}
-        return values.pop() if len(values) == 1 else None
+    Args:
+        adapters: the sources.
+        config: the fields of a configuration that the extras need.
+        beside: the files with other trained weights that go along.
+
+    Warns:
+        CoreMergeWarning: the sources are of several task types, so the result has none.
+    """
+    tasks = {adapter.metadata.task_type for adapter in adapters} - {None}
+    if len(tasks) > 1:
+        warnings.warn(
+            f"the adapters have the task types {', '.join(sorted(map(str, tasks)))}, so the result "
+            "has none; peft then loads it as an adapter of any model",
+            CoreMergeWarning,
+            stacklevel=2,
+        )
 
     def same(field: str) -> Any:
         first, *others = (getattr(adapter.metadata, field) for adapter in adapters)
@@ -328,11 +345,12 @@ def common_metadata(adapters: Sequence[AdapterSource], config: Mapping[str, Any]
 
     return Metadata(
         base_model=best_name(a.metadata.base_model for a in adapters if a.metadata.base_model),
-        task_type=common("task_type"),
+        task_type=tasks.pop() if len(tasks) == 1 else None,
         config=config,
         lengths=_common_lengths(adapters),
         format=same("format"),
         prefix=same("prefix"),
+        beside=beside,
     )
 
 

@@ -1,8 +1,10 @@
 """Extras: tensors of an adapter that are not low-rank updates, and policies to merge them."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.lora import AdapterSource, Array
 from coremerge_jax.merging.groups import label
 
-Extras = tuple[dict[str, Array], Mapping[str, Any]]
+Config = Mapping[str, Any]
 
 _CHOICES = "'error', 'first', 'mean', 'drop' or 'keep=ADAPTER'"
 
@@ -19,10 +21,34 @@ _CHOICES = "'error', 'first', 'mean', 'drop' or 'keep=ADAPTER'"
 _ROWS = "trainable_token_indices"
 
 
+@dataclasses.dataclass(frozen=True)
+class MergedExtras:
+    """Extras of a merge.
+
+    Attributes:
+        tensors: the tensors, by name.
+        config: the configuration fields that writing them needs.
+        beside: files with other trained weights, which go along.
+    """
+
+    tensors: dict[str, Array] = dataclasses.field(default_factory=dict)
+    config: Config = dataclasses.field(default_factory=dict)
+    beside: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, adapter: AdapterSource) -> Self:
+        """Returns those of one adapter."""
+        metadata = adapter.metadata
+        return cls(dict(adapter.extras), metadata.config, metadata.beside)
+
+
 def merge_extras(
     adapters: Sequence[AdapterSource], policy: str, numbers: Sequence[int] | None = None
-) -> Extras:
+) -> MergedExtras:
     """Applies the policy for extras (full weights, biases, trained token rows).
+
+    Files with other trained weights beside an adapter (`Metadata.beside`) are extras, too, but are
+    not read: they can be kept as they are, or left out.
 
     Args:
         adapters: the adapters that are merged.
@@ -33,11 +59,9 @@ def merge_extras(
             leaves them out.
         numbers: number of each adapter; 1, 2, … by default.
 
-    Returns:
-        The merged extras, and the configuration fields that writing them needs.
-
     Raises:
-        UnsupportedError: there are extras and the policy is ``"error"``.
+        UnsupportedError: there are extras and the policy is ``"error"``, or files and it is
+            ``"mean"``.
         MismatchError: the policy does not fit the adapters.
         RecipeError: the policy is not one of these.
     """
@@ -45,27 +69,42 @@ def merge_extras(
     if policy not in ("error", "first", "mean", "drop") and not (kind == "keep" and name):
         raise RecipeError(f"extras={policy!r}: expected {_CHOICES}")
     if kind == "keep":
-        kept = adapters[_find(adapters, name, numbers or range(1, len(adapters) + 1))]
-        return dict(kept.extras), kept.metadata.config
-    having = [t for t, adapter in enumerate(adapters) if adapter.extras]
+        numbers = numbers or range(1, len(adapters) + 1)
+        return MergedExtras.of(adapters[_find(adapters, name, numbers)])
+    having = [t for t, adapter in enumerate(adapters) if adapter.extras or adapter.metadata.beside]
     if not having or policy == "drop":
-        return {}, {}
+        return MergedExtras()
     chosen = adapters[having[0]]
     if policy == "first" or (policy == "error" and _all_equal(adapters)):
-        return dict(chosen.extras), chosen.metadata.config
+        return MergedExtras.of(chosen)
     if policy == "error":
         raise UnsupportedError(
-            f"{label(adapters, having[0])} has {len(chosen.extras)} tensors that are not low-rank "
-            f"updates (first: {next(iter(chosen.extras))!r}); choose what to do with them: "
+            f"{label(adapters, having[0])} has {_listed(chosen)}; choose what to do with them: "
             "extras='first', 'mean', 'drop' or 'keep=ADAPTER' (--extras)"
         )
-    for t in range(len(adapters)):
+    for t, adapter in enumerate(adapters):
+        if adapter.metadata.beside:
+            raise UnsupportedError(
+                f"extras='mean': {label(adapters, t)} has {_listed(adapter)}, which are not read; "
+                "choose 'first', 'drop' or 'keep=ADAPTER' (--extras)"
+            )
         if difference := _difference(adapters, having[0], t):
-            raise MismatchError(f"extras='mean': {difference}; choose 'first', 'drop' or 'keep='")
+            raise MismatchError(
+                f"extras='mean': {difference}; choose 'first', 'drop' or 'keep=ADAPTER' (--extras)"
+            )
     return _mean(adapters)
 
 
-def _mean(adapters: Sequence[AdapterSource]) -> Extras:
+def _listed(adapter: AdapterSource) -> str:
+    """Returns the extras of an adapter in words."""
+    if files := adapter.metadata.beside:
+        names = ", ".join(sorted(file.name for file in files))
+        return f"other trained weights beside it ({names})"
+    first = next(iter(adapter.extras))
+    return f"{len(adapter.extras)} tensors that are not low-rank updates (first: {first!r})"
+
+
+def _mean(adapters: Sequence[AdapterSource]) -> MergedExtras:
     first, *others = adapters
     means = {
         key: np.mean(
@@ -79,7 +118,7 @@ def _mean(adapters: Sequence[AdapterSource]) -> Extras:
     revision = config.get("revision")
     if any(other.metadata.config.get("revision") != revision for other in others):
         config.pop("revision", None)
-    return means, config
+    return MergedExtras(means, config)
 
 
 def _difference(adapters: Sequence[AdapterSource], first: int, t: int) -> str:
@@ -99,7 +138,9 @@ def _difference(adapters: Sequence[AdapterSource], first: int, t: int) -> str:
 
 def _all_equal(adapters: Sequence[AdapterSource]) -> bool:
     """Returns True if the extras of all adapters agree in names, shapes, rows and values."""
-    if len(adapters) == 1 or any(_difference(adapters, 0, t) for t in range(len(adapters))):
+    if len(adapters) == 1 or any(adapter.metadata.beside for adapter in adapters):
+        return False
+    if any(_difference(adapters, 0, t) for t in range(len(adapters))):
         return False
     if any(isinstance(x, jax.core.Tracer) for a in adapters for x in a.extras.values()):
         return False

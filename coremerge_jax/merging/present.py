@@ -73,11 +73,11 @@ def find_present(
     """
     tasks = present_adapters(adapters, weights, allow_other_base, allow_disjoint)
     present = [adapters[t] for t in tasks]
-    merged_extras, config = merge_extras(present, extras, [t + 1 for t in tasks])
+    merged = merge_extras(present, extras, [t + 1 for t in tasks])
     return Present(
         adapters=present,
         places=np.asarray(tasks, np.int32),
         groups=group_modules(present),
-        extras=merged_extras,
-        metadata=common_metadata(present, config),
+        extras=merged.tensors,
+        metadata=common_metadata(present, merged.config, merged.beside),
     )

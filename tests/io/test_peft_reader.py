@@ -5,9 +5,10 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import coremerge_jax as cm
+from coremerge_jax.errors import CoreMergeWarning
 
 PATHS = {"layers.0.q": (5, 4, 2), "layers.0.v": (3, 4, 2)}
 
@@ -33,6 +34,116 @@ def refusal(source, error=cm.FormatError, refuse=cm.open_peft):
 def load(request):
     """Reads an adapter, at once or lazily."""
     return getattr(cm, request.param)
+
+
+P = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod." + P,
+        P + "_orig_mod.",
+        "module." + P,
+        P + P,
+        f"module.{P}_orig_mod.{P}module.",
+        P,
+    ],
+)
+def test_what_wraps_a_model_is_no_part_of_names(load, write, factors, rng, prefix):
+    """torch.compile, DataParallel, FSDP, and a model that peft wrapped twice."""
+    tensors = factors({"layers.0.q": (5, 4, 2)}, prefix)
+    inner = factors({"layers.0._fsdp_wrapped_module.v": (3, 4, 2)}, prefix)
+    head = {f"{prefix}_checkpoint_wrapped_module.score.weight": rng.random((2, 4), np.float32)}
+    adapter = load(write(tensors | inner | head, modules_to_save=["score"]))
+    assert sorted(adapter) == sorted(PATHS)
+    assert list(adapter.extras) == ["score.weight"]
+    assert adapter.metadata.prefix is None
+
+
+def test_keys_without_pefts_prefix_are_written_without_it(load, write, factors, tmp_path):
+    tensors = factors({"diffusion_model.blocks.0.q": (5, 4, 2)}, prefix="")
+    adapter = load(write(tensors))
+    cm.save_peft(cm.merge([adapter, adapter], cm.mean()), tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "adapter_model.safetensors")) == set(tensors)
+
+
+def test_two_tensors_of_one_name_are_refused(write, factors):
+    both = factors({"layers.0.q": (5, 4, 2)}) | factors({"layers.0.q": (5, 4, 2)}, "_orig_mod." + P)
+    assert "are both 'layers.0.q.lora_A.weight'" in refusal(write(both))
+
+
+@pytest.mark.parametrize(
+    ("saved", "names"),
+    [
+        ("classifier", ["classifier.weight", "pre_classifier.bias", "classifier.out.weight"]),
+        ("norm", ["norm.weight", "layers.0.input_layernorm.weight", "layers.0.norm.bias"]),
+        ("mlp.fc", ["layers.0.mlp.fc.weight"]),
+    ],
+)
+def test_modules_to_save_are_matched_by_the_end_of_their_path(load, write, factors, saved, names):
+    heads = {P + name: np.ones(3, np.float32) for name in names}
+    folder = write(factors(PATHS) | heads, modules_to_save=["other", saved])
+    assert sorted(load(folder).extras) == sorted(names)
+    other = {f"{P}{saved}s.weight": np.ones(3, np.float32)}
+    assert "not account for" in refusal(write(factors(PATHS) | other, "2", modules_to_save=[saved]))
+
+
+def test_tied_embeddings_may_be_saved_but_have_no_update(load, write, factors):
+    head = {
+        P + name + ".weight": np.ones((7, 4), np.float32) for name in ("embed_tokens", "lm_head")
+    }
+    folder = write(
+        factors(PATHS) | head, ensure_weight_tying=True, modules_to_save=["embed_tokens"]
+    )
+    adapter = load(folder)
+    assert set(adapter.extras) == {"embed_tokens.weight", "lm_head.weight"}
+    assert adapter.metadata.config["ensure_weight_tying"]
+    tied = write(factors({"lm_head": (7, 4, 2)}), "tied", ensure_weight_tying=True)
+    assert "'lm_head' with ensure_weight_tying" in refusal(tied, cm.UnsupportedError)
+
+
+def test_a_configuration_of_rank_and_alpha_alone(load, write, factors):
+    fields = dict.fromkeys(("peft_type", "base_model_name_or_path", "task_type", "target_modules"))
+    assert list(load(write(factors(PATHS), **fields))) == list(PATHS)
+
+
+def test_the_newest_checkpoint_of_a_trainer_counts(write, factors, tmp_path):
+    (tmp_path / "run").mkdir()
+    for step in (500, 1000, 90):
+        write(factors(PATHS), f"run/checkpoint-{step}")
+    write(factors(PATHS), "run/checkpoint-2000")
+    (tmp_path / "run/checkpoint-2000/adapter_model.safetensors").unlink()  # cut off
+    with pytest.warns(CoreMergeWarning, match="newest of its 3 checkpoints, checkpoint-1000"):
+        adapter = cm.open_peft(tmp_path / "run")
+    assert adapter.metadata.name == "run"
+    assert adapter.folders == (tmp_path / "run/checkpoint-1000",)
+    assert cm.open_adapter(write(factors(PATHS), "run/own")).metadata.name == "own"
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_shards_are_read_as_one_file(load, write, factors, indexed):
+    tensors = factors(PATHS)
+    folder = write(tensors)
+    whole = cm.load_peft(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    names = [f"adapter_model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = dict(zip(sorted(tensors), [names[0], names[1], names[1], names[0]], strict=True))
+    for name in names:
+        save_file({k: v for k, v in tensors.items() if weight_map[k] == name}, folder / name)
+    if indexed:
+        index = folder / "adapter_model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+    adapter = load(folder)
+    for path, lora in whole.items():
+        assert np.array_equal(adapter[path].a, lora.a)
+        assert np.array_equal(adapter[path].b, lora.b)
+    assert not adapter.metadata.beside
+    (folder / names[1]).unlink()
+    assert (f"{names[1]}: missing" if indexed else "only") in refusal(folder)
+    if indexed:
+        index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+        assert "is not the name of a file" in refusal(folder)
 
 
 def test_scaling_is_folded_into_b_and_a_is_untouched(load, write, factors):
@@ -62,7 +173,7 @@ def test_metadata_is_the_configurations(load, write, factors):
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
-@pytest.mark.parametrize("infix", ["", ".default", ".my_task"])
+@pytest.mark.parametrize("infix", ["", ".default", ".my_task", ".default.default"])
 def test_keys_of_files_and_of_raw_state_dicts(load, write, factors, prefix, infix):
     adapter = load(write(factors(PATHS, prefix, infix)))
     assert list(adapter) == list(PATHS)
@@ -199,7 +310,6 @@ def test_one_parameter_needs_a_known_layout(write, factors, version):
         ("arrow_config", {"top_k": 1}),
         ("monteclora_config", {"num_samples": 8}),
         ("megatron_config", {"a": 1}),
-        ("ensure_weight_tying", True),
         ("a_field_of_the_future", 1),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
@@ -238,7 +348,7 @@ def test_initializations_that_keep_the_base_weights(write, factors, init):
         ({"rank_pattern": [2]}, "expected an object"),
         ({"alpha_pattern": {"v": "big"}}, "alpha_pattern['v'] is \"big\""),
         ({"bias": "some"}, "'some'"),
-        ({"peft_type": None}, "peft_type is None"),
+        ({"peft_type": None, "r": None}, "peft_type is None"),
     ],
 )
 def test_inconsistent_configurations(write, factors, changes, expected):
@@ -349,7 +459,14 @@ def test_missing_files(write, factors, tmp_path):
 def test_sources_that_are_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    for source in ("nothing", "./owner/name", "/no/such", "here/nothing", "a/b/c", tmp_path / "x"):
+    for source in (
+        "nothing",
+        "./owner/name",
+        "/no/such",
+        "here/nothing",
+        "here/b/c",
+        tmp_path / "x",
+    ):
         assert refusal(source) == f"{source}: no such folder"
     (tmp_path / "file").touch()
     assert "is a file" in refusal("file")
@@ -377,3 +494,9 @@ def test_hub_ids_come_from_the_cache_and_offline_fails_at_once(
         assert adapter.metadata.name == "task"
         assert list(adapter) == list(PATHS)
     assert "cannot be reached" in refusal("owner/task@other")
+
+    (snapshot / "final" / "best").mkdir(parents=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (snapshot / file).rename(snapshot / "final" / "best" / file)
+    assert load("owner/task/final/best@main").metadata.name == "best"
+    assert "cannot be reached" in refusal("owner/task/other")

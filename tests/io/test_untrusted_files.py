@@ -187,11 +187,6 @@ def test_empty_factors_tell_of_sharded_models(write, shape):
     refused(lambda: cm.open_peft(folder), "module 'q'", "empty", "ZeRO-3", "gather the weights")
 
 
-def test_doubled_adapter_names_are_told(write, factors):
-    folder = write(factors(PATHS, infix=".default.default"))
-    refused(lambda: cm.open_peft(folder), "no LoRA factors", "lora_A.default.default.weight")
-
-
 @pytest.mark.parametrize("name", [f"x{'.base_layer' * 80}", ".".join("x" * 400), "x" * 900])
 def test_long_names_take_no_time(write, factors, name):
     tensors = factors({name: (5, 4, 2)}) | {f"{name}.weight": np.ones(3, np.float32)}

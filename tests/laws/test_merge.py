@@ -7,6 +7,7 @@ import pytest
 from helpers import assert_same, dense, random_adapters
 
 import coremerge_jax as cm
+from coremerge_jax.errors import CoreMergeWarning
 
 BUILDS = {
     "weights": lambda x: (cm.tsv(), {"weights": x}),
@@ -114,7 +115,8 @@ def test_what_the_sources_agree_on_is_kept():
         {"base_model": "org/base", "task_type": "CAUSAL_LM"},
         {"base_model": "org/base/", "task_type": "SEQ_CLS"},
     )
-    metadata = cm.merge(adapters, cm.mean()).metadata
+    with pytest.warns(CoreMergeWarning, match="task types CAUSAL_LM, SEQ_CLS"):
+        metadata = cm.merge(adapters, cm.mean()).metadata
     assert (metadata.base_model, metadata.task_type) == ("org/base", None)
 
 
@@ -202,6 +204,24 @@ def test_mismatch_may_be_allowed():
 def test_extras_follow_the_policy(policy, expected):
     merged = cm.merge(with_extras([1, 1], [3, 3]), cm.mean(), extras=policy)
     np.testing.assert_array_equal(merged.extras["head"], np.full(2, expected, np.float32))
+
+
+def test_weights_in_other_files_need_a_decision(tmp_path):
+    """They are never read: they go along as they are, or stay where they are."""
+    adapters = []
+    for name in ("math", "code"):
+        cm.save_peft(ADAPTERS[0], tmp_path / name)
+        (tmp_path / name / "value_head.safetensors").write_text(name)
+        (tmp_path / name / "optimizer.pt").touch()
+        adapters.append(cm.open_peft(tmp_path / name))
+    with pytest.raises(cm.UnsupportedError, match=r"\(value_head.safetensors\); choose what"):
+        cm.merge(adapters, cm.mean())
+    with pytest.raises(cm.UnsupportedError, match=r"'math' .*which are not read"):
+        cm.merge(adapters, cm.mean(), extras="mean")
+    for policy, expected in (("first", "math"), ("keep=code", "code"), ("drop", None)):
+        cm.save_peft(cm.merge(adapters, cm.mean(), extras=policy), out := tmp_path / policy)
+        file = out / "value_head.safetensors"
+        assert (file.read_text() if file.exists() else None) == expected
 
 
 def test_equal_extras_need_no_decision_and_others_may_be_dropped():

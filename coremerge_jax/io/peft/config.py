@@ -98,7 +98,7 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embed_out")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embed_out")
 
 
 def split_factor(key: str) -> tuple[str, str] | None:
@@ -135,7 +135,7 @@ def is_extra(name: str, fields: Mapping[str, Any], embeddings: Collection[str]) 
         return bool(fields.get("trainable_token_indices"))
     if "bias" in leaf and fields.get("bias", "none") != "none":
         return True
-    if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in _EMBEDDINGS):
+    if leaf == "weight" and (path in embeddings or path.rpartition(".")[2] in EMBEDDINGS):
         return True
     saved = (*(fields.get("modules_to_save") or ()), *_HEADS.get(fields.get("task_type") or "", ()))
     # As peft does: each module whose path ends so is saved, with all that is in it.

@@ -1,60 +1,131 @@
 """Files of PEFT adapters, in a folder or on the Hugging Face hub."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from coremerge_jax.errors import FormatError, UnsupportedError
+from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import CONFIG
 from coremerge_jax.io.folders import find_folder
 from coremerge_jax.io.untrusted import is_regular
 
 WEIGHTS = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "adapter_model.bin"
+
+_FILES = (WEIGHTS, INDEX, PICKLE)
+_ADAPTER = "a PEFT adapter folder"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
+
+# Endings of the names of files with weights, and names of those that say nothing of the model:
+# what a trainer needs to go on, and the adapter itself in other formats.
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack")
+_HARMLESS = re.compile(
+    r"adapter_model.*|adapter_\d+\.pt|adapter\.pt|optimizer.*|scheduler.*|scaler\.pt|rng_state.*"
+    r"|random_states.*|training_args\.bin|.*trainer_state.*|.*tokenizer.*|.*optim_states.*"
+)
 
 
 def locate(source: str | Path) -> Path:
     """Returns the folder that holds an adapter's files.
 
+    Of a trainer's folder without an adapter of its own, that is the newest checkpoint.
+
     Args:
-        source: a folder, or a Hugging Face id ``owner/name`` or ``owner/name@revision``, which is
-            looked for in the local cache and then downloaded.
+        source: a folder, or a Hugging Face id, which is looked for in the local cache and then
+            downloaded: ``owner/name``, ``owner/name/folder``, and any of these with ``@revision``.
 
     Raises:
         FormatError: there is no such folder, or the id can neither be found nor downloaded.
     """
-    return find_folder(source, _download, CONFIG)
+    folder = find_folder(source, _download, CONFIG)
+    checkpoints = [] if is_adapter(folder) else find_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else folder
 
 
-def _download(repo: str, **options: Any) -> Path:
+def is_adapter(folder: Path) -> bool:
+    """Returns True if a folder has one of peft's files."""
+    return any(os.path.lexists(folder / name) for name in (CONFIG, *_FILES))
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders ``checkpoint-N`` in a folder that have both files, the newest last."""
+    if not folder.is_dir():
+        return []
+    numbers = {x: _CHECKPOINT.fullmatch(x.name) for x in folder.glob("checkpoint-*")}
+    whole = [
+        (int(match[1]), place)
+        for place, match in numbers.items()
+        if match and (place / CONFIG).is_file() and any((place / x).is_file() for x in _FILES)
+    ]
+    return [place for _, place in sorted(whole)]
+
+
+def _download(repo: str, *, subfolder: str | None = None, **options: Any) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in (WEIGHTS, CONFIG):
+        name = f"{subfolder}/{file}" if subfolder else file
         try:
-            path = huggingface_hub.hf_hub_download(repo, file, **options)
+            path = huggingface_hub.hf_hub_download(repo, name, **options)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise FormatError(
-                f"{repo}: the repository has no {file}; expected a PEFT adapter with "
-                f"{CONFIG} and {WEIGHTS}"
+                f"{repo}: the repository has no {name}; expected a PEFT adapter with {CONFIG} and "
+                f"{WEIGHTS}; of an adapter in a folder of it, give {repo}/FOLDER"
             ) from error
     return Path(path).parent
 
 
-def weights_file(folder: Path) -> Path:
-    """Returns the adapter's safetensors file.
+def weights_files(folder: Path) -> list[Path]:
+    """Returns the adapter's safetensors files: one, or those that an index names.
 
     Raises:
-        FormatError: there are no weights.
+        FormatError: there are no weights, or the index is broken.
         UnsupportedError: there is only a pickle file.
     """
-    file = folder / WEIGHTS
-    if is_regular(file):
-        return file
-    if (folder / PICKLE).is_file():
+    if is_regular(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    if is_regular(folder / INDEX):
+        return _indexed(folder / INDEX)
+    shards = sorted(folder.glob("adapter_model-*-of-*.safetensors"))
+    if shards:
+        return shards
+    pickles = [*folder.glob("adapter_model*.bin"), *folder.glob("adapter*.pt")]
+    if pickles:
         raise UnsupportedError(
-            f"{folder / PICKLE}: pickle files can run code when they are read, so they are not; "
+            f"{pickles[0]}: pickle files can run code when they are read, so they are not; "
             "load the adapter with peft and save it again, which writes safetensors"
         )
-    raise FormatError(f"{folder}: no {WEIGHTS}")
+    found = sorted(x.name for x in folder.iterdir() if x.suffix in _ENDINGS)
+    told = f"; it has {', '.join(found[:3])}" if found else ""
+    raise FormatError(f"{folder}: no {WEIGHTS}{told}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Returns the files that an index names."""
+    named = untrusted.read_json(index, _ADAPTER).get("weight_map")
+    if not isinstance(named, dict) or not named or {*map(type, named.values())} != {str}:
+        raise FormatError(f"{index}: no weight_map; expected the file of each tensor")
+    for name in set(named.values()):
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise FormatError(f"{index}: {name!r} is not the name of a file")
+        if not is_regular(index.parent / name):
+            raise FormatError(f"{index.parent / name}: missing, though {index.name} names it")
+    return [index.parent / name for name in sorted(set(named.values()))]
+
+
+def find_beside(folder: Path) -> tuple[str, ...]:
+    """Returns the names of files with other trained weights beside an adapter.
+
+    Trainers write there what they train besides: a value head, a projector, a vision tower.
+    """
+    return tuple(
+        file.name
+        for file in sorted(folder.iterdir())
+        if file.name.endswith(_ENDINGS) and not _HARMLESS.fullmatch(file.name) and file.is_file()
+    )

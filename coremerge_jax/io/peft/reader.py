@@ -1,6 +1,7 @@
 """PEFT adapter folder to `Adapter`."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coremerge_jax.errors import FormatError, UnsupportedError, nearest
+from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError, nearest
 from coremerge_jax.io.adapter_config import CONFIG, RETRAIN
 from coremerge_jax.io.factors import (
     FactorFile,
@@ -21,11 +22,18 @@ from coremerge_jax.io.factors import (
     to_float32,
 )
 from coremerge_jax.io.folders import source_name
-from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost
+from coremerge_jax.io.module_paths import LORA_BIAS, WRAPPED, outermost, without_wrappers
 from coremerge_jax.io.peft import experts
-from coremerge_jax.io.peft.config import PeftConfig, extra_name, is_copy, is_extra, split_factor
-from coremerge_jax.io.peft.files import locate, weights_file
-from coremerge_jax.io.tensors import LazyTensor, TensorReader
+from coremerge_jax.io.peft.config import (
+    EMBEDDINGS,
+    PeftConfig,
+    extra_name,
+    is_copy,
+    is_extra,
+    split_factor,
+)
+from coremerge_jax.io.peft.files import find_beside, find_checkpoints, locate, weights_files
+from coremerge_jax.io.tensors import LazyTensor, TensorFiles, TensorReader
 from coremerge_jax.lora import Adapter, Kind, Metadata
 
 # Parts of the names of other methods' tensors. A configuration may not mention the method.
@@ -48,13 +56,14 @@ class Contents:
         modules: source of each module, by its path in the base model, in the order of the file.
         extras: tensors that are not low-rank updates, by their name in the base model.
         dtype: dtype of the first factor.
+        prefix: "" if no factor's key has peft's prefix, else None.
 
     Raises:
         FormatError: a tensor is missing, or file and configuration contradict each other.
         UnsupportedError: there are other tensors than low-rank updates and extras.
     """
 
-    def __init__(self, reader: TensorReader, config: PeftConfig) -> None:
+    def __init__(self, reader: TensorReader | TensorFiles, config: PeftConfig) -> None:
         self.file, self.config, self._reader = reader.file, config, reader
         # Module path to names of factors to their keys, and names of other tensors to their keys.
         self._groups: dict[str, dict[str, str]] = {}
@@ -65,6 +74,8 @@ class Contents:
             (str(self._tensor(key).dtype) for g in self._groups.values() for key in g.values()),
             None,
         )
+        factors = (key for group in self._groups.values() for key in group.values())
+        self.prefix = None if any(without_wrappers(key)[0] for key in factors) else ""
         self._biases: dict[str, tuple[str, float]] = {}
         self.modules = dict(self._find_modules())
         if not self.modules:
@@ -73,6 +84,7 @@ class Contents:
                 f"{self.file}: no LoRA factors in it; expected keys like 'x.lora_A.weight', "
                 f"found {keys}"
             )
+        self._refuse_tied()
         self.extras = self._find_extras()
 
     def _sort(self) -> None:
@@ -236,6 +248,17 @@ class Contents:
                 "expected (r, inputs) and (outputs, r) of one rank r"
             )
 
+    def _refuse_tied(self) -> None:
+        """Refuses updates of tied embeddings, of which peft makes one that acts twice."""
+        if not self.config.fields.get("ensure_weight_tying"):
+            return
+        for path in self.modules:
+            if path.rpartition(".")[2] in EMBEDDINGS:
+                raise UnsupportedError(
+                    f"{self.file}: module {path!r} with ensure_weight_tying: its update is that of "
+                    f"the output embedding too, transposed, which a merge would separate; {RETRAIN}"
+                )
+
     def _find_extras(self) -> dict[str, Any]:
         """Finds the tensors that are not updates, all of which the configuration must explain."""
         modules = self.modules.items()
@@ -281,7 +304,13 @@ def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> 
 
 
 # Fields that are needed to write the extras of an adapter.
-_EXTRA_FIELDS = ("bias", "modules_to_save", "revision", "trainable_token_indices")
+_EXTRA_FIELDS = (
+    "bias",
+    "ensure_weight_tying",
+    "modules_to_save",
+    "revision",
+    "trainable_token_indices",
+)
 
 
 def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
@@ -297,8 +326,10 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
     shared projections, as the file does not hold its own.
 
     Args:
-        source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
-            Hugging Face id ``owner/name`` or ``owner/name@revision``.
+        source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or shards
+            of it), a trainer's folder with such folders ``checkpoint-N``, of which the newest
+            counts, or a Hugging Face id: ``owner/name``, ``owner/name/folder``, and any of these
+            with ``@revision``.
         name: a name for messages and tables; the name of the folder or repository by default.
 
     Raises:
@@ -307,7 +338,9 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
     """
     folder = locate(source)
     config = PeftConfig(folder / CONFIG)
-    reader = TensorReader(weights_file(folder))
+    _tell_checkpoint(source, folder)
+    files = weights_files(folder)
+    reader = TensorReader(files[0]) if len(files) == 1 else TensorFiles(files)
     contents = Contents(reader, config)
     metadata = Metadata(
         name=name or source_name(source),
@@ -317,8 +350,23 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         alpha=config.fields.get("lora_alpha"),
         dtype=contents.dtype,
         config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
+        format="peft",
+        prefix=contents.prefix,
+        beside=tuple(folder / name for name in find_beside(folder)),
     )
     return FactorFile(reader, contents.modules, metadata, contents.extras)
+
+
+def _tell_checkpoint(source: str | Path, folder: Path) -> None:
+    """Warns if the adapter of a trainer's folder is that of its newest checkpoint."""
+    if Path(source).is_dir() and folder != Path(source):
+        count = len(find_checkpoints(Path(source)))
+        warnings.warn(
+            f"{source}: no adapter in the folder itself; takes the newest of its {count} "
+            f"checkpoints, {folder.name}",
+            CoreMergeWarning,
+            stacklevel=3,
+        )
 
 
 def load_peft(source: str | Path, *, name: str | None = None) -> Adapter:
