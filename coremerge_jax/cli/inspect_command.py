@@ -69,6 +69,7 @@ def _describe(source: str, adapter: "Adapter") -> dict[str, Any]:
         "dtype": metadata.dtype,
         "norm": sum(module["norm"] ** 2 for module in modules.values()) ** 0.5,
         "extras": list(adapter.extras),
+        "beside": [file.name for file in metadata.beside],
         "modules": modules,
     }
 
@@ -101,9 +102,15 @@ def _show(adapters: list[dict[str, Any]]) -> None:
     print_table(columns, rows, right=("ranks", "alpha", "‖ΔW‖"))
     for adapter in adapters:
         if not adapter["norm"]:
-            say(f"{adapter['name']} has no effect: all its updates are zero")
+            cause = "its alpha is 0" if adapter["alpha"] == 0 else "all its updates are zero"
+            say(f"{adapter['name']} has no effect: {cause}")
         if adapter["extras"]:
             say(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
+        if adapter["beside"]:
+            say(
+                f"{adapter['name']} has other trained weights beside it: "
+                f"{', '.join(adapter['beside'])}"
+            )
     if len(bases) == 1:
         say(f"base model: {bases.pop() or 'unknown'}")
 

@@ -194,7 +194,8 @@ def test_the_first_matching_pattern_counts(load, write, factors):
         rank_pattern={r"layers\.0\.q": 3, "q": 1},
         alpha_pattern={"^layers.*v": 1, "v": 100},
     )
-    adapter = load(folder)
+    with pytest.warns(CoreMergeWarning, match=r"'v' \(100\) for module 'layers.1.v'"):
+        adapter = load(folder)
     for path, scale in (("layers.0.q", 2), ("layers.1.q", 6), ("layers.1.v", 0.5)):
         b = tensors[f"base_model.model.{path}.lora_B.weight"].astype(np.float64)
         assert np.array_equal(adapter[path].b, (b * scale).astype(np.float32))
@@ -252,29 +253,108 @@ def test_biases_that_peft_saves_twice_are_read_once(load, write, factors):
     assert set(adapter.extras) == {"score.bias"}
 
 
-def test_experts_are_modules(load, write, rng):
-    count, rank = 3, 2
-    up = rng.standard_normal((count, rank, 4), np.float32)
-    up_b = rng.standard_normal((count, 10, rank), np.float32)
-    down = rng.standard_normal((count, rank, 5), np.float32)
-    down_b = rng.standard_normal((count, 4, rank), np.float32)
-    tensors = {
-        "mlp.experts.base_layer.lora_A.weight": up.reshape(-1, 4),
-        "mlp.experts.base_layer.lora_B.weight": np.moveaxis(up_b, 0, 2).reshape(10, -1),
-        "mlp.experts.lora_A.weight": down.reshape(-1, 5),
-        "mlp.experts.lora_B.weight": np.moveaxis(down_b, 0, 2).reshape(4, -1),
+def stacks(rng, count, rank, shapes):
+    """Factors of all experts, (count, r, n) and (count, m, r), by the name of a layer."""
+    return {
+        name: (
+            rng.standard_normal((count, rank, n), np.float32),
+            rng.standard_normal((count, m, rank), np.float32),
+        )
+        for name, (m, n) in shapes.items()
     }
-    targets = ["experts.down_proj", "experts.gate_up_proj"]
-    adapter = load(write(tensors, target_parameters=targets, lora_alpha=2))
-    assert len(adapter) == 2 * count
-    for e in range(count):
-        lora = adapter[f"mlp.experts.gate_up_proj[{e}]"]
-        assert lora.kind.name == "expert"
-        assert np.array_equal(lora.a, up[e])
-        assert np.array_equal(lora.b, up_b[e])
-        lora = adapter[f"mlp.experts.down_proj[{e}]"]
-        assert np.array_equal(lora.a, down[e])
-        assert np.array_equal(lora.b, down_b[e])
+
+
+PAIRS = {
+    "gated": {"gate_up_proj": (10, 4), "down_proj": (4, 5)},
+    "Llama 4's, stored as (inputs, outputs)": {"gate_up_proj": (4, 10), "down_proj": (5, 4)},
+    "NemotronH's": {"up_proj": (5, 4), "down_proj": (4, 5)},
+}
+
+
+def packed_pair(first, second):
+    """Tensors as peft packs two parameters, of which the first is defined first."""
+    return {
+        f"mlp.experts{level}.lora_{part}.weight": tensor
+        for level, (a, b) in ((".base_layer", first), ("", second))
+        for part, tensor in (
+            ("A", a.reshape(-1, a.shape[2])),
+            ("B", np.moveaxis(b, 0, 2).reshape(b.shape[1], -1)),
+        )
+    }
+
+
+@pytest.mark.parametrize("shapes", PAIRS.values(), ids=PAIRS)
+def test_experts_are_modules(load, write, rng, tmp_path, shapes):
+    factors = stacks(rng, 3, 2, shapes)
+    targets = [f"experts.{name}" for name in sorted(factors)]
+    adapter = load(write(packed_pair(*factors.values()), target_parameters=targets, lora_alpha=2))
+    assert len(adapter) == 2 * 3
+    for name, (a, b) in factors.items():
+        for e in range(3):
+            lora = adapter[f"mlp.experts.{name}[{e}]"]
+            assert lora.kind.name == "expert"
+            assert np.array_equal(lora.a, a[e])
+            assert np.array_equal(lora.b, b[e])
+    cm.save_peft(adapter, tmp_path / "out")
+    again = cm.load_peft(tmp_path / "out")
+    assert all(np.array_equal(again[path].dense(), lora.dense()) for path, lora in adapter.items())
+
+
+@pytest.mark.parametrize("name", ["Llama 4's, stored as (inputs, outputs)", "NemotronH's"])
+def test_a_pair_that_an_old_release_may_have_swapped_is_refused(write, rng, name):
+    factors = stacks(rng, 3, 2, PAIRS[name])
+    targets = [f"experts.{name}" for name in factors]
+    folder = write(packed_pair(*factors.values()), target_parameters=targets, peft_version="0.18.1")
+    assert "written by peft 0.18.1" in refusal(folder, cm.UnsupportedError)
+
+
+STACKED = {
+    "Tinker's": ({"w1": (5, 4), "w3": (5, 4), "w2": (4, 5)}, "{owner}.{e}.{layer}"),
+    "SkyRL's": ({"gate_proj": (5, 4), "down_proj": (4, 5)}, "{owner}.{e}.{layer}"),
+    "fused": ({"gate_up_proj": (10, 4), "down_proj": (4, 5)}, "{owner}.{layer}[{e}]"),
+}
+LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+@pytest.mark.parametrize("shared", [None, "A", "B"])
+@pytest.mark.parametrize(("shapes", "path"), STACKED.values(), ids=STACKED)
+def test_stacked_factors_are_experts(load, write, rng, shapes, path, shared):
+    """Along a first axis, which may have one entry for all experts in one of the factors."""
+    owner, tensors = "layers.0.mlp.experts", {}
+    factors = stacks(rng, 3, 2, shapes)
+    for name, (a, b) in factors.items():
+        factors[name] = a, b = (a[:1] if shared == "A" else a), (b[:1] if shared == "B" else b)
+        tensors[f"{P}{owner}.{name}.lora_A.weight"] = a
+        tensors[f"{P}{owner}.{name}.lora_B.weight"] = b
+    for part in "AB":
+        tensors[f"{P}layers.1.mlp.experts.w3.lora_{part}.weight"] = np.zeros(0, np.float32)
+    adapter = load(write(tensors, lora_alpha=2))
+    assert len(adapter) == 3 * len(shapes)
+    for name, (a, b) in factors.items():
+        for e in range(3):
+            lora = adapter[path.format(owner=owner, e=e, layer=LAYERS.get(name, name))]
+            assert np.array_equal(lora.a, a[e % len(a)])
+            assert np.array_equal(lora.b, b[e % len(b)])
+
+
+@pytest.mark.parametrize("shapes", [((1, 2, 4), (1, 5, 2)), ((3, 2, 4), (2, 5, 2))])
+def test_stacks_of_unknown_length_are_refused(write, shapes):
+    tensors = {
+        f"{P}experts.w1.lora_{part}.weight": np.ones(shape, np.float32)
+        for part, shape in zip("AB", shapes, strict=True)
+    }
+    assert "expected (experts, r, inputs)" in refusal(write(tensors))
+
+
+def test_an_embedding_stored_transposed_and_tinkers_name_of_the_head(load, write, factors, rng):
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((30, 2), (2, 8)))
+    tensors = factors({"model.unembed_tokens": (30, 8, 2)})
+    tensors[P + "embed_tokens.lora_A.weight"] = a
+    tensors[P + "embed_tokens.lora_B.weight"] = b
+    adapter = load(write(tensors, lora_alpha=2))
+    assert sorted(adapter) == ["embed_tokens", "lm_head"]
+    assert adapter["embed_tokens"].kind == cm.Kind("embedding", transposed=True)
+    np.testing.assert_allclose(adapter["embed_tokens"].dense(), (a @ b).T, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Ranks and scales of a PEFT adapter's modules, and the keys of its tensors."""
 
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from coremerge_jax.io.adapter_config import RANK, read_adapter_config
 from coremerge_jax.io.module_paths import unwrapped, without_wrappers
 from coremerge_jax.io.peft.patterns import Patterns
 from coremerge_jax.io.untrusted import NUMBER, short
+
+# More patterns are not searched for pairs that match one module.
+_MOST_COMPARED = 100
 
 
 class PeftConfig:
@@ -69,6 +73,22 @@ class PeftConfig:
         rank = self.rank(path)
         alpha = self._by_pattern("alpha_pattern", path, self.fields["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def find_overlap(self, paths: Iterable[str]) -> str | None:
+        """Returns a sentence on the first module to which two patterns give two alphas."""
+        values, patterns = self.fields.get("alpha_pattern") or {}, self._patterns["alpha_pattern"]
+        if not 2 <= len(values) <= _MOST_COMPARED:
+            return None
+        with contextlib.suppress(ValueError):  # takes too long
+            for path in paths:
+                names = patterns.all(path)
+                if len({values[name] for name in names}) > 1:
+                    told = " and ".join(f"{name!r} ({values[name]})" for name in names[:2])
+                    return (
+                        f"{self.file}: alpha_pattern has {told} for module {path!r}; as in peft, "
+                        "the first counts"
+                    )
+        return None
 
     def _by_pattern(self, field: str, path: str, default: float) -> float:
         try:

@@ -10,7 +10,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import regex
 
@@ -73,33 +73,41 @@ class Patterns:
         Raises:
             ValueError: matching takes too long.
         """
-        found = [place for place in (self._named(path), self._matched(path)) if place is not None]
+        firsts = (min(self._named(path), default=None), next(self._matched(path), None))
+        found = [place for place in firsts if place is not None]
         return self._patterns[min(found)] if found else None
 
-    def _named(self, path: str) -> int | None:
+    def all(self, path: str) -> list[str]:
+        """Returns all patterns that match a path, in their order.
+
+        Raises:
+            ValueError: matching takes too long.
+        """
+        return [self._patterns[i] for i in sorted({*self._named(path), *self._matched(path)})]
+
+    def _named(self, path: str) -> Iterator[int]:
         path = path.removesuffix("\n")  # `$` matches before it
         starts = [0, *(i + 1 for i, letter in enumerate(path) if letter == ".")]
-        found = (
+        return (
             place
             for start in starts
             if "\n" not in path[:start]  # `.` does not match it
             for place, whole, name in self._names.get(len(path) - start, ())
             if not (whole and start) and name.fullmatch(path, start)
         )
-        return min(found, default=None)
 
-    def _matched(self, path: str) -> int | None:
+    def _matched(self, path: str) -> Iterator[int]:
         for place, pattern in self._others:
             started = time.monotonic()
             try:
-                if pattern.match(path, timeout=max(self._seconds, 1e-3)):
-                    return place
+                found = pattern.match(path, timeout=max(self._seconds, 1e-3))
             except TimeoutError:
                 raise ValueError(
                     f"pattern {self._patterns[place]!r:.200} takes too long; name the modules"
                 ) from None
             self._seconds -= time.monotonic() - started
-        return None
+            if found:
+                yield place
 
 
 def _check_size(pattern: str) -> None:

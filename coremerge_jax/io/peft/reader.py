@@ -36,6 +36,9 @@ from coremerge_jax.io.peft.files import find_beside, find_checkpoints, locate, w
 from coremerge_jax.io.tensors import LazyTensor, TensorFiles, TensorReader
 from coremerge_jax.lora import Adapter, Kind, Metadata
 
+# Names of Tinker's for layers that have another in transformers.
+_RENAMED = dict.fromkeys(("unembed_tokens", "model.unembed_tokens"), "lm_head")
+
 # Parts of the names of other methods' tensors. A configuration may not mention the method.
 _METHODS = {
     "lora_magnitude_vector": "DoRA",
@@ -142,10 +145,38 @@ class Contents:
                 keys = parts["lora_A.weight"], parts["lora_B.weight"]
                 if experts.target_names(owner, targets):
                     packed.setdefault(owner, {})[path] = keys
+                elif experts.is_stack(path, *(self._factor(key).shape for key in keys)):
+                    yield from self._stack(path, keys)
                 else:
-                    yield path, self._layer(path, keys, self._kind(path, keys))
+                    yield _RENAMED.get(path, path), self._matrix(path, keys)
         for owner, levels in packed.items():
             yield from self._experts(owner, levels, experts.target_names(owner, targets))
+
+    def _matrix(self, path: str, keys: tuple[str, str]) -> FactorSource:
+        a, b = (self._factor(key).shape for key in keys)
+        swapped = len(a) == len(b) == 2 and a[1] == b[0] and a[0] != b[1]
+        if swapped and path.rpartition(".")[2] in EMBEDDINGS:  # as SkyRL writes an embedding
+            kind = Kind("embedding", transposed=True)
+            return self._whole(path, a[::-1], b[::-1], kind, keys, _swapped)
+        return self._layer(path, keys, self._kind(path, keys))
+
+    def _stack(self, path: str, keys: tuple[str, str]) -> Iterator[tuple[str, FactorSource]]:
+        """Yields the experts of a layer whose factors are stacked along a first axis."""
+        a, b = (self._factor(key).shape for key in keys)
+        if 0 in a and 0 in b:  # Tinker's placeholder for a layer that the model does not have
+            return
+        count = max(a[0], b[0])
+        self._check_shapes(path, a[1:], b[1:])
+        if count == 1 or {a[0], b[0]} - {1, count}:
+            raise FormatError(
+                f"{self.file}: module {path!r}: A has shape {a} and B has shape {b}; expected "
+                "(experts, r, inputs) and (experts, outputs, r), of which one may have 1 expert "
+                "for all"
+            )
+        for index, name in enumerate(experts.stacked_names(path, count, self._groups)):
+            kind = Kind("expert") if name.endswith("]") else Kind()
+            factors = partial(experts.unstack, index=index)
+            yield name, self._whole(path, a[1:], b[1:], kind, keys, factors)
 
     def _kind(self, path: str, keys: tuple[str, str]) -> Kind:
         """Returns a linear layer or a two-dimensional convolution."""
@@ -291,6 +322,11 @@ class Contents:
         return open_extra(self._reader, key, scale)
 
 
+def _swapped(a: np.ndarray, b: np.ndarray) -> Factors:
+    """Returns the factors of an embedding that are stored transposed."""
+    return a.T, b.T
+
+
 def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
     """Returns the factors of a layer; a convolution's are flat."""
     return a.reshape(len(a), -1), b.reshape(b.shape[:2])
@@ -342,6 +378,8 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
     files = weights_files(folder)
     reader = TensorReader(files[0]) if len(files) == 1 else TensorFiles(files)
     contents = Contents(reader, config)
+    if note := config.find_overlap(outermost(path).partition("[")[0] for path in contents.modules):
+        warnings.warn(note, CoreMergeWarning, stacklevel=2)
     metadata = Metadata(
         name=name or source_name(source),
         base_model=config.fields.get("base_model_name_or_path") or None,
