@@ -22,14 +22,20 @@ _are_indices = untrusted.is_list_of(lambda value: untrusted.is_whole(value) and 
 RANK = (_is_rank, f"a positive integer up to {_MAX_RANK}")
 _NAMES = untrusted.either(untrusted.TEXT, untrusted.TEXTS)
 
+# The field with the alpha of each method that is read; VeRA's update has none.
+ALPHAS = {"LORA": "lora_alpha", "VERA": None, "LOHA": "alpha", "LOKR": "alpha"}
+
 # Fields that the reader handles, or that do not change what the update is.
 _ACCEPTED = {
+    "alpha": untrusted.NUMBER,
     "alpha_pattern": untrusted.OBJECT,
     "auto_mapping": untrusted.OBJECT,
     "base_model_name_or_path": untrusted.TEXT,
     "bias": untrusted.TEXT,
     "corda_config": untrusted.OBJECT,
     "d_initial": untrusted.NUMBER,
+    "decompose_both": untrusted.SWITCH,
+    "decompose_factor": untrusted.WHOLE,
     "ensure_weight_tying": untrusted.SWITCH,
     "eva_config": untrusted.OBJECT,
     "exclude_modules": _NAMES,
@@ -49,12 +55,15 @@ _ACCEPTED = {
     "lora_ga_config": untrusted.OBJECT,
     "megatron_core": untrusted.TEXT,
     "merge_weights": untrusted.SWITCH,
+    "module_dropout": untrusted.NUMBER,
     "modules_to_save": untrusted.TEXTS,
     "peft_type": untrusted.TEXT,
     "peft_version": untrusted.TEXT,
     "projection_prng_key": untrusted.WHOLE,
     "qalora_group_size": untrusted.WHOLE,
     "r": RANK,
+    "rank_dropout": untrusted.NUMBER,
+    "rank_dropout_scale": untrusted.SWITCH,
     "rank_pattern": untrusted.OBJECT,
     "revision": untrusted.TEXT,
     "runtime_config": untrusted.OBJECT,
@@ -66,6 +75,7 @@ _ACCEPTED = {
         lambda x: _are_indices(x) or (isinstance(x, dict) and all(map(_are_indices, x.values()))),
         "a list of whole numbers from 0 on, or such lists by module",
     ),
+    "use_effective_conv2d": untrusted.SWITCH,
     "use_rslora": untrusted.SWITCH,
     "velora_config": untrusted.OBJECT,
     "vera_dropout": untrusted.NUMBER,
@@ -122,7 +132,7 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
         )
     if (bias := fields.get("bias") or "none") not in _BIASES:
         raise FormatError(f"{file}: bias is {bias!r}; expected 'none', 'all' or 'lora_only'")
-    for name in ("r",) if fields["peft_type"] == "VERA" else ("r", "lora_alpha"):
+    for name in ("r", *filter(None, [ALPHAS[fields["peft_type"]]])):
         if fields.get(name) is None:
             raise FormatError(f"{file}: no {name}; the update's scaling needs it")
     return fields
@@ -133,10 +143,10 @@ def _check_type(file: Path, fields: dict[str, Any]) -> None:
     if kind is None and {"r", "lora_alpha"} <= fields.keys():  # as Tinker writes it
         kind = fields["peft_type"] = "LORA"
     if not isinstance(kind, str):
-        raise FormatError(f"{file}: peft_type is {kind!r}; expected 'LORA' or 'VERA'")
-    if kind not in ("LORA", "VERA"):
+        raise FormatError(f"{file}: peft_type is {kind!r}; expected one of {', '.join(ALPHAS)}")
+    if kind not in ALPHAS:
         raise UnsupportedError(
-            f"{file}: peft_type {kind!r} is not supported, only 'LORA' and 'VERA' are; "
+            f"{file}: peft_type {kind!r} is not supported, only {', '.join(ALPHAS)} are; "
             "peft.convert_to_lora can turn some other types into LoRA"
         )
     if kind == "VERA" and not fields.get("save_projection", True):

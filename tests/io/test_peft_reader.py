@@ -253,6 +253,30 @@ def test_biases_that_peft_saves_twice_are_read_once(load, write, factors):
     assert set(adapter.extras) == {"score.bias"}
 
 
+@pytest.mark.parametrize("method", ["LOHA", "LOKR"])
+def test_products_of_matrices_become_plain_factors(load, write, rng, method):
+    def draw(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    if method == "LOHA":
+        parts = {
+            f"hada_w{i}_{x}": draw(*s) for i in (1, 2) for x, s in (("a", (9, 2)), ("b", (2, 8)))
+        }
+        w = [parts[f"hada_w{i}_a"].astype(float) @ parts[f"hada_w{i}_b"] for i in (1, 2)]
+        expected, rank = w[0] * w[1], 4
+    else:
+        parts = {"lokr_w1": draw(3, 2), "lokr_w2_a": draw(3, 2), "lokr_w2_b": draw(2, 4)}
+        w2 = parts["lokr_w2_a"].astype(float) @ parts["lokr_w2_b"]
+        expected, rank = np.kron(parts["lokr_w1"], w2), 4
+    tensors = {f"{P}layers.0.q.{name}": value for name, value in parts.items()}
+    fields = {"peft_type": method, "alpha": 6, "lora_alpha": None, "module_dropout": 0.0}
+    adapter = load(write(tensors, **fields))
+    assert adapter.metadata.alpha == 6
+    assert adapter["layers.0.q"].rank == rank
+    np.testing.assert_allclose(adapter["layers.0.q"].dense(), 3 * expected, rtol=1e-5, atol=1e-5)
+    assert "no alpha" in refusal(write(tensors, "without", **fields | {"alpha": None}))
+
+
 def stacks(rng, count, rank, shapes):
     """Factors of all experts, (count, r, n) and (count, m, r), by the name of a layer."""
     return {
@@ -397,7 +421,6 @@ def test_one_parameter_needs_a_known_layout(write, factors, version):
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
-        ("peft_type", "LOHA"),
         ("peft_type", "ADALORA"),
         ("save_projection", False),
     ],

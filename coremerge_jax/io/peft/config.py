@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coremerge_jax.errors import FormatError
-from coremerge_jax.io.adapter_config import RANK, read_adapter_config
+from coremerge_jax.io.adapter_config import ALPHAS, RANK, read_adapter_config
 from coremerge_jax.io.module_paths import unwrapped, without_wrappers
 from coremerge_jax.io.peft.patterns import Patterns
 from coremerge_jax.io.untrusted import NUMBER, short
@@ -53,9 +53,10 @@ class PeftConfig:
             raise FormatError(f"{self.file}: {name} has a {error}") from error
 
     @property
-    def is_vera(self) -> bool:
-        """True if the update is VeRA's: scaled rows of shared projections."""
-        return self.fields["peft_type"] == "VERA"
+    def alpha(self) -> float | None:
+        """The nominal alpha; None for VeRA, whose update has none."""
+        field = ALPHAS[self.fields["peft_type"]]
+        return None if field is None else self.fields[field]
 
     @property
     def transposed(self) -> bool:
@@ -68,10 +69,10 @@ class PeftConfig:
 
     def scale(self, path: str) -> float:
         """Returns the s of ``ΔW = s · B A``: alpha / r; alpha / sqrt(r) if rank-stabilized."""
-        if self.is_vera:
+        if self.alpha is None:
             return 1.0
         rank = self.rank(path)
-        alpha = self._by_pattern("alpha_pattern", path, self.fields["lora_alpha"])
+        alpha = self._by_pattern("alpha_pattern", path, self.alpha)
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def find_overlap(self, paths: Iterable[str]) -> str | None:
@@ -105,6 +106,7 @@ _FACTORS = (
     re.compile(rf"(?P<path>.+)\.(?P<part>lora_[AB]){_NAMED}\.(?P<leaf>weight|bias)"),
     re.compile(rf"(?P<path>.+)\.(?P<part>(lora_embedding_[AB]|vera_lambda_[bd])){_NAMED}"),
     re.compile(rf"(?P<path>base_model)\.(?P<part>vera_[AB]){_NAMED}"),
+    re.compile(rf"(?P<path>.+)\.(?P<part>hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)){_NAMED}"),
 )
 
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")

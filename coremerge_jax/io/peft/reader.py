@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError, nearest
+from coremerge_jax.io import lycoris
 from coremerge_jax.io.adapter_config import CONFIG, RETRAIN
 from coremerge_jax.io.factors import (
     FactorFile,
@@ -133,6 +134,8 @@ class Contents:
                 owner = owner.removesuffix(WRAPPED)
             if set(parts) == {"vera_lambda_b", "vera_lambda_d"}:
                 yield path, self._vera(path, parts["vera_lambda_b"], parts["vera_lambda_d"])
+            elif lycoris.method(parts):
+                yield path, self._lycoris(path, parts)
             elif set(parts) == {"lora_embedding_A", "lora_embedding_B"}:
                 keys = parts["lora_embedding_A"], parts["lora_embedding_B"]
                 yield path, self._layer(path, keys, Kind("embedding", transposed=True))
@@ -203,6 +206,17 @@ class Contents:
         if kind.name == "conv2d":
             a, b = (a[0], int(np.prod(a[1:]))), b[:2]
         return self._whole(path, a, b, kind, keys, _matrices)
+
+    def _lycoris(self, path: str, parts: Mapping[str, str]) -> FactorSource:
+        """Returns the update of LoHa or LoKr, whose rank is what its parts allow."""
+        try:
+            size = lycoris.size({name: self._factor(key).shape for name, key in parts.items()})
+        except FormatError as error:
+            raise FormatError(f"{self.file}: module {path!r} {error}") from error
+        kind = Kind("conv2d", kernel=size.kernel) if size.kernel else Kind()
+        outline = outline_of(size.rank, size.m, size.n, kind)
+        factors, scale = partial(_lycoris, tuple(parts)), self.config.scale(path)
+        return FactorSource(self.file, path, outline, tuple(parts.values()), factors, scale)
 
     def _vera(self, path: str, key_rows: str, key_inner: str) -> FactorSource:
         if set(self._shared) != {"vera_A", "vera_B"}:
@@ -332,6 +346,11 @@ def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
     return a.reshape(len(a), -1), b.reshape(b.shape[:2])
 
 
+def _lycoris(names: tuple[str, ...], *tensors: np.ndarray) -> Factors:
+    """Returns the factors of LoHa's or LoKr's update."""
+    return lycoris.factors(dict(zip(names, tensors, strict=True)))
+
+
 def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> Factors:
     """Returns VeRA's shared projections, scaled by the vectors of a module."""
     rows, inner, a, b = map(to_float32, (rows, inner, a, b))
@@ -385,7 +404,7 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
         base_model=config.fields.get("base_model_name_or_path") or None,
         task_type=config.fields.get("task_type") or None,
         rank=int(config.fields["r"]),
-        alpha=config.fields.get("lora_alpha"),
+        alpha=config.alpha,
         dtype=contents.dtype,
         config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
         format="peft",
