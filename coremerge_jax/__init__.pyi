@@ -62,6 +62,7 @@ from .trees.axes import Axes
 from .trees.fold import fold_tree
 from .trees.layouts import Layout
 from .trees.nnx import from_nnx, update_nnx
+from .trees.stacks import from_stacks
 from .verification import Verification as Verification
 from .verification import verify
 
@@ -86,6 +87,7 @@ __all__ = [
     "fold_tree",
     "from_function",
     "from_nnx",
+    "from_stacks",
     "from_tree",
     "full",
     "iso_cts",

@@ -130,8 +130,8 @@ def refuse_foreign(shapes: Mapping[str, Shape | None]) -> None:
             )
         if shape is None and _CAPITALS.fullmatch(key):
             raise FormatError(
-                f"{key!r} is not of a layout that is read from trees: SkyRL-tx has factors of "
-                "several adapters in one array (adapters, inputs, r), levanter has axes with "
-                "names; export each adapter as a PEFT folder (SkyRL-tx: save_lora_checkpoint, "
+                f"{key!r} is not of a layout of one adapter: SkyRL-tx has factors of several in "
+                "one array (adapters, inputs, r), which from_stacks reads, levanter has axes with "
+                "names; or export each adapter as a PEFT folder (SkyRL-tx: save_lora_checkpoint, "
                 "levanter: save_peft_pretrained) and give these"
             )

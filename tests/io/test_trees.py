@@ -140,9 +140,57 @@ def test_factors_of_openpi_are_refused():
             cm.from_tree(tree, **options)
 
 
+@pytest.mark.parametrize("layers", [None, 2])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_stacks_of_adapters_are_read_one_by_one(layers, on_device):
+    """Slots of the ranks 4, 0 and 2 with a scale each; the base model's kernel is left out."""
+    rng, lead = np.random.default_rng(0), () if layers is None else (layers,)
+    scales, ranks = np.array([0.5, 1, 2], np.float32), np.array([4, 0, 2], np.int32)
+    q = {
+        "lora_A": rng.standard_normal((*lead, 3, 8, 4), np.float32),
+        "lora_B": rng.standard_normal((*lead, 3, 4, 10), np.float32),
+        "lora_scaling": np.broadcast_to(scales, (*lead, 3)),
+        "lora_ranks": np.broadcast_to(ranks, (*lead, 3)),
+        "kernel": np.zeros((*lead, 8, 10), np.float32),
+    }
+    if on_device:
+        q = jax.tree.map(jnp.asarray, q)
+    below = {"layers": {"_stacked": {"q_proj": q}}} if layers else {"layers": {"0": {"q_proj": q}}}
+    found = cm.from_stacks({"model": below}, name="math")
+    assert [x.metadata.name for x in found] == ["math-0", "math-2"]
+    for adapter, slot in zip(found, (0, 2), strict=True):
+        assert list(adapter) == [f"model.layers.{i}.q_proj" for i in range(layers or 1)]
+        for i, lora in enumerate(adapter.values()):
+            at = (i, slot) if layers else (slot,)
+            a, b = (np.asarray(q[part][at], float) for part in ("lora_A", "lora_B"))
+            assert lora.rank == ranks[slot]
+            expected = scales[slot] * (a[:, : lora.rank] @ b[: lora.rank]).T
+            np.testing.assert_allclose(dense(lora), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_scaling": None}, "has no lora_scaling"),
+        ({"lora_scaling": np.ones(2)}, "expected lora_A .adapters, inputs, r"),
+        ({"lora_B": np.ones((4, 10))}, "expected lora_A .adapters, inputs, r"),
+        ({"lora_ranks": np.zeros(3, int)}, "no slot holds an adapter"),
+    ],
+)
+def test_stacks_that_are_not_whole_are_refused(changes, message):
+    q = {"lora_A": np.ones((3, 8, 4)), "lora_B": np.ones((3, 4, 10)), "lora_scaling": np.ones(3)}
+    q = {name: x for name, x in {**q, **changes}.items() if x is not None}
+    with pytest.raises(cm.FormatError, match=message):
+        cm.from_stacks({"q_proj": q})
+    with pytest.raises(cm.FormatError, match="no stacks of adapters"):
+        cm.from_stacks({"q_proj": {"kernel": np.ones((8, 4))}})
+
+
 def test_stacks_of_adapters_of_skyrl_are_refused():
     q = {"lora_A": np.ones((2, 3, 8, 4)), "lora_B": np.ones((2, 3, 4, 10))}
-    with pytest.raises(cm.FormatError, match="SkyRL-tx has factors of several adapters"):
+    with pytest.raises(
+        cm.FormatError, match=r"SkyRL-tx has factors of several .* which from_stacks reads"
+    ):
         cm.from_tree({"model": {"layers": {"q_proj": q}}})
 
 
