@@ -189,6 +189,7 @@ class Option:
         passed_to: functions that take the value as an argument of the field's name.
         panel: heading of the option in help.
         flag: name of the option, where it is not the field's.
+        off: name of the option that switches off what is on by default.
         unset: meaning of None, for help.
         choices: words that the value can be; ``keep=ADAPTER`` stands for any adapter.
         most: largest length of a list or mapping.
@@ -200,6 +201,7 @@ class Option:
     passed_to: tuple[str, ...] = ()
     panel: str = "Method"
     flag: str | None = None
+    off: str | None = None
     unset: str | None = None
     choices: tuple[str, ...] = ()
     most: int = MOST
@@ -265,7 +267,9 @@ OPTIONS: Mapping[str, Option] = {
         panel="Result",
         unset="nothing is cut",
     ),
-    "uniform_rank": Option(*untrusted.SWITCH, None, ("save_peft",), panel="Result"),
+    "uniform_rank": Option(
+        *untrusted.SWITCH, None, ("save_peft",), panel="Result", off="mixed_ranks"
+    ),
     "dtype": _choice(DTYPES, "save_peft", panel="Result"),
     "to": Option(
         _is_text,
@@ -301,7 +305,8 @@ class Recipe:
         rank: largest rank of a merged module; a higher one is cut.
         energy: share of each merged module's squared Frobenius norm, such as 0.99; the module is
             cut to the fewest directions that keep it.
-        uniform_rank: give all merged modules one rank, the largest, filled up with zeros.
+        uniform_rank: give all merged modules one rank, the largest, filled up with zeros, as
+            llama.cpp and Ollama need it; or let each have its own, in a smaller file.
         dtype: number format of the written factors.
         to: format of the merged adapter.
         seed: seed of rules that draw random numbers (``dare``).
@@ -324,7 +329,7 @@ class Recipe:
     scale: float | Mapping[str, float] = 1.0
     rank: int | None = None
     energy: float | None = None
-    uniform_rank: bool = False
+    uniform_rank: bool = True
     dtype: str = "float32"
     to: str | None = None
     seed: int = 0
@@ -476,8 +481,9 @@ class Resolved:
 
 
 def _relative_to(folder: Path, name: str) -> str:
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^@]+)?", name)
-    return name if is_hub_id and not (folder / name).parent.exists() else str(folder / name)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+(@[^@]+)?", name)
+    local = (folder / name).exists() or (folder / Path(name).parts[0]).exists()
+    return name if is_hub_id and not local else str(folder / name)
 
 
 def _plain(value: Any) -> Any:

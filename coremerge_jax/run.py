@@ -16,11 +16,11 @@ import platformdirs
 import psutil
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError
-from coremerge_jax.io.formats import open_adapter
+from coremerge_jax.io.formats import find_merge_target, merge_targets, open_adapter
 from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
-from coremerge_jax.io.peft.reader import open_peft
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.io.untrusted import refuse_url
+from coremerge_jax.io.writer import Written
 from coremerge_jax.lora import Adapter, LoRA, ModuleStream
 from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.merging.groups import label
@@ -154,11 +154,12 @@ def run_merge(
     *,
     mesh: str | None = None,
     max_memory: int | None = None,
+    base_config: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Merged | MergePlan | None:
-    """Merges the adapters of a recipe into a PEFT folder. All that can fail early is done first.
+    """Merges the adapters of a recipe into a folder. All that can fail early is done first.
 
     Several processes of a job (`jax.distributed`) share the merge if all of them call this.
 
@@ -167,6 +168,7 @@ def run_merge(
         output: the folder to write. Without one, the run is dry.
         mesh: arrangement of the devices, ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
         max_memory: bytes that the whole process may take.
+        base_config: config.json of the base model, or its folder, for formats that need it.
         force: replace a folder that coremerge wrote.
         dry_run: check everything, write nothing.
         progress: display of the stages.
@@ -175,14 +177,20 @@ def run_merge(
         The result, or for a dry run the plan; in processes other than the first, None.
 
     Raises:
-        CoreMergeError: as `open_adapter`, `merge` and `save_peft`.
+        CoreMergeError: as `open_adapter`, `merge` and the writer of the format.
         MemoryError: a single module needs more than ``max_memory``.
     """
     recipe, stage = resolved.recipe, _Timed(progress)
     with stage("open"), agreed():
+        kind = find_merge_target(recipe.to).name if recipe.to else None
         if output is not None:
-            check_output(output, kind=ADAPTER, inputs=recipe.adapters, force=force)
+            check_output(output, kind=kind, inputs=recipe.adapters, force=force)
         adapters = [open_adapter(source) for source in recipe.adapters]
+        to = recipe.to or _own_format(adapters)
+        more = _more_options(to, base_config)
+        if output is not None:
+            kind = find_merge_target(to).name
+            check_output(output, kind=kind, inputs=recipe.adapters, force=force)
         devices = make_mesh(mesh)
         taken = psutil.Process().memory_info().rss + _COMPILATION
         room = None if max_memory is None else _room_for_batches(max_memory, taken)
@@ -190,20 +198,35 @@ def run_merge(
     is_first = jax.process_index() == 0  # the hosts of others may not see the output yet
     if output is None or dry_run:
         return _plan(resolved, adapters, stream, taken, stage) if is_first else None
-    energy_kept = _write(resolved, adapters, stream, output, force, stage)
+    written = _write(resolved, adapters, stream, output, stage, to=to, force=force, **more)
     if not is_first:
         return None
     for note in _idle_adapters(stream):
         warnings.warn(note, CoreMergeWarning, stacklevel=2)
-    written = open_peft(output).outline
     return Merged(
         bytes=sum(file.stat().st_size for file in Path(output).iterdir()),
-        signatures=_signatures(adapters, stream.outline, {p: written[p].rank for p in written}),
+        signatures=_signatures(adapters, stream.outline, written.ranks),
         seconds=stage.seconds,
         recipe=recipe,
         output=str(output),
-        energy_kept=energy_kept,
+        energy_kept=written.kept,
     )
+
+
+def _own_format(adapters: Sequence[Adapter]) -> str:
+    """Returns the format that all adapters have, if a merge can be written in it; else PEFT's."""
+    first, *others = {adapter.metadata.format for adapter in adapters}
+    return first if first in merge_targets() and not others else "peft"
+
+
+def _more_options(to: str, base_config: str | Path | None) -> dict[str, Any]:
+    """Returns the options of one format only, if they are for this one."""
+    if base_config is None:
+        return {}
+    if "base_config" not in find_merge_target(to).targets[to]:
+        takers = [x for x in merge_targets() if "base_config" in find_merge_target(x).targets[x]]
+        raise RecipeError(f"--base-config is for --to {' or '.join(takers)}, not for {to}")
+    return {"base_config": base_config}
 
 
 def _room_for_batches(limit: int, taken: int) -> int:
@@ -228,6 +251,8 @@ def _plan(
         merged = stream.outline
     with stage("check"):
         ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
+        if recipe.uniform_rank:
+            ranks = dict.fromkeys(ranks, max(ranks.values()))
         signatures = _signatures(adapters, merged, ranks)
     with stage("measure the machine"):
         machine = Machine.measure(stream.workers)
@@ -271,21 +296,35 @@ def _write(
     adapters: Sequence[Adapter],
     stream: MergeStream,
     output: str | Path,
-    force: bool,
     stage: _Timed,
-) -> dict[str, float]:
-    """Merges and writes; returns the share of energy that each module kept."""
+    *,
+    to: str,
+    **options: Any,
+) -> Written:
+    """Merges and writes.
+
+    Args:
+        resolved: the recipe.
+        adapters: its adapters.
+        stream: the merge.
+        output: the folder to write.
+        stage: display of the stages.
+        to: format of the output.
+        **options: of its `save`, beside those in the recipe.
+    """
     keep_compiled_programs()
+    save: Any = find_merge_target(to).save  # of a stream
     with _compile_seconds() as compiled, stage("merge", total=len(stream.own)) as advance:
-        kept = save_peft(
+        written: Written = save(
             _Watched(stream, advance),
             output,
-            force=force,
+            to=to,
             card=provenance(resolved, describe_sources(resolved.recipe, adapters)),
             **resolved.arguments_of("save_peft"),
+            **options,
         )
     stage.seconds["compile"] = round(compiled["compile"], 3)
-    return kept or {}
+    return written
 
 
 @dataclasses.dataclass
@@ -412,6 +451,11 @@ def run_sweep(
     if evaluate is None and (isinstance(way, Line) or objective or not maximize):
         raise RecipeError("line, objective and minimize compare candidates: give --evaluate")
     recipe = resolved.recipe
+    if recipe.to not in (None, "peft"):
+        raise RecipeError(
+            f"--to {recipe.to}: a sweep writes PEFT adapters; then run coremerge convert "
+            f"--to {recipe.to}"
+        )
     _check_sweep_output(output, recipe.adapters)
     keep_compiled_programs()
     adapters = [open_adapter(source) for source in recipe.adapters]

@@ -1,6 +1,7 @@
 """``coremerge convert``."""
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from coremerge_jax.cli.console import (
     print_table,
     say,
 )
+from coremerge_jax.cli.options import BASE_CONFIG
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.formats import all_targets, described, find_target, open_adapter
 from coremerge_jax.io.orbax_folder import FAMILIES
@@ -30,7 +32,9 @@ coremerge convert checkpoints/1000 -o adapter --alpha 32 --names tunix
 
 coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
 
-coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000"""
+coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000
+
+coremerge convert merged -o merged-gguf --to gguf --base-config models/llama"""
 
 _source = partial(
     typer.Option, show_default=False, rich_help_panel="How the source, or --like, is stored"
@@ -56,7 +60,8 @@ def convert(
         _target(
             metavar="|".join(all_targets()),
             help="Format to write: a PEFT folder (default); an orbax checkpoint, with stacked "
-            "layers; or a checkpoint that this implementation of a model family restores.",
+            "layers; a checkpoint that this implementation of a model family restores; or the "
+            "files of another library.",
         ),
     ] = "peft",
     names: Annotated[
@@ -78,8 +83,16 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, _target(metavar="DTYPE", help="Dtype of a PEFT adapter. Default: float32.")
+        str | None,
+        _target(metavar="DTYPE", help="Dtype of the factors, if not orbax's. Default: float32."),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        _target(
+            "--uniform-rank", help="Give all modules one rank, the largest, filled up with zeros."
+        ),
+    ] = False,
+    base_config: Annotated[Path | None, _target(metavar="FILE", help=BASE_CONFIG)] = None,
     force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
     layout: Annotated[
         str | None,
@@ -121,12 +134,20 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert LoRA adapters between PEFT folders and orbax checkpoints."""
+    """Convert LoRA adapters between the formats of PEFT, orbax and other libraries."""
     target = find_target(to)
-    for option, value in (("like", like), ("dtype", dtype)):
-        if value is not None and option not in target.targets[to]:
+    written: dict[str, Any] = {
+        "like": like,
+        "dtype": dtype,
+        "uniform_rank": uniform_rank or None,
+        "base_config": base_config,
+    }
+    written = {option: value for option, value in written.items() if value is not None}
+    for option in written:
+        if option not in target.targets[to]:
             takers = [name for name in all_targets() if option in find_target(name).targets[name]]
-            raise RecipeError(f"--{option} is for --to {' or '.join(takers)}")
+            named = option.replace("_", "-")
+            raise RecipeError(f"--{named} is for --to {' or '.join(takers)}")
     if names is not None and to in FAMILIES:
         raise RecipeError(f"--names is not for --to {to}, which has names of its own")
     told: dict[str, Any] = {
@@ -142,8 +163,8 @@ def convert(
     if scan_axis is not None:
         options["scan_axis"] = _parse_scan_axis(scan_axis)
     check_output(output, kind=target.name, inputs=[source, *([like] if like else [])], force=force)
-    written: dict[str, Any] = {"like": like, "dtype": dtype, "head_dim": head_dim}
-    written = {key: x for key, x in written.items() if x is not None and key in target.targets[to]}
+    if head_dim is not None and "head_dim" in target.targets[to]:
+        written["head_dim"] = head_dim
     if like is not None:
         from coremerge_jax.io.orbax import share_options
 
@@ -154,8 +175,9 @@ def convert(
         from coremerge_jax.trees.families import translate
 
         adapter = translate(adapter, names, head_dim=head_dim)
-    target.save(adapter, output, to=to, force=force, **written)
-    _show(source, adapter.outline, output, to, as_json)
+    result = target.save(adapter, output, to=to, force=force, **written)
+    ranks = {path: lora.rank for path, lora in adapter.outline.items()}
+    _show(source, adapter.outline, output, to, result.ranks if result else ranks, as_json)
 
 
 def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:
@@ -175,12 +197,18 @@ def _parse_scan_axis(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
-def _show(source: str, adapter: "Adapter", output: Path, to: str, as_json: bool) -> None:
+def _show(
+    source: str,
+    adapter: "Adapter",
+    output: Path,
+    to: str,
+    ranks: Mapping[str, int],
+    as_json: bool,
+) -> None:
     size = folder_size(output)
-    ranks = {path: lora.rank for path, lora in adapter.items()}
     if as_json:
-        report = {"source": source, "output": str(output), "to": to, "bytes": size, "ranks": ranks}
-        return print_json(report)
+        report = {"source": source, "output": str(output), "to": to, "bytes": size}
+        return print_json({**report, "ranks": dict(ranks)})
     shapes = Counter(lora.shape for lora in adapter.values())
     rows = []
     for shape in shapes:

@@ -17,7 +17,15 @@ from coremerge_jax.cli.console import (
     say,
 )
 from coremerge_jax.cli.devices import devices_option, join_job
-from coremerge_jax.cli.options import Force, Given, Json, parse_size, run_option, takes_recipe
+from coremerge_jax.cli.options import (
+    BASE_CONFIG,
+    Force,
+    Given,
+    Json,
+    parse_size,
+    run_option,
+    takes_recipe,
+)
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.recipe import OPTIONS, Recipe
 
@@ -35,6 +43,8 @@ coremerge merge math code chat -o merged --rule ties:density=0.2 --weights 1,1,0
 coremerge merge adapters/* -o merged --scale 0.9 --scale '*.q_proj=0.5' --dry-run
 
 coremerge merge --recipe recipe.yaml -o merged --rank 32
+
+coremerge merge adapters/* -o merged --to gguf --base-config models/llama
 
 A recipe is a YAML file with the same content, by the keys {", ".join(OPTIONS)}. Paths of adapters \
 are relative to the file."""
@@ -82,6 +92,10 @@ def merge(
             "end. Default: 60.",
         ),
     ] = 60,
+    base_config: Annotated[
+        Path | None,
+        run_option(metavar="FILE", help=BASE_CONFIG),
+    ] = None,
     dry_run: Annotated[
         bool,
         run_option(
@@ -108,6 +122,7 @@ def merge(
         output,
         mesh=mesh,
         max_memory=room,
+        base_config=base_config,
         force=force,
         dry_run=dry_run,
         progress=Stages(),

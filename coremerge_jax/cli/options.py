@@ -25,6 +25,11 @@ run_option = partial(typer.Option, show_default=False, rich_help_panel="Run")
 
 Force = Annotated[bool, run_option("--force", help="Replace OUT if it exists.")]
 
+BASE_CONFIG = (
+    "With --to gguf: config.json of the base model, or its folder. Default: the folder that the "
+    "adapter names as its base model."
+)
+
 Json = Annotated[bool, run_option("--json", help="Print the result as JSON.")]
 
 
@@ -159,7 +164,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         options = {
             name: _PARSED[name][1](value) if name in _PARSED else value
             for name, value in values.items()
-            if value not in (None, []) and value is not False
+            if value not in (None, []) and (value is not False or OPTIONS[name].off)
         }
         command(given=Given(recipe_file, options), **own)
 
@@ -186,12 +191,12 @@ def _parameter(field: dataclasses.Field, helps: Mapping[str, str]) -> inspect.Pa
     if name == "adapters":
         argument = typer.Argument(metavar=option.metavar, help=text, show_default=False)
         return _keyword(name, Annotated[list[str] | None, argument], None)
-    is_flag = field.type is bool
+    is_flag, flag = field.type is bool, _flag(option.flag or name)
     if not is_flag:
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         text += f" Default: {option.unset or default}."
     info = typer.Option(
-        f"--{(option.flag or name).replace('_', '-')}",
+        f"{flag}/{_flag(option.off)}" if option.off else flag,
         metavar=option.metavar,
         help=text,
         show_default=False,
@@ -199,9 +204,13 @@ def _parameter(field: dataclasses.Field, helps: Mapping[str, str]) -> inspect.Pa
         autocompletion=_completion(name),
     )
     if is_flag:
-        return _keyword(name, Annotated[bool, info], False)
+        return _keyword(name, Annotated[bool | None, info], None)
     kind: Any = _PARSED[name][0] if name in _PARSED else field.type
     return _keyword(name, Annotated[kind | None, info], None)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -224,6 +233,6 @@ def _completion(name: str) -> Callable[[str], list[str]] | None:
             from coremerge_jax.rules import RULES
 
             choices = list(RULES)
-        return [x.removesuffix("NAME") for x in choices if x.startswith(incomplete)]
+        return [x.removesuffix("ADAPTER") for x in choices if x.startswith(incomplete)]
 
     return complete if name in ("rules", "space") or OPTIONS[name].choices else None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,10 +84,13 @@ def diagnose(
     """
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     merged = None if merged is None else implicit(as_adapter(merged, "merged"))
-    everything = [*adapters, *([] if merged is None else [merged])]
-    present_adapters(everything if adapters else [], None, allow_other_base, allow_disjoint)
+    given = [*adapters, *([] if merged is None else [merged])] if adapters else []
+    found = present_adapters(given, None, allow_other_base, allow_disjoint)
+    everything: list[Any] = list(found.values())
     group_modules(everything)  # refuses modules of different shapes
+    adapters = everything[: len(adapters)]
     if merged is not None:
+        merged = everything[-1]
         _check_merged(adapters, merged)
     groups = group_modules(adapters)
     modules = {

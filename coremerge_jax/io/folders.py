@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coremerge_jax.errors import CoreMergeError, FormatError
 from coremerge_jax.io.outputs import find_left
+from coremerge_jax.io.single_file import SUFFIX
 from coremerge_jax.io.unknown import describe
 from coremerge_jax.io.untrusted import check_path
 
@@ -56,7 +57,7 @@ def not_found(source: str | Path, expected: str) -> FormatError:
                 f"{source}: no such folder; a run that was killed has moved it to {left}: rename "
                 "it back"
             )
-    return FormatError(f"{source}: no such folder")
+    return FormatError(f"{source}: no such {'file' if path.suffix == SUFFIX else 'folder'}")
 
 
 def find_folder(source: str | Path, download: Callable[..., Path], config: str) -> Path:

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.io.diffusers import DiffusersFormat
 from coremerge_jax.io.folders import not_found
+from coremerge_jax.io.gguf_format import GgufFormat
+from coremerge_jax.io.kohya import KohyaFormat
+from coremerge_jax.io.mlx import MlxFormat
 from coremerge_jax.io.orbax_format import OrbaxFormat
+from coremerge_jax.io.original import OriginalFormat
+from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.peft.format import PeftFormat
+from coremerge_jax.io.peft_file import PeftFileFormat
 from coremerge_jax.io.untrusted import check_path
 
 if TYPE_CHECKING:
+    from coremerge_jax.io.writer import Written
     from coremerge_jax.lora import Adapter
 
 
@@ -30,7 +38,10 @@ class Format(Protocol):
 
     @property
     def description(self) -> str:
-        """One line for help and messages: what it is, and the files that show it."""
+        """One line for help and messages: what it is, and the files that show it.
+
+        Empty for a format that is only written.
+        """
 
     @property
     def targets(self) -> Mapping[str, Collection[str]]:
@@ -58,15 +69,19 @@ class Format(Protocol):
 
     def save(
         self, adapter: "Adapter", out: str | Path, *, to: str, force: bool = False, **options: Any
-    ) -> None:
+    ) -> "Written | None":
         """Writes an adapter: all of it, or nothing (see `atomic.atomic_folder`).
 
         Args:
-            adapter: what to write.
+            adapter: what to write. Of a target with `WRITER_OPTIONS`, it may also be a stream, as
+                ``coremerge merge --to`` gives; such a format calls `writer.write_adapter`.
             out: the folder to make.
             to: one of `targets`.
             force: replace an older output of this format.
             **options: some of those that `targets` has for it.
+
+        Returns:
+            The result of `writer.write_adapter`, of a format that calls it.
 
         Raises:
             FormatError: the output may not be written.
@@ -76,8 +91,18 @@ class Format(Protocol):
         """Returns the SHA-256 of the files of a source, by name."""
 
 
-# Orbax first: its checkpoints may have an adapter_config.json beside them.
-FORMATS: list[Format] = [OrbaxFormat(), PeftFormat()]
+# Orbax first: its checkpoints may have an adapter_config.json beside them. So have MLX's folders,
+# which are no PEFT adapters.
+FORMATS: list[Format] = [
+    OrbaxFormat(),
+    MlxFormat(),
+    KohyaFormat(),
+    DiffusersFormat(),
+    OriginalFormat(),
+    PeftFileFormat(),
+    PeftFormat(),
+    GgufFormat(),
+]
 
 
 def register_format(added: Format) -> None:
@@ -124,20 +149,41 @@ def all_targets() -> list[str]:
     return [to for known in FORMATS for to in known.targets]
 
 
+def merge_targets() -> list[str]:
+    """Returns the names for ``coremerge merge --to``: formats that take a stream of modules."""
+    return [to for to in all_targets() if set(WRITER_OPTIONS) <= set(find_target(to).targets[to])]
+
+
+def find_merge_target(to: str) -> Format:
+    """Returns the format that a name for ``coremerge merge --to`` stands for.
+
+    Raises:
+        RecipeError: there is no such name, or only ``coremerge convert`` writes this format.
+    """
+    known, possible = find_target(to), merge_targets()
+    if to not in possible:
+        raise RecipeError(
+            f"--to {to!r}: merges are written as {', '.join(possible)}; "
+            f"then run coremerge convert --to {to}"
+        )
+    return known
+
+
 def described() -> str:
     """Returns what adapters look like, in each format, for help and messages."""
-    return ", or ".join(known.description for known in FORMATS)
+    return ", or ".join(known.description for known in FORMATS if known.description)
 
 
 def open_adapter(source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
-    """Opens an adapter of any format: a PEFT folder, a Hugging Face id, or an orbax checkpoint.
+    """Opens an adapter of any format: a folder, a file, or a Hugging Face id.
 
     Factors stay in the files until they are asked for.
 
     Args:
-        source: see `open_peft` and `open_orbax`.
+        source: what one of the formats has, see `open_peft` and `open_orbax`.
         name: a name for messages and tables; that of the folder by default.
-        **options: of `open_orbax`; a PEFT folder records all of this itself.
+        **options: of `open_orbax`; or ``alpha``, for PEFT's weights without their configuration.
+            Other formats record all of this themselves.
 
     Raises:
         FormatError: there is no such adapter, or it is broken.

@@ -11,17 +11,20 @@ from coremerge_jax.lora import Array, LoRA
 class FileLayout(Protocol):
     """Places of an adapter's modules in the files of a format.
 
-    Modules that the format has to write together form a group, and have one rank.
+    It is made of the adapter's outline; `writer.write_adapter` then asks it for tensors as the
+    modules come. Modules that the format has to write together form a group, and have one rank.
 
     Attributes:
-        weights: name of the safetensors file.
-        groups: the modules of each group.
+        groups: the modules of each group; every module is in one.
         extras: tensors that are not factors, by key.
     """
 
-    weights: str
     groups: dict[str, list[str]]
     extras: Mapping[str, Array]
+
+    @property
+    def weights(self) -> str | None:
+        """Name of the safetensors file; None for that of the folder."""
 
     def keys(self, groups: Iterable[str]) -> list[str]:
         """Returns the names of the tensors of groups."""
@@ -35,11 +38,15 @@ class FileLayout(Protocol):
             group: the group.
             loras: its modules, of which none has a larger rank than `rank`.
             rank: their common rank; `pad` fills up with zeros.
-            dtype: dtype of the written factors; the writer casts to it.
+            dtype: dtype of the written factors. The writer casts all floats to it, also an alpha:
+                a rank that it cannot hold exactly has to be a larger one.
         """
 
     def metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
-        """Returns the metadata for the header of the file, given the rank of each group."""
+        """Returns the metadata for the header of the file, given the rank of each group.
+
+        The header gets room for the metadata of ranks that all differ and have ten digits.
+        """
 
     def files(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """Returns the text of the other files, by name, such as a configuration."""

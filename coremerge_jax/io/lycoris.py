@@ -23,6 +23,9 @@ _LOHA = ("hada_w1", "hada_w2")
 _LOKR = ("lokr_w1", "lokr_w2")
 _CORES = {"hada_w1": "hada_t1", "hada_w2": "hada_t2", "lokr_w1": "", "lokr_w2": "lokr_t2"}
 
+# Values of a factor. Above those of any layer; a Kronecker product of small files may have more.
+_LARGEST = 2**31
+
 PARTS = frozenset(
     [f"{matrix}{end}" for matrix in (*_LOHA, *_LOKR) for end in ("_a", "_b")]
     + [*_LOKR, *filter(None, _CORES.values())]
@@ -83,6 +86,16 @@ def size(shapes: Mapping[str, Shape]) -> Size:
         FormatError: a part is missing, or the shapes do not fit each other. The message does not
             say which module it is about.
     """
+    found = _size(shapes)
+    if found.rank * max(found.m, found.n) > _LARGEST:
+        raise FormatError(
+            f"is a product of rank {found.rank} and shape ({found.m}, {found.n}), which no layer "
+            "of a model has"
+        )
+    return found
+
+
+def _size(shapes: Mapping[str, Shape]) -> Size:
     if method(shapes) == "LoHa":
         first, second = (_measure(shapes, matrix) for matrix in _LOHA)
         if (first.m, first.columns) != (second.m, second.columns):

@@ -29,17 +29,21 @@ _ELSEWHERE = "choose another output, or move it away"
 # Kinds of outputs.
 ADAPTER = "PEFT adapter"
 CHECKPOINT = "orbax adapter"
+GGUF = "GGUF adapter"
 MODEL = "model"
+
+# Options of `writer.write_adapter` that the `save` of a format hands on.
+WRITER_OPTIONS = ("dtype", "rank", "energy", "uniform_rank", "card")
 
 
 def check_output(
-    out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
+    out: str | Path, *, kind: str | None, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Path:
     """Returns the real path of an output folder, if it may be written.
 
     Args:
         out: the folder to write.
-        kind: what will be written: `ADAPTER`, `CHECKPOINT` or `MODEL`.
+        kind: what will be written: the name of a format, or `MODEL`; None if not yet known.
         inputs: folders and files that are read for it. The output may not be one of them, contain
             one, or lie inside one; links are followed. Hugging Face ids are passed over.
         force: replace a folder that is already there, if it is of this kind and coremerge wrote all

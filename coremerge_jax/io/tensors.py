@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -211,6 +211,49 @@ class TensorReader:
                 _write(target, _bytes(value))
 
 
+class TensorFiles:
+    """Several safetensors files that are read as one, such as the shards of an adapter.
+
+    Args:
+        files: the files.
+
+    Attributes:
+        file: the first of them, for messages.
+        tensors: shape and dtype of each tensor.
+
+    Raises:
+        FormatError: a file is broken, or two have a tensor of one name.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        readers = [TensorReader(file) for file in files]
+        self.file = files[0]
+        self._readers: dict[str, TensorReader] = {}
+        for reader in readers:
+            for key in reader.tensors:
+                if (other := self._readers.setdefault(key, reader)) is not reader:
+                    raise FormatError(f"{reader.file}: tensor {key!r} is in {other.file.name}, too")
+        self.tensors = {key: self._readers[key].tensors[key] for key in sorted(self._readers)}
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[str], np.ndarray]]:
+        """Yields a function that reads a tensor, as `TensorReader.opened` does."""
+        with contextlib.ExitStack() as stack:
+            opened: dict[Path, Callable[[str], np.ndarray]] = {}
+
+            def read(key: str) -> np.ndarray:
+                reader = self._readers[key]
+                if reader.file not in opened:
+                    opened[reader.file] = stack.enter_context(reader.opened())
+                return opened[reader.file](key)
+
+            yield read
+
+    def read_part(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Returns elements ``start`` to ``stop`` of the flat tensor."""
+        return self._readers[key].read_part(key, start, stop)
+
+
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
     """Returns the position where the tensors' bytes start, and the header."""
     if not is_regular(file):
@@ -284,20 +327,28 @@ class TensorWriter:
     Args:
         file: the file to make.
         names: the names of all tensors to come, in any order; the header has room for them.
-        metadata: text by name, for the header.
+        metadata: text by name, for the header, which has room for as much.
+
+    Attributes:
+        metadata: text by name, for the header; may change until the context ends.
     """
 
     def __init__(
         self, file: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None
     ) -> None:
+        self.metadata = dict(metadata or {})
         self._missing = set(names)
-        self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._entries: dict[str, Any] = {}
         names_size = sum(len(json.dumps(name)) for name in self._missing)
         size = len(json.dumps(self._header)) + names_size + _ENTRY * len(self._missing)
         self._room = math.ceil(size / 8) * 8  # so that the tensors are aligned in the file
         self._end = 0
         self._stream = file.open("wb", buffering=0)
         self._stream.seek(8 + self._room)
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {**({"__metadata__": self.metadata} if self.metadata else {}), **self._entries}
 
     def __enter__(self) -> Self:
         return self
@@ -323,12 +374,14 @@ class TensorWriter:
         if self._end % value.dtype.itemsize:
             raise ValueError(f"tensor {name!r}: {value.dtype} must come before narrower dtypes")
         self._missing.remove(name)
-        self._header[name] = _entry(value, self._end)
+        self._entries[name] = _entry(value, self._end)
         self._end += value.nbytes
         _write(self._stream, _bytes(value))
 
     def _write_header(self) -> None:
         header = json.dumps(self._header).encode().ljust(self._room)
+        if len(header) > self._room:
+            raise ValueError(f"metadata of {self._stream.name} is longer than was announced")
         self._stream.seek(0)
         _write(self._stream, len(header).to_bytes(8, "little") + header)
 

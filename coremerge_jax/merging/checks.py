@@ -13,6 +13,7 @@ import numpy as np
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError, hint
 from coremerge_jax.lora import Adapter, AdapterSource, Lengths, Metadata
+from coremerge_jax.merging.alignment import align
 from coremerge_jax.merging.base_names import best_name, same_base
 from coremerge_jax.merging.groups import label
 from coremerge_jax.rules import Chain
@@ -233,8 +234,10 @@ def check_rule(rule: Chain, key: jax.Array | None, adapters: int) -> jax.Array |
 
 def present_adapters(
     adapters: Sequence[AdapterSource], weights: Any, allow_other_base: bool, allow_disjoint: bool
-) -> list[int]:
-    """Returns the indices of the adapters that take part: those of a weight other than 0.
+) -> dict[int, AdapterSource]:
+    """Returns the adapters that take part, those of a weight other than 0, by their indices.
+
+    Their modules have common names (`align`).
 
     Raises:
         MismatchError: there is none, or they do not belong together.
@@ -244,12 +247,12 @@ def present_adapters(
     tasks = [t for t in range(len(adapters)) if not _is_zero(weights, t)]
     if not tasks:
         raise MismatchError("all weights are 0: nothing to merge")
-    present = [adapters[t] for t in tasks]
+    present = align([adapters[t] for t in tasks])
     if not allow_other_base:
         check_same_base(present)
     if not allow_disjoint:
         check_common_modules(present)
-    return tasks
+    return dict(zip(tasks, present, strict=True))
 
 
 def check_compatible(adapters: Sequence[AdapterSource]) -> None:

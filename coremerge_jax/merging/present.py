@@ -71,8 +71,8 @@ def find_present(
         MismatchError: there is none, or they do not belong together.
         UnsupportedError: they have extras and no policy for them was given.
     """
-    tasks = present_adapters(adapters, weights, allow_other_base, allow_disjoint)
-    present = [adapters[t] for t in tasks]
+    found = present_adapters(adapters, weights, allow_other_base, allow_disjoint)
+    tasks, present = list(found), list(found.values())
     merged = merge_extras(present, extras, [t + 1 for t in tasks])
     return Present(
         adapters=present,

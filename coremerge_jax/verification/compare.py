@@ -4,6 +4,7 @@ import dataclasses
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.lora import DTYPES, Adapter, AdapterFile, Array, LoRA
+from coremerge_jax.merging.alignment import align
 from coremerge_jax.merging.truncation import truncate
 from coremerge_jax.recipe import PRECISIONS, Recipe
 from coremerge_jax.verification.tolerance import (
@@ -123,9 +125,10 @@ class Comparison:
         dtype: str,
         precision: str | None = None,
     ) -> None:
-        self.found, self.adapters, self.recipe, self.dtype = found, adapters, recipe, dtype
+        self.found, self.recipe, self.dtype = found, recipe, dtype
+        self.adapters = _aligned(adapters, recipe)
         self._single = "float32" in (recipe.precision, precision)
-        self.outline = recipe.resolve().stream(adapters).outline
+        self.outline = recipe.resolve().stream(self.adapters).outline
         there = found.outline
         self.paths = [
             path
@@ -220,6 +223,14 @@ class Comparison:
         except FormatError as error:
             self.unreadable[path] = str(error)
             return []
+
+
+def _aligned(adapters: Sequence[Adapter], recipe: Recipe) -> Sequence[Adapter]:
+    """Returns the sources with the names of modules that merging gives them."""
+    weights = recipe.weights or (1.0,) * len(adapters)
+    merged = [t for t, _ in enumerate(zip(adapters, weights, strict=False)) if weights[t]]
+    renamed: dict[int, Any] = dict(zip(merged, align([adapters[t] for t in merged]), strict=True))
+    return [renamed.get(t, adapter) for t, adapter in enumerate(adapters)]
 
 
 def _finite(loras: dict[str, LoRA]) -> dict[str, LoRA]:

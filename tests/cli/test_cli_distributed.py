@@ -15,7 +15,7 @@ import coremerge_jax as cm
 CODE = """
 import importlib, os, sys, time
 from coremerge_jax.cli import main
-writer = importlib.import_module("coremerge_jax.io.peft.writer")
+writer = importlib.import_module("coremerge_jax.io.writer")
 write = writer._write_groups
 def paused(*args):
     if os.environ["PAUSED"] == os.environ["JAX_PROCESS_ID"]:
@@ -42,7 +42,8 @@ def finish(processes):
 
 
 def test_as_one_process_does(coremerge, adapters, tmp_path):
-    options = ["--rule", "dare:drop=0.3", "--rule", "ties:scope=model", "--energy", "0.99"]
+    options = ["--rule", "dare:drop=0.3", "--rule", "ties:scope=model"]
+    options += ["--energy", "0.99", "--uniform-rank"]
     assert coremerge("merge", *adapters, "-o", tmp_path / "one", *options).code == 0
     codes, told = finish(start(*adapters, "-o", tmp_path / "two", "--json", *options))
     assert codes == [0, 0], told

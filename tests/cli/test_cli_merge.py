@@ -20,7 +20,7 @@ def loaded(paths):
 
 def test_writes_what_the_library_merges(coremerge, adapters, tmp_path):
     out = tmp_path / "out"
-    rules = ["--rule", "ties:density=0.5,elect=count", "--rule", "isotropize"]
+    rules = ["--rule", "ties:density=0.5,elect=count", "--rule", "isotropize", "--uniform-rank"]
     result = coremerge("merge", *adapters, "-o", out, *rules, "--scale", 0.9, "--weights", "1,2,.5")
     assert (result.code, result.err) == (0, "")
     expected = cm.merge(
@@ -263,7 +263,8 @@ def test_adapters_without_effect_are_told_of(coremerge, adapters, tmp_path):
         text = json.dumps({**written, "lora_alpha": alpha, "alpha_pattern": {}})
         (tmp_path / name / "adapter_config.json").write_text(text)
         dead.append(tmp_path / name)
-    result = coremerge("merge", *dead, adapters[0], "-o", tmp_path / "out", "--rule", "mean")
+    how = ["--rule", "mean", "--uniform-rank"]
+    result = coremerge("merge", *dead, adapters[0], "-o", tmp_path / "out", *how)
     assert result.code == 0
     assert result.err.splitlines() == [
         "note: adapter 'no_alpha' has no effect: its alpha is 0; set the one that it was trained "

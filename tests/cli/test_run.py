@@ -70,7 +70,7 @@ def test_adapters_without_an_effect_are_warned_of(adapters, tmp_path):
 
 
 def test_a_sweep_writes_the_best(adapters, tmp_path):
-    recipe = resolved(adapters, rules=("mean",), dtype="bfloat16")
+    recipe = resolved(adapters, rules=("mean",), dtype="bfloat16", uniform_rank=True)
     size = lambda adapter: sum(np.linalg.norm(x.dense()) for x in adapter.values())  # noqa: E731
     swept = run_sweep(recipe, tmp_path / "out", {"scale": [0.5, 2.0, 1.0]}, evaluate=size)
     assert swept.best == tmp_path / "out" / "best"

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import coremerge_jax as cm
+from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.io.base_model import apply as files
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.trees import fold as addition
@@ -267,6 +268,213 @@ def test_a_prefix_that_is_not_certain(base, rng):
     folder = base(weights(rng, [(name, (4, 6)) for name in names]))
     message = refusal(linear(rng, {"layers.0.q": (4, 6)}), folder)
     assert "2 ways (with 'text_model.', or with 'vision_model.')" in message
+
+
+def expert(rng, m, n, count=2):
+    return [update(rng, m, n, cm.Kind("expert")) for _ in range(count)]
+
+
+def indexed(parameter, loras):
+    return {f"{parameter}[{e}]": lora for e, lora in enumerate(loras)}
+
+
+def vision_language(rng):
+    modules = {
+        "model.language_model.layers.0.self_attn.q_proj": update(rng),
+        "model.visual.blocks.0.attn.qkv": update(rng),
+    }
+    names = ["model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"]
+    added = dict(zip(names, map(stored, modules.values()), strict=True))
+    extras = {"model.language_model.norm.weight": exact(rng, 6)}
+    return modules, dict.fromkeys(names, (4, 6)), added, extras, "model.norm.weight"
+
+
+def fused_experts(rng, block, names):
+    gate_up, down = expert(rng, 6, 4), expert(rng, 4, 3)
+    owner = "model.layers.0.mlp.experts"
+    modules = {**indexed(f"{owner}.gate_up_proj", gate_up), **indexed(f"{owner}.down_proj", down)}
+    added = {}
+    for e, (x, y) in enumerate(zip(gate_up, down, strict=True)):
+        values = [stored(x)[:3], stored(x)[3:], stored(y)]
+        added |= {
+            f"model.layers.0.{block}.experts.{e}.{name}.weight": value
+            for name, value in zip(names, values, strict=True)
+        }
+    return modules, {name: value.shape for name, value in added.items()}, added, {}, None
+
+
+def layers_of_experts(rng, names, transposed):
+    """Layers of each expert, for a base with one tensor of all."""
+    owner, modules, gate_up, down = "model.layers.0.mlp.experts", {}, [], []
+    for e in range(2):
+        sizes = [(3, 4), (3, 4), (4, 3)] if len(names) == 3 else [(6, 4), (4, 3)]
+        loras = [update(rng, *size) for size in sizes]
+        for name, lora in zip(names, loras, strict=True):
+            modules[f"{owner}.{name.format(e=e)}"] = lora
+        gate_up.append(np.concatenate([stored(lora) for lora in loras[:-1]]))
+        down.append(stored(loras[-1]))
+    values = {f"{owner}.gate_up_proj": np.stack(gate_up), f"{owner}.down_proj": np.stack(down)}
+    if transposed:
+        values = {name: value.swapaxes(1, 2) for name, value in values.items()}
+    return modules, {name: value.shape for name, value in values.items()}, values, {}, None
+
+
+def vit(rng):
+    modules = {
+        "vit.layers.0.attention.q_proj": update(rng),
+        "vit.layers.0.attention.o_proj": update(rng),
+        "vit.layers.0.mlp.fc2": update(rng),
+    }
+    old = ["attention.attention.query", "attention.output.dense", "output.dense"]
+    names = [f"vit.encoder.layer.0.{name}.weight" for name in old]
+    added = dict(zip(names, map(stored, modules.values()), strict=True))
+    extras = {"vit.layers.0.attention.q_proj.bias": exact(rng, 4)}
+    bias = "vit.encoder.layer.0.attention.attention.query.bias"
+    return modules, dict.fromkeys(names, (4, 6)), added, extras, bias
+
+
+def gated_mlp(rng):
+    gate, up = update(rng), update(rng)
+    start = "encoder.layer.0.mlp"
+    name = f"{start}.weights_in.weight"
+    modules = {f"{start}.up_proj": up, f"{start}.gate_proj": gate}
+    return modules, {name: (8, 6)}, {name: np.concatenate([stored(gate), stored(up)])}, {}, None
+
+
+def projections(rng, together):
+    start = "model.layers.0.self_attn"
+    shapes = {"q_proj": (8, 6), "k_proj": (4, 6), "v_proj": (4, 6)}
+    parts = {f"{start}.{name}": update(rng, *shape) for name, shape in shapes.items()}
+    if not together:
+        whole = np.concatenate([stored(lora) for lora in parts.values()])
+        del parts[f"{start}.k_proj"]
+        whole[8:12] = 0
+        name = f"{start}.qkv_proj.weight"
+        return parts, {name: (16, 6)}, {name: whole}, {}, None
+    fused = update(rng, 16, 6)
+    names = [f"{path}.weight" for path in parts]
+    values = np.split(stored(fused), [8, 12])
+    added = dict(zip(names, values, strict=True))
+    shapes = {name: value.shape for name, value in added.items()}
+    return {f"{start}.qkv_proj": fused}, shapes, added, {}, None
+
+
+QWEN = ("gate_proj", "up_proj", "down_proj")
+RELEASES = {
+    "qwen2_5_vl": vision_language,
+    "mixtral": lambda rng: fused_experts(rng, "block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": lambda rng: fused_experts(rng, "mlp", QWEN),
+    "experts of earlier releases": lambda rng: layers_of_experts(
+        rng, [f"{{e}}.{name}" for name in QWEN], False
+    ),
+    "qwen3_vl_moe": lambda rng: layers_of_experts(rng, [f"{{e}}.{name}" for name in QWEN], True),
+    "gpt_oss": lambda rng: layers_of_experts(rng, ["gate_up_projs.{e}", "down_projs.{e}"], True),
+    "vit": vit,
+    "dinov2": gated_mlp,
+    "phi3, fused adapter": lambda rng: projections(rng, True),
+    "phi3, fused base": lambda rng: projections(rng, False),
+    "by their ends": lambda rng: (
+        {"encoder.text.layers.0.q": update(rng), "encoder.text.layers.3.v": update(rng)},
+        {f"lm.layers.{i}.{x}.weight": (4, 6) for i in range(4) for x in "qv"},
+        {},
+        {"encoder.text.layers.1.q.bias": exact(rng, 4)},
+        "lm.layers.1.q.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("block", [addition.BLOCK, 5])
+@pytest.mark.parametrize("case", RELEASES)
+def test_names_of_other_releases(base, rng, tmp_path, monkeypatch, case, block):
+    monkeypatch.setattr(addition, "BLOCK", block)
+    modules, shapes, added, extras, place = RELEASES[case](rng)
+    before = {name: exact(rng, *shape) for name, shape in shapes.items()}
+    before["other.weight"] = exact(rng, 4, 6)
+    if place:
+        before[place] = exact(rng, *next(iter(extras.values())).shape)
+    config = {"modules_to_save": ["norm"], "bias": "all"}
+    adapter = cm.Adapter(modules, extras=extras, metadata=cm.Metadata(config=config))
+    folder = base(before)
+    save_peft(adapter, tmp_path / "adapter")
+    for out, given in {"memory": adapter, "file": cm.open_peft(tmp_path / "adapter")}.items():
+        if case == "by their ends":
+            with pytest.warns(CoreMergeWarning, match=r"taken for 'lm\.layers\.0\.q\.weight'"):
+                report = cm.apply_adapter(given, folder, tmp_path / out)
+            added = {
+                "lm.layers.0.q.weight": stored(modules["encoder.text.layers.0.q"]),
+                "lm.layers.3.v.weight": stored(modules["encoder.text.layers.3.v"]),
+            }
+        else:
+            report = cm.apply_adapter(given, folder, tmp_path / out)
+        after = tensors(tmp_path / out)
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            expected = next(iter(extras.values())) if name == place else value
+            assert np.array_equal(after[name], expected + added.get(name, 0)), name
+        assert {module.tensor for module in report.modules.values()} == added.keys()
+
+
+def test_names_that_end_like_those_of_several_tensors(base, rng):
+    names = ["a.text.layers.0.q.weight", "b.vision.layers.0.q.weight"]
+    folder = base(weights(rng, [(name, (4, 6)) for name in names]))
+    message = refusal(linear(rng, {"m.layers.0.q": (4, 6)}), folder)
+    assert "'m.layers.0.q' ends like both" in message
+    assert all(repr(name) in message for name in names)
+    # Each alone is certain, but then one model of the adapter is two of the base.
+    names = ["a.text.layers.0.q.weight", "b.vision.layers.0.v.weight"]
+    folder = base(weights(rng, [(name, (4, 6)) for name in names]), name="apart")
+    message = refusal(linear(rng, dict.fromkeys(("m.layers.0.q", "m.layers.0.v"), (4, 6))), folder)
+    assert "begin with 'm.layers' end like tensors of both 'a.text.layers' and 'b.vision" in message
+
+
+@pytest.mark.parametrize(
+    ("paths", "shapes", "parts"),
+    [
+        ({"e.experts.gate_up_proj[0]": (6, 4)}, {"gate": (2, 4), "up": (3, 4)}, "(6, 4)"),
+        ({"e.experts.gate_up_proj[0]": (5, 4)}, {"gate": (3, 4), "up": (3, 4)}, "(5, 4)"),
+    ],
+)
+def test_parts_that_do_not_fit(base, rng, paths, shapes, parts):
+    folder = base(
+        weights(rng, [(f"e.experts.0.{x}_proj.weight", shape) for x, shape in shapes.items()])
+    )
+    modules = {path: update(rng, *shape, cm.Kind("expert")) for path, shape in paths.items()}
+    message = refusal(cm.Adapter(modules), folder)
+    assert parts in message
+    assert "'e.experts.0.gate_proj.weight'" in message
+
+
+def test_where_projections_begin_that_is_not_certain(base, rng):
+    folder = base(weights(rng, [("a.qkv_proj.weight", (16, 6))]))
+    for shapes in ({"a.q_proj": (8, 6)}, {"a.q_proj": (8, 6), "a.v_proj": (5, 6)}):
+        message = refusal(linear(rng, shapes), folder)
+        assert "where the parts begin is not certain" in message
+
+
+def test_two_names_of_one_tensor(base, rng):
+    folder = base(weights(rng, [("layers.0.mlp.fc2.weight", (4, 6))]))
+    paths = ["layers.0.mlp.fc2", "encoder.layer.0.output.dense"]
+    message = refusal(linear(rng, dict.fromkeys(paths, (4, 6))), folder)
+    assert f"{paths[0]!r} and {paths[1]!r} are both tensor" in message
+
+
+@pytest.mark.parametrize("square", ["gate_up", "down"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_pair_of_experts_shows_how_they_are_stored(base, rng, tmp_path, square, transposed):
+    shapes = (
+        {"gate_up": (4, 4), "down": (4, 2)}
+        if square == "gate_up"
+        else {"gate_up": (8, 4), "down": (4, 4)}
+    )
+    order = slice(None, None, -1 if transposed else 1)
+    folder = base(weights(rng, [(f"e.{x}_proj", (2, *shapes[x][order])) for x in shapes]))
+    path = f"e.{square}_proj"
+    modules = {f"{path}[{i}]": update(rng, *shapes[square], cm.Kind("expert")) for i in range(2)}
+    cm.apply_adapter(cm.Adapter(modules), folder, tmp_path / "out")
+    delta = tensors(tmp_path / "out")[path] - tensors(folder)[path]
+    for i, lora in enumerate(modules.values()):
+        expected = stored(lora).T if transposed else stored(lora)
+        assert np.allclose(delta[i], expected, atol=1e-6)
 
 
 def test_modules_that_the_base_does_not_have(small, rng):
@@ -663,6 +871,7 @@ def test_an_exception_half_way(base, rng, monkeypatch):
 KILLED = """
 import os, signal, sys
 import coremerge_jax as cm
+from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.io.base_model import apply as files
 
 fold, calls = files._fold, []

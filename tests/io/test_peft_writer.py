@@ -12,8 +12,8 @@ from kinds import assert_same, update
 from safetensors import safe_open
 
 import coremerge_jax as cm
+from coremerge_jax.io import writer
 from coremerge_jax.io.formats import hash_source
-from coremerge_jax.io.peft import writer
 
 
 def config_of(folder):
@@ -165,6 +165,40 @@ def test_truncation_reports_the_energy_kept(adapter, tmp_path, rank, energy):
     for path, lora in adapter.items():
         whole, part = (np.sum(np.asarray(x.dense(), np.float64) ** 2) for x in (lora, again[path]))
         assert kept[path] == pytest.approx(part / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"energy": 0.9}, {"rank": 3, "energy": 0.9}])
+def test_one_rank_for_all_modules_leaves_the_updates(adapter, rng, tmp_path, options):
+    modules = dict(adapter) | {f"x.{r}": update(rng, rank=r) for r in range(1, 5)}
+    cm.save_peft(cm.Adapter(modules), tmp_path / "compact", **options)
+    kept = cm.save_peft(cm.Adapter(modules), tmp_path / "out", uniform_rank=True, **options)
+    compact, again = (cm.load_peft(tmp_path / name) for name in ("compact", "out"))
+    (top,) = {lora.rank for lora in again.values()}
+    assert top == max(lora.rank for lora in compact.values())
+    for path, lora in compact.items():
+        assert np.array_equal(again[path].a[: lora.rank], lora.a)
+        assert np.array_equal(again[path].b[:, : lora.rank], lora.b)
+        assert not again[path].a[lora.rank :].any()
+    config = config_of(tmp_path / "out")
+    assert config["r"] == config["lora_alpha"] == top
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert (kept is None) == (not options)
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", None])
+def test_keys_have_the_prefix_of_the_source(rng, tmp_path, prefix):
+    modules = {
+        "q": update(rng),
+        **{f"moe.w[{e}]": update(rng, cm.Kind("expert")) for e in range(2)},
+    }
+    metadata = cm.Metadata(prefix=prefix, config={"modules_to_save": ["head"]})
+    extras = {"head.weight": np.ones((2, 2), np.float32)}
+    cm.save_peft(cm.Adapter(modules, metadata=metadata, extras=extras), tmp_path / "out")
+    expected = "base_model.model." if prefix is None else prefix
+    assert {key.removesuffix(".weight") for key, _ in files(tmp_path / "out")} == {
+        f"{expected}{path}" for path in ("q.lora_A", "q.lora_B", "moe.lora_A", "moe.lora_B", "head")
+    }
 
 
 def test_the_card_says_where_the_adapter_comes_from(adapter, write, factors, tmp_path):

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -16,14 +17,16 @@ from coremerge_jax import __version__
 from coremerge_jax.errors import RecipeError, UnsupportedError
 from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.base_model.folder import INDEX, BaseModel
-from coremerge_jax.io.base_model.places import Update, find_tensors, place_updates
+from coremerge_jax.io.base_model.places import Update, place_updates, split_modules
 from coremerge_jax.io.base_model.replacements import place_extras, refuse_tied
+from coremerge_jax.io.base_model.tensor_names import find_tensors
 from coremerge_jax.io.orbax_folder import is_orbax
 from coremerge_jax.io.orbax_tree import open_tree, write_tree
 from coremerge_jax.io.outputs import MODEL, RECORD, check_output, write_record
 from coremerge_jax.io.tensors import LazyTensor, TensorEditor
 from coremerge_jax.io.untrusted import check_path
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
+from coremerge_jax.naming.spelling import is_expert_layer, template
 from coremerge_jax.trees import fold as addition
 from coremerge_jax.trees.families import find_names
 from coremerge_jax.trees.fold import add, add_update, cast, fold_on_host
@@ -147,12 +150,13 @@ class FileFolding(Folding):
 
     def __init__(self, adapter: Adapter, base: str | Path, *, scale: float = 1.0) -> None:
         self._base = model = BaseModel(base)
-        outline = adapter.outline
-        refuse_tied(model, outline)
-        kinds = {path: lora.kind for path, lora in outline.items()}
-        prefix, tensors = find_tensors(kinds, model.shard, str(model.folder))
-        self._updates = place_updates(model, outline, tensors)
-        self._extras = place_extras(model, outline, prefix)
+        refuse_tied(model, adapter.outline)
+        kinds = {path: lora.kind for path, lora in adapter.outline.items()}
+        self._is_packed = any(kind.name == "expert" for kind in kinds.values())
+        names, found = find_tensors(kinds, model.shard, str(model.folder))
+        adapter, sites = split_modules(model, adapter, found)
+        self._updates = place_updates(model, adapter.outline, sites)
+        self._extras = place_extras(model, adapter.outline, names)
         for name in self._extras.rows.keys() & self._updates.keys():
             raise UnsupportedError(
                 f"{model.folder}: tensor {name!r} has both trained rows and a low-rank update; "
@@ -165,7 +169,7 @@ class FileFolding(Folding):
         }
         extras, (copied, skipped) = self._extras, model.others()
         report = Report(
-            modules={path: modules[path] for path in outline},
+            modules={path: modules[path] for path in adapter},
             replaced=sorted({*extras.replaced, *extras.rows, *extras.biases}),
             appended=list(extras.appended),
             copied=[name for name in copied if name != RECORD],
@@ -201,23 +205,36 @@ class FileFolding(Folding):
 
     def _change(self, file: TensorEditor) -> Iterator[tuple[str, float]]:
         """Changes the tensors of one file; yields each module and its rounding loss."""
-        extras = self._extras
-        for name, tensor in file.tensors.items():
-            dtype = tensor.dtype
-            for start, value in _parts(extras.replaced.get(name)):
-                file.write(name, start, cast(name, value, dtype))
-            if name in extras.rows:
-                values = cast(name, np.asarray(extras.rows[name].values), dtype)
-                for row, value in zip(extras.rows[name].indices, values, strict=True):
-                    file.write(name, row * value.size, value)
-            if name in extras.biases:
-                bias = np.asarray(extras.biases[name], np.float32) * np.float32(self.scale)
-                file.write(name, 0, add(name, file.read(name, 0, bias.size), bias)[0])
-            if name in self._updates:
-                loras = self.adapter.read(update.path for update in self._updates[name])
-                for update in self._updates[name]:
+        for _, names in itertools.groupby(file.tensors, self._reading):
+            together = list(names)
+            updates = [update for name in together for update in self._updates.get(name, ())]
+            loras = self.adapter.read(update.path for update in updates)
+            for name in together:
+                self._change_extras(file, name)
+                for update in self._updates.get(name, ()):
                     lora = loras.pop(update.path)
                     yield update.path, _fold(file, name, update, lora, self.scale)
+
+    def _reading(self, name: str) -> str:
+        """Returns the same text for tensors whose updates are read at once.
+
+        These are an expert's layers, of one parameter in the adapter: it is read as a whole.
+        """
+        together = self._is_packed and name in self._updates and is_expert_layer(template(name))
+        return name.partition("experts.")[0] if together else name
+
+    def _change_extras(self, file: TensorEditor, name: str) -> None:
+        """Replaces a tensor, or rows of it, by trained values, and adds a trained bias."""
+        extras, dtype = self._extras, file.tensors[name].dtype
+        for start, value in _parts(extras.replaced.get(name)):
+            file.write(name, start, cast(name, value, dtype))
+        if name in extras.rows:
+            values = cast(name, np.asarray(extras.rows[name].values), dtype)
+            for row, value in zip(extras.rows[name].indices, values, strict=True):
+                file.write(name, row * value.size, value)
+        if name in extras.biases:
+            bias = np.asarray(extras.biases[name], np.float32) * np.float32(self.scale)
+            file.write(name, 0, add(name, file.read(name, 0, bias.size), bias)[0])
 
     def _copy_others(self, folder: Path) -> None:
         for name in self.report.copied:
@@ -244,14 +261,23 @@ class FileFolding(Folding):
 
 def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: float) -> float:
     """Adds the update of a module to its part of a tensor; returns the rounding loss."""
-    columns = update.shape[1]
+    columns, stride = update.shape[1], update.stride
+    first_column = update.start % stride
+    first_row = update.start // stride
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        first, last = ((first_row + row) * stride for row in (start, stop))
+        return file.read(name, first, last).reshape(-1, stride)
 
     def read(start: int, stop: int) -> np.ndarray:
-        first, last = (update.start + row * columns for row in (start, stop))
-        return file.read(name, first, last).reshape(-1, columns)
+        return read_rows(start, stop)[:, first_column : first_column + columns]
 
     def write(start: int, rows: np.ndarray) -> None:
-        file.write(name, update.start + start * columns, rows.reshape(-1))
+        if columns < stride:
+            whole = read_rows(start, start + len(rows))
+            whole[:, first_column : first_column + columns] = rows
+            rows = whole
+        file.write(name, (first_row + start) * stride, rows.reshape(-1))
 
     return add_update(name, lora, read, write, transposed=update.transposed, scale=scale)
 

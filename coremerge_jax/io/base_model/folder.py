@@ -52,8 +52,8 @@ class BaseModel:
 
     Args:
         source: a folder with ``config.json`` and ``model.safetensors``, or shards and
-            ``model.safetensors.index.json``; or a Hugging Face id ``owner/name`` or
-            ``owner/name@revision``.
+            ``model.safetensors.index.json``; or a Hugging Face id ``owner/name``, with
+            ``/folder`` and ``@revision`` behind it, if need be.
 
     Attributes:
         folder: the folder.
@@ -236,9 +236,13 @@ def _visible_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _download(repo: str, **options: Any) -> Path:
+def _download(repo: str, *, subfolder: str | None = None, **options: Any) -> Path:
     """Returns a snapshot without weights in other formats; from the cache if that is whole."""
-    folder = Path(huggingface_hub.snapshot_download(repo, ignore_patterns=_OTHERS, **options))
+    wanted = [f"{subfolder}/*"] if subfolder else None
+    snapshot = huggingface_hub.snapshot_download(
+        repo, allow_patterns=wanted, ignore_patterns=_OTHERS, **options
+    )
+    folder = Path(snapshot, subfolder or "")
     if options.get("local_files_only") and not _is_whole(folder):
         raise LocalEntryNotFoundError(f"{folder}: not all files are there")
     return folder

@@ -9,7 +9,7 @@ import numpy as np
 
 from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.io.base_model.folder import CONFIG, BaseModel
-from coremerge_jax.io.base_model.places import Prefix, nearest_tensors
+from coremerge_jax.io.base_model.tensor_names import Names, nearest_tensors
 from coremerge_jax.io.module_paths import LORA_BIAS, TOKENS, unwrapped
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
 
@@ -39,13 +39,13 @@ class Extras:
     appended: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
-def place_extras(base: BaseModel, outline: Adapter, prefix: Prefix) -> Extras:
+def place_extras(base: BaseModel, outline: Adapter, names: Names) -> Extras:
     """Finds a place for each extra.
 
     Args:
         base: the base model.
         outline: the adapter.
-        prefix: how names differ.
+        names: how names differ.
 
     Raises:
         MismatchError: an extra has no place, or does not fit there.
@@ -55,16 +55,16 @@ def place_extras(base: BaseModel, outline: Adapter, prefix: Prefix) -> Extras:
     for name, value in outline.extras.items():
         if name.endswith(TOKENS):
             path = name.removesuffix(TOKENS)
-            tensor = prefix(f"{path}.weight")
+            tensor = names(f"{path}.weight")
             extras.rows[tensor] = _token_rows(base, tensor, path, value, outline)
         else:
-            _place(extras, base, outline, prefix, name)
+            _place(extras, base, outline, names, name)
     return extras
 
 
-def _place(extras: Extras, base: BaseModel, outline: Adapter, prefix: Prefix, name: str) -> None:
+def _place(extras: Extras, base: BaseModel, outline: Adapter, names: Names, name: str) -> None:
     value, added = outline.extras[name], name.endswith(LORA_BIAS)
-    tensor = prefix(unwrapped(name.removesuffix(LORA_BIAS)) + ".bias" if added else name)
+    tensor = names(unwrapped(name.removesuffix(LORA_BIAS)) + ".bias" if added else name)
     if tensor in base.shard:
         _check(base, tensor, name, value)
         (extras.biases if added else extras.replaced)[tensor] = value

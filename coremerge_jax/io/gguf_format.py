@@ -1,0 +1,74 @@
+"""llama.cpp's adapters as a format. JAX is imported in methods only, for the sake of help."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coremerge_jax.errors import UnsupportedError
+from coremerge_jax.io.outputs import GGUF, WRITER_OPTIONS
+
+if TYPE_CHECKING:
+    from coremerge_jax.io.writer import Written
+    from coremerge_jax.lora import Adapter, ModuleStream
+
+SUFFIX = ".gguf"
+
+
+class GgufFormat:
+    """GGUF adapters, which are only written. See `formats.Format`."""
+
+    name = GGUF
+    description = ""
+    targets: Mapping[str, tuple[str, ...]] = {"gguf": (*WRITER_OPTIONS, "base_config")}
+    options = ()
+
+    def recognises(self, source: str | Path) -> bool:
+        """Returns True for a GGUF file, and for a folder with one."""
+        return _find_file(source) is not None
+
+    def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
+        """Refuses: names and rows are llama.cpp's, and the file does not say what was permuted.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del name, options
+        raise UnsupportedError(
+            f"{_find_file(source) or source}: GGUF adapters are written, but not read; use the "
+            "adapter in its other format, or merge again without --to gguf"
+        )
+
+    def save(
+        self,
+        adapter: "Adapter | ModuleStream",
+        out: str | Path,
+        *,
+        to: str,
+        base_config: str | Path | None = None,
+        **options: Any,
+    ) -> "Written":
+        """Calls `gguf.write_gguf`."""
+        from coremerge_jax.io.gguf import write_gguf
+
+        del to  # the only target
+        return write_gguf(adapter, out, base_config=base_config, **options)
+
+    def hash(self, source: str | Path) -> dict[str, str]:
+        """Returns the SHA-256 of the file by its name."""
+        file = _find_file(source)
+        if file is None:
+            return {}
+        with file.open("rb") as stream:
+            return {file.name: hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _find_file(source: str | Path) -> Path | None:
+    """Returns a GGUF file, or the first in a folder; None if there is none."""
+    path = Path(source)
+    try:
+        if path.suffix == SUFFIX and path.is_file():
+            return path
+        return min((file for file in path.iterdir() if file.suffix == SUFFIX), default=None)
+    except (OSError, ValueError):
+        return None
