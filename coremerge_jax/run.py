@@ -21,7 +21,7 @@ from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.io.untrusted import refuse_url
 from coremerge_jax.io.writer import Written
-from coremerge_jax.lora import Adapter, LoRA, ModuleStream
+from coremerge_jax.lora import Adapter, AdapterSource, LoRA, ModuleStream
 from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.merging.groups import label
 from coremerge_jax.merging.mesh import make_mesh
@@ -197,7 +197,7 @@ def run_merge(
         stream = resolved.stream(adapters, mesh=devices, max_memory=room)
     is_first = jax.process_index() == 0  # the hosts of others may not see the output yet
     if output is None or dry_run:
-        return _plan(resolved, adapters, stream, taken, stage) if is_first else None
+        return _plan(resolved, stream, taken, stage) if is_first else None
     written = _write(resolved, adapters, stream, output, stage, to=to, force=force, **more)
     if not is_first:
         return None
@@ -205,7 +205,7 @@ def run_merge(
         warnings.warn(note, CoreMergeWarning, stacklevel=2)
     return Merged(
         bytes=sum(file.stat().st_size for file in Path(output).iterdir()),
-        signatures=_signatures(adapters, stream.outline, written.ranks),
+        signatures=_signatures(stream.adapters, stream.outline, written.ranks),
         seconds=stage.seconds,
         recipe=recipe,
         output=str(output),
@@ -241,7 +241,6 @@ def _room_for_batches(limit: int, taken: int) -> int:
 
 def _plan(
     resolved: Resolved,
-    adapters: Sequence[Adapter],
     stream: MergeStream,
     taken: int,
     stage: _Timed,
@@ -253,7 +252,7 @@ def _plan(
         ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
         if recipe.uniform_rank:
             ranks = dict.fromkeys(ranks, max(ranks.values()))
-        signatures = _signatures(adapters, merged, ranks)
+        signatures = _signatures(stream.adapters, merged, ranks)
     with stage("measure the machine"):
         machine = Machine.measure(stream.workers)
     own, programs = stream.own, len(signatures)
@@ -378,7 +377,7 @@ def _idle_adapters(stream: MergeStream) -> Iterator[str]:
 
 
 def _signatures(
-    adapters: Sequence[Adapter], merged: Adapter, ranks: Mapping[str, int]
+    adapters: Sequence[AdapterSource], merged: Adapter, ranks: Mapping[str, int]
 ) -> list[Signature]:
     groups = defaultdict(list)
     outlines = [adapter.outline for adapter in adapters]

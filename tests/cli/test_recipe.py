@@ -160,7 +160,7 @@ def test_text_of_a_recipe():
     text = Recipe(adapters=("a", "b"), rules=("ties:density=0.2", "isotropize")).to_yaml()
     assert text == (
         "adapters:\n- a\n- b\nrules:\n- ties:density=0.2\n- isotropize\nspace: core\nscale: 1.0\n"
-        "uniform_rank: false\ndtype: float32\nseed: 0\nextras: error\n"
+        "uniform_rank: true\ndtype: float32\nseed: 0\nextras: error\n"
         "allow_other_base: false\nallow_disjoint: false\n"
     )
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 _MIXED = (
-    "llama.cpp and Ollama divide one alpha by the rank of each module, so they apply those of lower "
-    "rank too strongly (vLLM reads one alpha and rank for all, too); --uniform-rank gives one rank"
+    "llama.cpp and Ollama divide one alpha by the rank of each module, so they apply those of "
+    "lower rank too strongly (vLLM, too, reads one alpha for all); --uniform-rank gives one rank"
 )
 _FILLED = (
     "zeros fill them up to one rank, as llama.cpp, Ollama and vLLM read one alpha for all modules; "
