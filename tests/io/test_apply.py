@@ -566,6 +566,37 @@ def test_tied_embeddings(small, rng, config, path):
         refusal(linear(rng, extras=extras), folder, cm.UnsupportedError)
 
 
+HEADS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("on_disk", [HEADS[:1], HEADS])
+def test_one_tensor_takes_the_equal_weights_of_tied_embeddings(small, rng, tmp_path, on_disk):
+    folder = small(more=[(name, (50, 6)) for name in on_disk], tie_word_embeddings=True)
+    same = rng.standard_normal((50, 6)).astype(np.float32)
+    other = linear(rng, extras={name: same + i for i, name in enumerate(HEADS)})
+    assert "'embed_tokens.weight' and 'lm_head.weight' differ" in refusal(
+        other, folder, cm.UnsupportedError
+    )
+    adapter = linear(rng, extras={name: same.copy() for name in HEADS})
+    cm.apply_adapter(adapter, folder, tmp_path / "applied")
+    after = tensors(tmp_path / "applied")
+    assert {name for name in HEADS if name in after} == set(on_disk)
+    for name in on_disk:
+        assert np.array_equal(after[name], same.astype(after[name].dtype))
+
+
+def test_a_tie_that_training_kept_takes_one_embedding(small, rng, tmp_path):
+    folder = small(more=[("embed_tokens.weight", (50, 6))], tie_word_embeddings=True)
+    tied = cm.Metadata(config={"ensure_weight_tying": True})
+    for name in HEADS:
+        adapter = linear(rng, extras={name: np.ones((50, 6), np.float32)}).replace(metadata=tied)
+        if name == "lm_head.weight":
+            assert "no place for the adapter's 'lm_head.weight'" in refusal(adapter, folder)
+        else:
+            cm.apply_adapter(adapter, folder, tmp_path / "applied")
+            assert np.all(tensors(tmp_path / "applied")[name] == 1)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -18,16 +18,15 @@ from coremerge_jax.errors import RecipeError, UnsupportedError
 from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.base_model.folder import INDEX, BaseModel
 from coremerge_jax.io.base_model.places import Update, place_updates, split_modules
-from coremerge_jax.io.base_model.replacements import place_extras, refuse_tied
+from coremerge_jax.io.base_model.replacements import find_twins, place_extras, read_parts
 from coremerge_jax.io.base_model.tensor_names import find_tensors
 from coremerge_jax.io.orbax_folder import is_orbax
 from coremerge_jax.io.orbax_tree import open_tree, write_tree
 from coremerge_jax.io.outputs import MODEL, RECORD, check_output, write_record
-from coremerge_jax.io.tensors import LazyTensor, TensorEditor
+from coremerge_jax.io.tensors import TensorEditor
 from coremerge_jax.io.untrusted import check_path
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
 from coremerge_jax.naming.spelling import is_expert_layer, template
-from coremerge_jax.trees import fold as addition
 from coremerge_jax.trees.families import find_names
 from coremerge_jax.trees.fold import add, add_update, cast, fold_on_host
 from coremerge_jax.trees.kernels import find_kernels
@@ -150,13 +149,13 @@ class FileFolding(Folding):
 
     def __init__(self, adapter: Adapter, base: str | Path, *, scale: float = 1.0) -> None:
         self._base = model = BaseModel(base)
-        refuse_tied(model, adapter.outline)
+        twins = find_twins(model, adapter.outline)
         kinds = {path: lora.kind for path, lora in adapter.outline.items()}
         self._is_packed = any(kind.name == "expert" for kind in kinds.values())
         names, found = find_tensors(kinds, model.shard, str(model.folder))
         adapter, sites = split_modules(model, adapter, found)
         self._updates = place_updates(model, adapter.outline, sites)
-        self._extras = place_extras(model, adapter.outline, names)
+        self._extras = place_extras(model, adapter.outline, names, twins)
         for name in self._extras.rows.keys() & self._updates.keys():
             raise UnsupportedError(
                 f"{model.folder}: tensor {name!r} has both trained rows and a low-rank update; "
@@ -226,7 +225,7 @@ class FileFolding(Folding):
     def _change_extras(self, file: TensorEditor, name: str) -> None:
         """Replaces a tensor, or rows of it, by trained values, and adds a trained bias."""
         extras, dtype = self._extras, file.tensors[name].dtype
-        for start, value in _parts(extras.replaced.get(name)):
+        for start, value in read_parts(extras.replaced.get(name)):
             file.write(name, start, cast(name, value, dtype))
         if name in extras.rows:
             values = cast(name, np.asarray(extras.rows[name].values), dtype)
@@ -280,20 +279,6 @@ def _fold(file: TensorEditor, name: str, update: Update, lora: LoRA, scale: floa
         file.write(name, (first_row + start) * stride, rows.reshape(-1))
 
     return add_update(name, lora, read, write, transposed=update.transposed, scale=scale)
-
-
-def _parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the start and the values of each part of a flat tensor; nothing for None."""
-    if value is None:
-        return
-    if isinstance(value, LazyTensor):
-        read = value.read
-    else:
-        flat = np.asarray(value).reshape(-1)
-        read = lambda start, stop: flat[start:stop]  # noqa: E731
-    size = math.prod(value.shape)
-    for start in range(0, size, addition.BLOCK):
-        yield start, read(start, min(start + addition.BLOCK, size))
 
 
 class TreeFolding(Folding):

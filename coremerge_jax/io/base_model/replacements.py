@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.io.base_model.folder import CONFIG, BaseModel
 from coremerge_jax.io.base_model.tensor_names import Names, nearest_tensors
 from coremerge_jax.io.module_paths import LORA_BIAS, TOKENS, unwrapped
+from coremerge_jax.io.tensors import LazyTensor
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
+from coremerge_jax.trees import fold as addition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Extras:
     appended: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
-def place_extras(base: BaseModel, outline: Adapter, names: Names) -> Extras:
+def place_extras(base: BaseModel, outline: Adapter, names: Names, twins: Collection[str]) -> Extras:
     """Finds a place for each extra.
 
     Args:
         base: the base model.
         outline: the adapter.
         names: how names differ.
+        twins: extras that are values of one tensor (`find_twins`), which the base has by one of
+            their names.
 
     Raises:
         MismatchError: an extra has no place, or does not fit there.
@@ -57,8 +61,13 @@ def place_extras(base: BaseModel, outline: Adapter, names: Names) -> Extras:
             path = name.removesuffix(TOKENS)
             tensor = names(f"{path}.weight")
             extras.rows[tensor] = _token_rows(base, tensor, path, value, outline)
-        else:
+        elif name not in twins or names(name) in base.shard:
             _place(extras, base, outline, names, name)
+    if twins and not any(names(name) in base.shard for name in twins):
+        raise MismatchError(
+            f"{base.folder}: no place for the adapter's {min(twins)!r}: the base has no embedding "
+            f"of that name; nearest are {nearest_tensors(names(min(twins)), base.shard)}"
+        )
     return extras
 
 
@@ -141,33 +150,59 @@ _HEADLESS = re.compile(
 _COMPARED = 2**20
 
 
-def refuse_tied(base: BaseModel, outline: Adapter) -> None:
-    """Refuses to change one of two embeddings that may be one tensor.
+def find_twins(base: BaseModel, outline: Adapter) -> set[str]:
+    """Finds the full weights that an adapter has for both of two embeddings that are one tensor.
 
-    Trained rows are not concerned: in peft, too, they are part of both.
+    They have equal values, so it does not matter which of them the tensor gets. An adapter that
+    changes them in any other way is refused. Trained rows are not concerned: in peft, too, they are
+    part of both.
+
+    Returns:
+        The names of the extras. Of those, the base may have one only.
 
     Raises:
-        UnsupportedError: the adapter does.
+        UnsupportedError: the adapter changes one of two embeddings that may be one tensor, or both
+            in two ways.
     """
     sizes = base.configured("vocab_size")
-    touched = [path for path, lora in outline.items() if _is_vocabulary(path, lora, sizes)]
-    touched += [
+    updated = [path for path, lora in outline.items() if _is_vocabulary(path, lora, sizes)]
+    saved = [
         name
         for name, value in outline.extras.items()
         if len(value.shape) == 2 and value.shape[0] in sizes and not name.endswith(TOKENS)
     ]
-    if touched and may_be_tied(base):
-        raise UnsupportedError(
-            f"{base.folder / CONFIG}: input and output embedding are one tensor (or "
-            "tie_word_embeddings should be false there), but the adapter changes "
-            f"{touched[0]!r} only; {_UNTIE}"
-        )
-    inputs = [name for name in touched if "lm_head" not in name]
+    if (updated or saved) and may_be_tied(base):
+        tied = outline.metadata.config.get("ensure_weight_tying")
+        if updated or (len(saved) == 1 and not tied):
+            raise UnsupportedError(
+                f"{base.folder / CONFIG}: input and output embedding are one tensor (or "
+                "tie_word_embeddings should be false there), but the adapter changes "
+                f"{(updated + saved)[0]!r} only; {_UNTIE}"
+            )
+        first, *others = saved
+        for other in others:
+            if not _equal(outline.extras[first], outline.extras[other]):
+                raise UnsupportedError(
+                    f"{base.folder / CONFIG}: input and output embedding are one tensor (or "
+                    f"tie_word_embeddings should be false there), but the adapter's {first!r} and "
+                    f"{other!r} differ; {_UNTIE}"
+                )
+        return set(saved)
+    inputs = [name for name in (*updated, *saved) if "lm_head" not in name]
     if inputs and any(base.configured("is_encoder_decoder")):
         raise UnsupportedError(
             f"{base.folder / CONFIG}: encoder and decoder may share the embedding {inputs[0]!r}; "
             "merge the adapter with peft"
         )
+    return set()
+
+
+def _equal(one: Array | LazyTensor, other: Array | LazyTensor) -> bool:
+    """Returns True if two tensors have one shape and equal values; a part is read at a time."""
+    if tuple(one.shape) != tuple(other.shape):
+        return False
+    pairs = zip(read_parts(one), read_parts(other), strict=True)
+    return all(np.array_equal(x, y) for (_, x), (_, y) in pairs)
 
 
 def may_be_tied(base: BaseModel) -> bool:
@@ -195,3 +230,17 @@ def _is_vocabulary(path: str, lora: LoRA, sizes: list[int]) -> bool:
     if lora.kind.name == "embedding":
         return not sizes or lora.shape[1] in sizes
     return path.rpartition(".")[2] == "lm_head" or lora.shape[0] in sizes
+
+
+def read_parts(value: Array | LazyTensor | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the start and the values of each part of a flat tensor; nothing for None."""
+    if value is None:
+        return
+    if isinstance(value, LazyTensor):
+        read = value.read
+    else:
+        flat = np.asarray(value).reshape(-1)
+        read = lambda start, stop: flat[start:stop]  # noqa: E731
+    size = math.prod(value.shape)
+    for start in range(0, size, addition.BLOCK):
+        yield start, read(start, min(start + addition.BLOCK, size))
