@@ -1,5 +1,6 @@
 """``coremerge convert``."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from rich.filesize import decimal
 
 from coremerge_jax.cli.console import (
     describe_paths,
+    describe_range,
     describe_ranks,
     folder_size,
     print_json,
@@ -34,7 +36,11 @@ coremerge convert adapter -o checkpoint --to maxtext-llama3.1 --head-dim 128
 
 coremerge convert merged -o checkpoint --to orbax --like checkpoints/1000
 
-coremerge convert merged -o merged-gguf --to gguf --base-config models/llama"""
+coremerge convert merged -o merged-gguf --to gguf --base-config models/llama
+
+coremerge convert loha.safetensors -o style --to kohya --rank 32
+
+coremerge convert dora -o lora --base models/llama --rank 32"""
 
 _source = partial(
     typer.Option, show_default=False, rich_help_panel="How the source, or --like, is stored"
@@ -86,6 +92,18 @@ def convert(
         str | None,
         _target(metavar="DTYPE", help="Dtype of the factors, if not orbax's. Default: float32."),
     ] = None,
+    rank: Annotated[
+        int | None,
+        _target(metavar="N", min=1, help="Largest rank of a module; a higher one is cut."),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        _target(
+            metavar="SHARE",
+            help="Share of each module's squared Frobenius norm, such as 0.99; the module is cut "
+            "to the fewest directions that keep it.",
+        ),
+    ] = None,
     uniform_rank: Annotated[
         bool,
         _target(
@@ -93,6 +111,9 @@ def convert(
         ),
     ] = False,
     base_config: Annotated[Path | None, _target(metavar="FILE", help=BASE_CONFIG)] = None,
+    base_model: Annotated[
+        str | None, _target(metavar="NAME", help="Name of the base model in the result.")
+    ] = None,
     force: Annotated[bool, _target("--force", help="Replace DST if it exists.")] = False,
     layout: Annotated[
         str | None,
@@ -104,10 +125,18 @@ def convert(
             metavar="NUMBER", help="LoRA alpha; required if the checkpoint does not record it."
         ),
     ] = None,
-    rank: Annotated[
+    alpha_rank: Annotated[
         int | None,
         _source(
             metavar="R", help="The rank that alpha is divided by. Default: that of the factors."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        _source(
+            metavar="MODEL",
+            help="Base model of a DoRA adapter, a folder or Hugging Face id: what the adapter adds "
+            "to it is cut to LoRA of --rank.",
         ),
     ] = None,
     scan_axis: Annotated[
@@ -139,6 +168,8 @@ def convert(
     written: dict[str, Any] = {
         "like": like,
         "dtype": dtype,
+        "rank": rank,
+        "energy": energy,
         "uniform_rank": uniform_rank or None,
         "base_config": base_config,
     }
@@ -153,7 +184,7 @@ def convert(
     told: dict[str, Any] = {
         "layout": layout,
         "alpha": alpha,
-        "rank": rank,
+        "rank": alpha_rank,
         "axes": parse_axes(axes, "PATTERN=A,B", "*/moe=lir,lro"),
         "ignore": ignore,
         "item": item,
@@ -170,14 +201,27 @@ def convert(
 
         options, more = share_options(source, like, options)
         written |= more
-    adapter = open_adapter(source, **options)
+    kept: Mapping[str, float] = {}
+    if base is None:
+        adapter = open_adapter(source, **options)
+    else:
+        from coremerge_jax.io.peft.dora import open_dora
+
+        if "rank" not in written or options:
+            raise RecipeError("--base: give --rank, the rank of the result, and no --alpha or such")
+        adapter = cut = open_dora(source, base, rank=written.pop("rank"))
+        kept = cut.kept
+    if base_model is not None:
+        adapter.metadata = dataclasses.replace(adapter.metadata, base_model=base_model)
     if names is not None:
         from coremerge_jax.trees.families import translate
 
         adapter = translate(adapter, names, head_dim=head_dim)
     result = target.save(adapter, output, to=to, force=force, **written)
     ranks = {path: lora.rank for path, lora in adapter.outline.items()}
-    _show(source, adapter.outline, output, to, result.ranks if result else ranks, as_json)
+    if result is not None:
+        ranks, kept = dict(result.ranks), result.kept or kept
+    _show(source, adapter.outline, output, to, ranks, kept, as_json)
 
 
 def parse_axes(texts: list[str] | None, form: str, example: str) -> dict[str, str] | None:
@@ -203,18 +247,21 @@ def _show(
     output: Path,
     to: str,
     ranks: Mapping[str, int],
+    kept: Mapping[str, float],
     as_json: bool,
 ) -> None:
     size = folder_size(output)
     if as_json:
         report = {"source": source, "output": str(output), "to": to, "bytes": size}
-        return print_json({**report, "ranks": dict(ranks)})
+        return print_json({**report, "ranks": dict(ranks), "energy_kept": dict(kept)})
     shapes = Counter(lora.shape for lora in adapter.values())
     rows = []
     for shape in shapes:
         paths = [path for path, lora in adapter.items() if lora.shape == shape]
         rank = describe_ranks({ranks[path] for path in paths})
-        rows.append([describe_paths(paths), "{} × {}".format(*shape), rank])
-    print_table(["modules", "m × n", "ranks"], rows, right=("m × n", "ranks"))
+        row = [describe_paths(paths), "{} × {}".format(*shape), rank]
+        rows.append([*row, describe_range((kept[p] for p in paths), ".1%")] if kept else row)
+    columns = ["modules", "m × n", "ranks"] + ["energy kept"] * bool(kept)
+    print_table(columns, rows, right=columns[1:])
     say(f"wrote {output} ({to}, {decimal(size)})")
     return None

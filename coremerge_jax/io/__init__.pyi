@@ -1,6 +1,7 @@
 from .base_model.apply import apply_adapter
 from .formats import Format, hash_source, open_adapter, register_format
 from .orbax import open_orbax, save_orbax
+from .peft.dora import open_dora
 from .peft.reader import load_peft, open_peft
 from .peft.writer import save_peft
 
@@ -10,6 +11,7 @@ __all__ = [
     "hash_source",
     "load_peft",
     "open_adapter",
+    "open_dora",
     "open_orbax",
     "open_peft",
     "register_format",

@@ -3,6 +3,7 @@
 Training stacks write one beside orbax checkpoints, too.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ _REFUSED = {
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _BIASES = ("none", "all", "lora_only", "vera_only")
+GIVE_BASE = (
+    "cut it to LoRA with its base model: coremerge convert ADAPTER -o OUT --base MODEL --rank N"
+)
 RETRAIN = "merge it into its base model, or train the task again with plain LoRA"
 
 _CONVERT = (
@@ -107,8 +111,12 @@ _CONVERT = (
 )
 
 
-def read_adapter_config(file: Path) -> dict[str, Any]:
+def read_adapter_config(file: Path, allowed: Collection[str] = ()) -> dict[str, Any]:
     """Returns the fields of a configuration that describes a plain low-rank update.
+
+    Args:
+        file: the file.
+        allowed: further fields that may be there.
 
     Raises:
         FormatError: the file is missing, broken or incomplete, or a field is of another kind.
@@ -118,11 +126,12 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     _check_type(file, fields)
     untrusted.check_kinds(file, fields, _ACCEPTED | _SWITCHES)
     for name, value in fields.items():
-        if value and name not in _ACCEPTED:
+        if value and name not in _ACCEPTED and name not in allowed:
+            remedy = GIVE_BASE if name == "use_dora" else RETRAIN
             reason = _REFUSED.get(name, "this field is not known, so it may change the update")
             raise UnsupportedError(
                 f"{file}: {name} is {untrusted.short(value)}, which is not supported: {reason}; "
-                f"{RETRAIN}"
+                f"{remedy}"
             )
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:

@@ -23,6 +23,7 @@ class PeftConfig:
 
     Args:
         file: the file to read.
+        allowed: fields that may be there beside those of a plain low-rank update.
 
     Attributes:
         file: the file, for messages.
@@ -33,8 +34,8 @@ class PeftConfig:
         UnsupportedError: it describes more than a plain low-rank update.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.fields = file, read_adapter_config(file)
+    def __init__(self, file: Path, allowed: Collection[str] = ()) -> None:
+        self.file, self.fields = file, read_adapter_config(file, allowed)
         self._patterns = {
             "rank_pattern": self._read_patterns("rank_pattern", *RANK),
             "alpha_pattern": self._read_patterns("alpha_pattern", *NUMBER),

@@ -12,7 +12,7 @@ import numpy as np
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError, nearest
 from coremerge_jax.io import lycoris
-from coremerge_jax.io.adapter_config import CONFIG, RETRAIN
+from coremerge_jax.io.adapter_config import CONFIG, GIVE_BASE, RETRAIN
 from coremerge_jax.io.factors import (
     FactorFile,
     Factors,
@@ -40,9 +40,11 @@ from coremerge_jax.lora import Adapter, Kind, Metadata
 # Names of Tinker's for layers that have another in transformers.
 _RENAMED = dict.fromkeys(("unembed_tokens", "model.unembed_tokens"), "lm_head")
 
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+
 # Parts of the names of other methods' tensors. A configuration may not mention the method.
 _METHODS = {
-    "lora_magnitude_vector": "DoRA",
+    MAGNITUDE: "DoRA",
     "lora_E": "AdaLoRA",
     "lora_diag": "KaSA",
     "lora_monteclora": "MonteCLoRA",
@@ -55,8 +57,10 @@ class Contents:
     Args:
         reader: the file.
         config: the configuration beside it.
+        dora: True if there may be DoRA's magnitudes, without which the modules are not whole.
 
     Attributes:
+        magnitudes: key of DoRA's magnitude, by a module's path.
         modules: source of each module, by its path in the base model, in the order of the file.
         extras: tensors that are not low-rank updates, by their name in the base model.
         dtype: dtype of the first factor.
@@ -67,8 +71,12 @@ class Contents:
         UnsupportedError: there are other tensors than low-rank updates and extras.
     """
 
-    def __init__(self, reader: TensorReader | TensorFiles, config: PeftConfig) -> None:
+    def __init__(
+        self, reader: TensorReader | TensorFiles, config: PeftConfig, *, dora: bool = False
+    ) -> None:
         self.file, self.config, self._reader = reader.file, config, reader
+        self.magnitudes: dict[str, str] = {}
+        self._dora = dora
         # Module path to names of factors to their keys, and names of other tensors to their keys.
         self._groups: dict[str, dict[str, str]] = {}
         self._others: dict[str, str] = {}
@@ -311,10 +319,14 @@ class Contents:
         extras, unclaimed = {}, []
         for name, key in self._others.items():
             method = next((_METHODS[part] for part in _METHODS if f".{part}" in name), None)
+            if method == "DoRA" and self._dora:
+                self.magnitudes[name.partition(f".{MAGNITUDE}")[0]] = key
+                continue
             if method:
+                remedy = GIVE_BASE if method == "DoRA" else RETRAIN
                 raise UnsupportedError(
                     f"{self.file}: tensor {name!r} belongs to {method}, whose update is not a "
-                    f"plain low-rank one; {RETRAIN}"
+                    f"plain low-rank one; {remedy}"
                 )
             if ".lora_velora_embed" in name or is_copy(name, self._others):  # not used by peft
                 continue
@@ -394,24 +406,35 @@ def open_peft(source: str | Path, *, name: str | None = None) -> Adapter:
     folder = locate(source)
     config = PeftConfig(folder / CONFIG)
     _tell_checkpoint(source, folder)
-    files = weights_files(folder)
-    reader = TensorReader(files[0]) if len(files) == 1 else TensorFiles(files)
+    reader = open_weights(folder)
     contents = Contents(reader, config)
     if note := config.find_overlap(outermost(path).partition("[")[0] for path in contents.modules):
         warnings.warn(note, CoreMergeWarning, stacklevel=2)
-    metadata = Metadata(
+    metadata = metadata_of(source, folder, contents, name)
+    return FactorFile(reader, contents.modules, metadata, contents.extras)
+
+
+def open_weights(folder: Path) -> TensorReader | TensorFiles:
+    """Opens the file or files with an adapter's tensors."""
+    files = weights_files(folder)
+    return TensorReader(files[0]) if len(files) == 1 else TensorFiles(files)
+
+
+def metadata_of(source: str | Path, folder: Path, contents: Contents, name: str | None) -> Metadata:
+    """Returns the metadata of an adapter in a folder."""
+    fields = contents.config.fields
+    return Metadata(
         name=name or source_name(source),
-        base_model=config.fields.get("base_model_name_or_path") or None,
-        task_type=config.fields.get("task_type") or None,
-        rank=int(config.fields["r"]),
-        alpha=config.alpha,
+        base_model=fields.get("base_model_name_or_path") or None,
+        task_type=fields.get("task_type") or None,
+        rank=int(fields["r"]),
+        alpha=contents.config.alpha,
         dtype=contents.dtype,
-        config={f: config.fields[f] for f in _EXTRA_FIELDS if config.fields.get(f)},
+        config={f: fields[f] for f in _EXTRA_FIELDS if fields.get(f)},
         format="peft",
         prefix=contents.prefix,
         beside=tuple(folder / name for name in find_beside(folder)),
     )
-    return FactorFile(reader, contents.modules, metadata, contents.extras)
 
 
 def _tell_checkpoint(source: str | Path, folder: Path) -> None:
