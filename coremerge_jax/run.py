@@ -16,7 +16,7 @@ import platformdirs
 import psutil
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError
-from coremerge_jax.io.formats import find_merge_target, merge_targets, open_adapter
+from coremerge_jax.io.formats import Layouts, find_merge_target, merge_targets, open_adapter
 from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.io.untrusted import refuse_url
@@ -195,6 +195,9 @@ def run_merge(
         taken = psutil.Process().memory_info().rss + _COMPILATION
         room = None if max_memory is None else _room_for_batches(max_memory, taken)
         stream = resolved.stream(adapters, mesh=devices, max_memory=room)
+        target = find_merge_target(to)
+        if isinstance(target, Layouts):  # refuses what the format cannot hold
+            target.layout(stream.outline, **more)
     is_first = jax.process_index() == 0  # the hosts of others may not see the output yet
     if output is None or dry_run:
         return _plan(resolved, stream, taken, stage) if is_first else None

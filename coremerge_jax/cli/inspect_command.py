@@ -6,11 +6,12 @@ import typer
 
 from coremerge_jax.cli.console import describe_paths, describe_ranks, print_json, print_table, say
 from coremerge_jax.errors import CoreMergeError
-from coremerge_jax.io.formats import described
+from coremerge_jax.io.formats import described, find_format
+from coremerge_jax.io.outputs import ADAPTER
 from coremerge_jax.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from coremerge_jax.lora import Adapter, LoRA
 
@@ -62,6 +63,7 @@ def _describe(source: str, adapter: "Adapter") -> dict[str, Any]:
     return {
         "source": source,
         "name": metadata.name,
+        "format": find_format(source).name,
         "base_model": metadata.base_model,
         "task_type": metadata.task_type,
         "rank": metadata.rank,
@@ -111,8 +113,23 @@ def _show(adapters: list[dict[str, Any]]) -> None:
                 f"{adapter['name']} has other trained weights beside it: "
                 f"{', '.join(adapter['beside'])}"
             )
+    for line in _formats(adapters):
+        say(line)
     if len(bases) == 1:
         say(f"base model: {bases.pop() or 'unknown'}")
+
+
+def _formats(adapters: list[dict[str, Any]]) -> "Iterator[str]":
+    """Yields a sentence for each format other than PEFT's, with the adapters that have it."""
+    names: dict[str, list[str]] = {}
+    for adapter in adapters:
+        names.setdefault(adapter["format"], []).append(adapter["name"] or adapter["source"])
+    names.pop(ADAPTER, None)
+    for name, having in names.items():
+        article = "an" if name[0] in "aeiouM" else "a"
+        of_one = f"is {name if name.endswith('s') else f'{article} {name}'}"
+        of_all = f"are {name.removesuffix('s')}s"
+        yield f"{', '.join(having)} {of_one if len(having) == 1 else of_all}"
 
 
 def _show_modules(adapter: dict[str, Any]) -> None:

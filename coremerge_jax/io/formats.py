@@ -6,7 +6,7 @@ own with `register_format`. Opening, hashing, messages and the command line go b
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io.diffusers import DiffusersFormat
@@ -22,6 +22,7 @@ from coremerge_jax.io.peft_file import PeftFileFormat
 from coremerge_jax.io.untrusted import check_path
 
 if TYPE_CHECKING:
+    from coremerge_jax.io.layout import FileLayout
     from coremerge_jax.io.writer import Written
     from coremerge_jax.lora import Adapter
 
@@ -89,6 +90,22 @@ class Format(Protocol):
 
     def hash(self, source: str | Path) -> dict[str, str]:
         """Returns the SHA-256 of the files of a source, by name."""
+
+
+@runtime_checkable
+class Layouts(Protocol):
+    """A format that says where modules go, and refuses what it cannot hold, before it writes."""
+
+    def layout(self, outline: "Adapter", **options: Any) -> "FileLayout":
+        """Returns the places of an adapter's modules in the files.
+
+        Args:
+            outline: the adapter, of which only names and shapes are used.
+            **options: those of `Format.save` that are for this format alone.
+
+        Raises:
+            UnsupportedError: the format cannot hold the adapter.
+        """
 
 
 # Orbax first: its checkpoints may have an adapter_config.json beside them. So have MLX's folders,

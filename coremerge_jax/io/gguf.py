@@ -18,6 +18,7 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io import untrusted
+from coremerge_jax.io.keyed_layout import KINDS
 from coremerge_jax.io.layout import pad
 from coremerge_jax.io.outputs import GGUF
 from coremerge_jax.io.tensors import TensorReader
@@ -74,13 +75,20 @@ def write_gguf(
             package gguf is not installed.
     """
     del uniform_rank
-    outline = adapter.outline
-    base = _Base(_find_config(base_config, outline.metadata.base_model))
-    layout = GgufLayout(outline, base)
-    finish = partial(_to_gguf, architecture=base.architecture)
+    layout, architecture = layout_for(adapter.outline, base_config)
+    finish = partial(_to_gguf, architecture=architecture)
     return write_adapter(
         adapter, out, layout, kind=GGUF, uniform_rank=True, finish=finish, **options
     )
+
+
+def layout_for(outline: Adapter, base_config: str | Path | None) -> tuple["GgufLayout", str]:
+    """Returns the places of an adapter's modules, and the architecture of its base model.
+
+    Arguments and errors are those of `write_gguf`.
+    """
+    base = _Base(_find_config(base_config, outline.metadata.base_model))
+    return GgufLayout(outline, base), base.architecture
 
 
 def _find_config(given: str | Path | None, base_model: str | None) -> Path:
@@ -256,7 +264,7 @@ class GgufLayout:
 
 def _target(path: str, lora: LoRA, base: _Base) -> _Target:
     if lora.kind.name != "linear" or lora.kind.transposed:
-        kind = "a transposed layer" if lora.kind.name == "linear" else lora.kind.name
+        kind = KINDS.get(lora.kind.name, "a transposed layer")
         raise UnsupportedError(
             f"module {path!r} is {kind}; to GGUF, only linear layers are converted; leave it out, "
             f"or {_ELSEWHERE}"

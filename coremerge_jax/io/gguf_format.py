@@ -9,6 +9,7 @@ from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.io.outputs import GGUF, WRITER_OPTIONS
 
 if TYPE_CHECKING:
+    from coremerge_jax.io.gguf import GgufLayout
     from coremerge_jax.io.writer import Written
     from coremerge_jax.lora import Adapter, ModuleStream
 
@@ -35,8 +36,9 @@ class GgufFormat:
         """
         del name, options
         raise UnsupportedError(
-            f"{_find_file(source) or source}: GGUF adapters are written, but not read; use the "
-            "adapter in its other format, or merge again without --to gguf"
+            f"{_find_file(source) or source}: is a GGUF file (llama.cpp, Ollama); GGUF adapters "
+            "are written, but not read; use the adapter in its other format, or merge again "
+            "without --to gguf"
         )
 
     def save(
@@ -53,6 +55,12 @@ class GgufFormat:
 
         del to  # the only target
         return write_gguf(adapter, out, base_config=base_config, **options)
+
+    def layout(self, outline: "Adapter", *, base_config: str | Path | None = None) -> "GgufLayout":
+        """Returns the places of an adapter's modules in the file."""
+        from coremerge_jax.io.gguf import layout_for
+
+        return layout_for(outline, base_config)[0]
 
     def hash(self, source: str | Path) -> dict[str, str]:
         """Returns the SHA-256 of the file by its name."""

@@ -9,7 +9,7 @@ from coremerge_jax.io.layout import pad
 from coremerge_jax.lora import Adapter, Array, LoRA
 
 # Kinds of modules, as messages name them.
-_KINDS = {
+KINDS = {
     "embedding": "an embedding",
     "expert": "an expert of a fused parameter",
     "conv2d": "a convolution",
@@ -119,7 +119,7 @@ def refuse_kinds(outline: Adapter, name: str, known: tuple[str, ...]) -> None:
     for path, lora in outline.items():
         if lora.kind.name not in known:
             raise UnsupportedError(
-                f"module {path!r} is {_KINDS.get(lora.kind.name, lora.kind.name)}, which "
+                f"module {path!r} is {KINDS.get(lora.kind.name, lora.kind.name)}, which "
                 f"{name}s cannot hold; write it with --to peft"
             )
 

@@ -1,4 +1,4 @@
-"""Files of mlx-lm to an `Adapter`, and the layout to write them.
+"""Files of mlx-lm and mlx-vlm to an `Adapter`, and the layout to write them.
 
 ``x.lora_a`` is (inputs, r) and ``x.lora_b`` (r, outputs): the transposes of A and B, times one
 scale for all modules; an embedding's are (rows, r) and (r, columns). A layer with all experts of a
@@ -21,7 +21,7 @@ from coremerge_jax.io.adapter_config import CONFIG, RANK, RETRAIN
 from coremerge_jax.io.factors import FactorFile, Factors, FactorSource, is_float, outline_of
 from coremerge_jax.io.keyed_layout import refuse_extras, refuse_kinds, refuse_twins
 from coremerge_jax.io.layout import pad
-from coremerge_jax.io.single_file import ADAPTERS
+from coremerge_jax.io.single_file import ADAPTERS, is_pipeline
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import LINEAR, Adapter, Array, Kind, LoRA, Metadata
 
@@ -38,6 +38,10 @@ _REFUSED = {
     "full": "the file has whole weights of the model, and no low-rank updates",
 }
 
+# Last parts of the names of both factors: mlx-lm's, and mlx-vlm's (``mlx_vlm/trainer/lora.py``).
+_PAIRS = (("lora_a", "lora_b"), ("A", "B"))
+_LEAVES = {leaf for pair in _PAIRS for leaf in pair}
+
 # The last part of the path of an embedding, whose factors look like a linear layer's.
 _EMBEDDINGS = ("embed_tokens", "embed", "embeddings", "wte", "tok_embeddings", "word_embeddings")
 
@@ -48,6 +52,13 @@ _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d{1,9})\.(?P<name>[^.]
 # Names of an expert's layers in the blocks of Mixtral and its like, by those in MLX.
 _BLOCK = ".block_sparse_moe"
 _BLOCK_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+# Names of a language model in a model for images, of the other parts, and of models without one.
+_INNER = re.compile(r"^model\.language_model\.(?!model\.)")
+_SENSES = re.compile(
+    r"(model\.)?(visual|vit|vision(_\w+)?|image_\w+|audio_\w+|multi_modal_projector"
+    r"|embed_vision|embed_audio|mm_projector|clip|dinov2|siglip)\."
+)
 
 # What comes before the name of a module that each layer has.
 _LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
@@ -71,10 +82,11 @@ def open_mlx(file: Path, config: Path, name: str) -> FactorFile:
         FormatError: the files are broken, or contradict each other.
         UnsupportedError: they have more than low-rank updates.
     """
-    fields, rank, scale = read_config(config)
     reader = TensorReader(file)
+    pairs = _pairs(reader)
+    fields, rank, scale = read_config(config, all(a.endswith(".A") for a, _ in pairs.values()))
     modules: dict[str, FactorSource] = {}
-    for path, keys in _pairs(reader).items():
+    for path, keys in pairs.items():
         for module, source in _sources(reader, path, keys, scale):
             if module in modules:
                 raise FormatError(f"{file}: {module!r} is there twice; expected one adapter a file")
@@ -97,8 +109,12 @@ def open_mlx(file: Path, config: Path, name: str) -> FactorFile:
     return FactorFile(reader, modules, metadata)
 
 
-def read_config(file: Path) -> tuple[dict[str, Any], int, float]:
+def read_config(file: Path, is_vlm: bool = False) -> tuple[dict[str, Any], int, float]:
     """Returns the configuration, its rank, and the scale of all updates.
+
+    Args:
+        file: the configuration.
+        is_vlm: True for one of mlx-vlm, whose ``alpha`` is the scale.
 
     Raises:
         FormatError: it is broken, or does not tell rank and scale.
@@ -110,6 +126,12 @@ def read_config(file: Path) -> tuple[dict[str, Any], int, float]:
     if kind != "lora":
         reason = _REFUSED.get(kind, "only 'lora' is known")
         raise UnsupportedError(f"{file}: fine_tune_type is {kind!r}: {reason}; {RETRAIN}")
+    if is_vlm:
+        untrusted.check_kinds(file, fields, _PARAMETERS)
+        for name in ("rank", "alpha"):
+            if fields.get(name) is None:
+                raise FormatError(f"{file}: no {name}; expected that of the training by mlx-vlm")
+        return fields, int(fields["rank"]), float(fields["alpha"])
     told = fields.get("lora_parameters") or {}
     untrusted.check_kinds(f"{file}: lora_parameters", told, _PARAMETERS)
     rank, scale, alpha = (told.get(name) for name in ("rank", "scale", "alpha"))
@@ -138,19 +160,20 @@ def _pairs(reader: TensorReader) -> dict[str, tuple[str, str]]:
     paths: dict[str, set[str]] = {}
     for key in reader.tensors:
         path, _, leaf = key.rpartition(".")
-        if leaf not in ("lora_a", "lora_b") or not path:
+        if leaf not in _LEAVES or not path:
             reason = "belongs to DoRA" if leaf == "m" else "is no factor lora_a or lora_b"
             raise UnsupportedError(f"{reader.file}: tensor {key!r} {reason}; {RETRAIN}")
         paths.setdefault(path, set()).add(leaf)
     for path, leaves in paths.items():
-        if len(leaves) < 2:
+        if tuple(sorted(leaves)) not in _PAIRS:
             raise FormatError(
-                f"{reader.file}: module {path!r} has {leaves.pop()} only; expected lora_a and "
-                "lora_b"
+                f"{reader.file}: module {path!r} has {' and '.join(sorted(leaves))} only; expected "
+                "lora_a and lora_b"
             )
     if not paths:
         raise FormatError(f"{reader.file}: no tensors in it; expected keys like 'x.lora_a'")
-    return {path: (f"{path}.lora_a", f"{path}.lora_b") for path in paths}
+    ordered = {path: sorted(leaves) for path, leaves in paths.items()}
+    return {path: (f"{path}.{a}", f"{path}.{b}") for path, (a, b) in ordered.items()}
 
 
 def _sources(
@@ -224,12 +247,13 @@ class MlxLayout:
         self.extras: Mapping[str, Array] = {}
         self._base_model = outline.metadata.base_model
         self.groups: dict[str, list[str]] = {}
+        names = _names(outline)
         for path in outline:
-            self.groups.setdefault(_layer(path), []).append(path)
+            self.groups.setdefault(_layer(names[path]), []).append(path)
         for path, modules in self.groups.items():
-            if _SWITCH.fullmatch(path) and path not in modules:
+            if _is_stack(modules):
                 self.groups[path] = _in_order(path, modules, outline)
-        refuse_twins({path: path for path in self.groups}, name)
+        refuse_twins({p: path for path, ps in self.groups.items() for p in ps[:1]}, name)
 
     def _check_embeddings(self, outline: Adapter) -> None:
         for path, lora in outline.items():
@@ -249,10 +273,10 @@ class MlxLayout:
         """Yields both factors of a layer, with all its experts if it has some."""
         del dtype
         pairs = [pad(loras[path], rank) for path in self.groups[group]]
-        if self.groups[group] == [group]:
-            ((a, b),) = ((a.T, b.T) for a, b in pairs)
-        else:
+        if _is_stack(self.groups[group]):
             a, b = (np.stack(factors) for factors in zip(*pairs, strict=True))
+        else:
+            ((a, b),) = ((a.T, b.T) for a, b in pairs)
         yield f"{group}.lora_a", a
         yield f"{group}.lora_b", b
 
@@ -279,11 +303,35 @@ class MlxLayout:
 
 
 def _check_name(path: str) -> None:
-    if path.startswith(("unet.", "diffusion_model.", "text_encoder", "lora_", "lycoris_")):
+    if is_pipeline(path) or path.startswith(("diffusion_model.", "lora_", "lycoris_")):
         raise UnsupportedError(
             f"module {path!r} is of an image or video model, which mlx-lm does not load; write it "
             "with --to kohya, diffusers or original"
         )
+    if _SENSES.match(path):
+        raise UnsupportedError(
+            f"module {path!r} is of a vision or audio model, or of such a part of one, which "
+            "mlx-lm does not load, without a word; leave it out, or write it with --to peft"
+        )
+
+
+def _names(paths: Iterable[str]) -> dict[str, str]:
+    """Returns the names in MLX by those in transformers: those of a model with senses differ.
+
+    mlx-lm ignores names that it does not have (``mlx_lm/tuner/utils.py``), and calls the language
+    model in another one ``language_model.model`` (``mlx_lm/models/gemma3.py``, ``qwen2_vl.py``).
+    """
+    paths = list(paths)
+    inside = any(path.startswith(("model.language_model.", "language_model.")) for path in paths)
+    names = {path: _INNER.sub("language_model.model.", path) for path in paths}
+    return {
+        path: f"language_model.{name}" if inside and name == "lm_head" else name
+        for path, name in names.items()
+    }
+
+
+def _is_stack(modules: Iterable[str]) -> bool:
+    return any(_EXPERT.fullmatch(path) for path in modules)
 
 
 def _layer(path: str) -> str:

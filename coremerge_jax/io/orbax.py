@@ -18,9 +18,11 @@ from coremerge_jax import __version__
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io.adapter_config import CONFIG, read_adapter_config
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
+from coremerge_jax.io.keyed_layout import refuse_kinds
 from coremerge_jax.io.orbax_folder import MARKER, TREE_OPTIONS, is_orbax
 from coremerge_jax.io.orbax_tree import SCAN, OrbaxTree, open_tree, write_tree
 from coremerge_jax.io.outputs import CHECKPOINT, check_output, write_record
+from coremerge_jax.io.writer import tell_beside
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.adapters import TreeFormat, to_tree
@@ -165,7 +167,8 @@ def save_orbax(
         FormatError: ``out`` may not be written, or ``like`` cannot be understood.
         MismatchError: the adapter lacks modules of ``like``, or has names that ``to`` lacks.
         RecipeError: ``to`` is not known.
-        UnsupportedError: ``head_dim`` is needed, or does not fit.
+        UnsupportedError: ``head_dim`` is needed, or does not fit; or without ``to`` and ``like``,
+            a module is no linear layer.
     """
     inputs = [*adapter.folders, *([like] if isinstance(like, str | Path) else [])]
     check_output(out, kind=CHECKPOINT, inputs=inputs, force=force)
@@ -180,6 +183,8 @@ def save_orbax(
         rank = max(lora.rank for lora in adapter.outline.values())
     scan = _scan(options.get("scan_axis", 0 if like is None else None))
     if like is None:
+        # A tree of parameters does not say of which kind a layer is, and is read as linear ones.
+        refuse_kinds(adapter.outline, CHECKPOINT, ("linear",))
         tree = stacked(adapter)
     else:
         named = str(like) if isinstance(like, str | Path) else "the tree to be like"
@@ -211,6 +216,7 @@ def save_orbax(
         write_tree(folder, tree, item=item, custom=custom)
         if jax.process_index() == 0:  # MaxText restores, and looks, in this folder
             shutil.copy(folder / MARKER, folder / item)
+            tell_beside(adapter.outline, CHECKPOINT)
             write_record(folder, CHECKPOINT, {**origin, "rank": rank, "to": to or "orbax"})
 
 

@@ -150,7 +150,7 @@ def look_at(name: str, keys: Iterable[str]) -> tuple[str, str] | None:
             continue
         if ORIGINAL.match(key):
             return "original", key
-        if name == PIPELINE or _PROCESSOR.search(key) or _is_pipeline(key):
+        if name == PIPELINE or _PROCESSOR.search(key) or is_pipeline(key):
             return "diffusers", key
         return "peft", key
     return None
@@ -168,7 +168,8 @@ def split_key(key: str) -> tuple[str, str] | None:
     return found["path"], found["name"] or next(part for part in _ENDINGS if found[part])
 
 
-def _is_pipeline(key: str) -> bool:
+def is_pipeline(key: str) -> bool:
+    """Returns True for the path of a module in a component of a pipeline of diffusers."""
     return key.partition(".")[0] in COMPONENTS and not _LANGUAGE.match(key)
 
 

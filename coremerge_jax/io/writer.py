@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from coremerge_jax.errors import FormatError, MismatchError
+from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
 from coremerge_jax.io.card import model_card
 from coremerge_jax.io.layout import FileLayout
-from coremerge_jax.io.outputs import check_output, write_record
+from coremerge_jax.io.outputs import ADAPTER, check_output, write_record
 from coremerge_jax.io.tensors import TensorReader, TensorWriter
 from coremerge_jax.lora import DTYPES, Adapter, Array, LoRA, ModuleStream, widest
 from coremerge_jax.merging.mesh import is_spread
@@ -116,12 +117,27 @@ def write_adapter(
             )
             for name, text in {**layout.files(ranks), "README.md": readme}.items():
                 (folder / name).write_text(text, encoding="utf-8")
-            for file in outline.metadata.beside:
-                shutil.copyfile(file, folder / file.name)
+            if kind == ADAPTER:
+                for file in outline.metadata.beside:
+                    shutil.copyfile(file, folder / file.name)
+            else:
+                tell_beside(outline, kind)
             write_record(folder, kind, provenance)
     in_order = {path: kept[path] for path in outline} if kept else {}
     ordered = {path: by_module[path] for path in outline}
     return Written(ordered, min(own.values()), in_order)
+
+
+def tell_beside(outline: Adapter, kind: str) -> None:
+    """Warns if there are files with other trained weights, for which a format has no place."""
+    if files := outline.metadata.beside:
+        names = ", ".join(sorted(file.name for file in files))
+        warnings.warn(
+            f"other trained weights beside the adapter ({names}) stay behind: {kind}s have no "
+            "place for them; --to peft copies them",
+            CoreMergeWarning,
+            stacklevel=3,
+        )
 
 
 def _name(out: str | Path) -> str:

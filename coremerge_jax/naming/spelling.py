@@ -3,7 +3,7 @@
 import functools
 import re
 
-from coremerge_jax.naming.table import EQUAL, EXPERT_LAYERS, LISTED, RENAMES, WRAPPERS
+from coremerge_jax.naming.table import EQUAL, EXPERT_LAYERS, LISTED, RENAMES, TOWERS, WRAPPERS
 
 # Not the index of a gate's only weight.
 _NUMBER = re.compile(
@@ -15,6 +15,7 @@ _RENAMES = [(re.compile(old + _END), new) for old, new in RENAMES]
 _EQUAL = [(re.compile(old + _END), new) for old, new in EQUAL]
 _LAYER = re.compile(rf"\bexperts\.#\.(\w+){_END}")
 _LISTED = re.compile(rf"\bexperts\.({'|'.join(LISTED)})\.#{_END}")
+_TOWERS = {kind: re.compile("|".join(words)) for kind, words in TOWERS.items()}
 
 
 def canonical(path: str) -> str:
@@ -55,6 +56,11 @@ def renamed(pattern: str) -> str:
     for old, new in _RENAMES:
         pattern = old.sub(new, pattern)
     return pattern
+
+
+def towers(path: str) -> frozenset[str]:
+    """Returns what the part of a model with this path takes in: images, sounds, or neither."""
+    return frozenset(kind for kind, word in _TOWERS.items() if word.search(path))
 
 
 def is_expert_layer(pattern: str) -> bool:

@@ -14,6 +14,13 @@ RENAMES = (
     (r"\bblock_sparse_moe\.input_linear(\.weight)?", "mlp.experts.gate_up_proj"),
     (r"\bblock_sparse_moe\.output_linear(\.weight)?", "mlp.experts.down_proj"),
     (r"\bblock_sparse_moe\.router\.layer", "mlp.router"),
+    # GPT-NeoX
+    (r"^embed_out", "lm_head"),
+    # Kimi Linear
+    (r"\bself_attn\.(f_[ab]_proj)", r"self_attn.forget_gate.\1"),
+    # Aria
+    (r"\bexperts\.fc1(\.weight)?", "experts.gate_up_proj"),
+    (r"\bexperts\.fc2(\.weight)?", "experts.down_proj"),
     # Mixtral, MiniMax, Phi-MoE
     (r"\bblock_sparse_moe", "mlp"),
     # DINOv2 with a gated MLP
@@ -34,7 +41,9 @@ RENAMES = (
     (r"\battention\.self\.sr", "attention.sequence_reduction.sequence_reduction"),
     (r"\bmlp\.dense1", "mlp.fc1"),
     (r"\bmlp\.dense2", "mlp.fc2"),
-    # DETR and its relatives
+    (r"\bdecode_head\.linear_c", "decode_head.linear_projections"),
+    # DETR, RT-DETR and their relatives
+    (r"\bencoder\.encoder\.#\.layers", "encoder.aifi.#.layers"),
     (r"\bbackbone\.conv_encoder", "backbone"),
     (r"(?<=attn\.)out_proj", "o_proj"),
     (r"(?<=\blayers\.#\.)(fc[12])", r"mlp.\1"),
@@ -74,6 +83,12 @@ LISTED = {"gate_up_projs": "gate_up_proj", "down_projs": "down_proj"}
 
 # Modules whose rows are those of others, one below the other, with the order of these.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+# Words in the names of parts that see images or hear sounds.
+TOWERS = {
+    "images": ("vision", "visual", "image", "video"),
+    "sounds": ("audio", "speech", "sound", "acoustic"),
+}
 
 # Modules that hold queries, keys and values in an order that depends on the model.
 MIXED = ("qkv", "Wqkv", "W_pack", "query_key_value")

@@ -79,7 +79,10 @@ def test_a_merge_for_llama_cpp(coremerge, attention_and_all, tmp_path):
     assert names == {f"blk.0.{x}.weight.lora_{y}" for x in ("attn_q", "ffn_gate") for y in "ab"}
     result = coremerge("verify", tmp_path / "out")
     assert result.code == 1
-    assert "out.gguf: GGUF adapters are written, but not read" in result.err
+    assert (
+        "out.gguf: is a GGUF file (llama.cpp, Ollama); GGUF adapters are written, but not"
+        in result.err
+    )
     assert result.err.count("\n") == 1
     converted = coremerge("convert", attention_and_all[1], "-o", tmp_path / "one", *base)
     assert (converted.code, converted.err) == (0, "")

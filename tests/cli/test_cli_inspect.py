@@ -66,3 +66,19 @@ def test_output_that_cannot_show_every_letter(save):
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "??W?" in done.stdout
+
+
+def test_trained_weights_beside_an_adapter_and_an_alpha_of_zero_are_told(coremerge, save):
+    path = save("math", 2)
+    (path / "value_head.safetensors").touch()
+    (path / "optimizer.pt").touch()
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    result = coremerge("inspect", path)
+    assert result.code == 0
+    assert "math has other trained weights beside it: value_head.safetensors\n" in result.out
+    assert "math has no effect: its alpha is 0\n" in result.out
+    merged = coremerge("merge", path, save("code"), "-o", path.parent / "out")
+    assert merged.code == 1
+    assert "value_head.safetensors" in merged.err
+    assert "--extras" in merged.err

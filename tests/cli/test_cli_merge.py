@@ -112,6 +112,19 @@ def test_another_base_may_be_allowed(coremerge, save, tmp_path):
     assert coremerge("merge", *sources, "-o", tmp_path / "out", "--allow-other-base").code == 0
 
 
+def test_the_base_model_may_be_named(coremerge, save, tmp_path):
+    """Of several spellings, that of the hub; a card has none that the hub would refuse."""
+    bases = {"math": "C:\\models\\Qwen3-8B", "code": "unsloth/Qwen3-8B-bnb-4bit"}
+    sources = [save(name, base_model=base) for name, base in bases.items()]
+    for options, name in (([], bases["code"]), (["--base-model", "models/own"], "models/own")):
+        out = tmp_path / name.replace("/", "-")
+        assert coremerge("merge", *sources, "-o", out, *options).code == 0
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == name
+        header = (out / "README.md").read_text().split("---")[1]
+        assert ("base_model" in header) == (options == [])
+
+
 def test_table(coremerge, adapters, save, tmp_path):
     extra = save("extra", 1, {"layer.0.query": (6, 8), "layer.0.odd": (3, 3)})
     options = ["--rule", "mean", "--mixed-ranks"]

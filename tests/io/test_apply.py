@@ -902,7 +902,6 @@ def test_an_exception_half_way(base, rng, monkeypatch):
 KILLED = """
 import os, signal, sys
 import coremerge_jax as cm
-from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.io.base_model import apply as files
 
 fold, calls = files._fold, []
@@ -954,3 +953,11 @@ def test_hub_ids_come_from_the_cache(small, rng, tmp_path, monkeypatch):
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(cm.FormatError, match="cannot be reached"):
         cm.apply_adapter(linear(rng), "owner/model", tmp_path / "other")
+
+
+def test_trained_weights_beside_the_adapter_are_told_of(small, rng, tmp_path):
+    cm.save_peft(linear(rng), tmp_path / "adapter")
+    (tmp_path / "adapter" / "mm_projector.bin").touch()
+    adapter = cm.open_peft(tmp_path / "adapter")
+    with pytest.warns(CoreMergeWarning, match=r"\(mm_projector.bin\) are not applied"):
+        cm.apply_adapter(adapter, small(), tmp_path / "out")

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from coremerge_jax import __version__
-from coremerge_jax.errors import RecipeError, UnsupportedError
+from coremerge_jax.errors import CoreMergeWarning, RecipeError, UnsupportedError
 from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.base_model.folder import INDEX, BaseModel
 from coremerge_jax.io.base_model.places import Update, place_updates, split_modules
@@ -400,6 +401,13 @@ def find_folding(
     """Checks that an adapter fits a base model of any kind; arguments as for `apply_adapter`."""
     if not math.isfinite(scale):
         raise RecipeError(f"scale is {scale}; expected a finite number")
+    if beside := ", ".join(sorted(file.name for file in adapter.metadata.beside)):
+        warnings.warn(
+            f"other trained weights beside the adapter ({beside}) are not applied; put them into "
+            "the model as its trainer does",
+            CoreMergeWarning,
+            stacklevel=3,
+        )
     check_path(base)
     if is_orbax(base):
         return TreeFolding(adapter, base, scale=scale, **options)

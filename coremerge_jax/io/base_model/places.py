@@ -1,7 +1,9 @@
 """Places of updates in a base model's tensors."""
 
+import collections
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 from coremerge_jax.errors import MismatchError, UnsupportedError
@@ -12,6 +14,9 @@ from coremerge_jax.naming.pieces import part_sizes
 from coremerge_jax.naming.respelled import Piece, respell
 
 _PAIR = ("gate_up_proj", "down_proj")
+
+# Names of tensors of one expert: its number, and what is before it.
+_EXPERT = re.compile(r"(\bexperts\.(?:\w+_projs\.)?)\d+(?=\.)", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +52,10 @@ def split_modules(
         sites: the sites of each module.
 
     Raises:
-        MismatchError: the tensors do not have the rows of the module.
+        MismatchError: the tensors do not have the rows of the module, or there are others of more
+            experts.
     """
+    _check_experts(base, adapter.outline, sites)
     if all(len(there) == 1 for there in sites.values()):
         return adapter, {path: there[0] for path, there in sites.items()}
     pieces: dict[str, Piece] = {}
@@ -71,7 +78,31 @@ def split_modules(
     return respell(adapter, pieces, adapter.extras), placed
 
 
-def _part_rows(base: BaseModel, path: str, lora: LoRA, sites: tuple[Site, ...]) -> list[int]:
+def _check_experts(base: BaseModel, outline: Adapter, sites: Mapping[str, tuple[Site, ...]]) -> None:
+    """Checks that experts of a parameter are all those that the base has tensors for.
+
+    peft adapts the parameter as a whole. Fewer are those of another model, or of one of several
+    parameters whose experts the base numbers as one list.
+    """
+    ours: dict[str, set[str]] = {}
+    first: dict[str, str] = {}
+    for path, there in sites.items():
+        if outline[path].kind.name == "expert":
+            for site in there:
+                kind = _EXPERT.sub(r"\1#", site.tensor)
+                ours.setdefault(kind, set()).add(site.tensor)
+                first.setdefault(kind, path)
+    theirs = collections.Counter(_EXPERT.sub(r"\1#", name) for name in base.shard if ours)
+    for kind, names in ours.items():
+        if len(names) != theirs[kind]:
+            raise MismatchError(
+                f"{base.folder}: there are {theirs[kind]} tensors {kind!r}, but the adapter has "
+                f"{len(names)} experts for them, as {first[kind]!r}: another model's, or part of a "
+                "list that holds several modules' experts; is it the right base?"
+            )
+
+
+base: BaseModel, path: str, lora: LoRA, sites: tuple[Site, ...]) -> list[int]:
     """Returns the number of a fused module's rows in each tensor."""
     m, n = lora.shape
     shapes = {site.tensor: base.floating(site.tensor).shape for site in sites}

@@ -8,7 +8,7 @@ from coremerge_jax.errors import CoreMergeWarning, MismatchError, nearest
 from coremerge_jax.io.module_paths import split_expert, unwrapped
 from coremerge_jax.lora import Kind
 from coremerge_jax.naming.pieces import fused, parts
-from coremerge_jax.naming.spelling import canonical, fill, template
+from coremerge_jax.naming.spelling import canonical, fill, template, towers
 
 _SHOWN = 3
 
@@ -90,11 +90,13 @@ def find_tensors(
     plain = {path: [_plain(path, kind)] for path, kind in modules.items()}
     prefixes = _prefixes(modules, tensors)
     if found := _find(plain, prefixes, tensors, where):
+        _check_towers(found[1], tensors, where, renamed=False)
         return found
     index = _CanonicalIndex(tensors)
     forms = {path: [_plain(path, kind), *_forms(path)] for path, kind in modules.items()}
     ways = [_Canonical(index, way) for way in _prefixes(map(canonical, modules), index.names)]
     if found := _find(forms, ways, tensors, where):
+        _check_towers(found[1], tensors, where, renamed=True)
         return found
     by_end = _ByEnd(index)
     if found := _find(forms, [by_end], tensors, where):
@@ -215,7 +217,10 @@ class _ByEnd:
         return "by their ends"
 
     def _search(self, kind: str) -> str | None:
-        """Returns the kind of tensors with the longest common end, if there is one only."""
+        """Returns the kind of tensors with the longest common end, if there is one only.
+
+        A kind in a vision or audio tower is none for a module elsewhere, nor the other way round.
+        """
         for start, end in _cuts(kind):
             kinds = self._ends.get(end, [])
             if start and "#" not in end:  # too common, unless a tensor's whole name
@@ -223,7 +228,8 @@ class _ByEnd:
             if len(kinds) > 1:
                 self.several[kind] = kinds
             if kinds:
-                return self._move(start, end, kinds[0]) if len(kinds) == 1 else None
+                certain = len(kinds) == 1 and towers(kinds[0]) == towers(kind)
+                return self._move(start, end, kinds[0]) if certain else None
         return None
 
     def _move(self, start: str, end: str, there: str) -> str | None:
@@ -277,6 +283,31 @@ def _find(
             "train the adapter on the whole model, whose names are certain"
         )
     return whole[0] if whole else None
+
+
+def _check_towers(sites: _Sites, tensors: Collection[str], where: str, *, renamed: bool) -> None:
+    """Checks that names without a prefix, or with one more, are not those of another tower.
+
+    The checkpoint of a tower alone has them, but that of a model with several parts has the
+    tower's own: a module ``vision_tower.layers.0.fc`` is no ``layers.0.fc`` there.
+
+    Args:
+        sites: the sites of each module.
+        tensors: names of the base model's tensors.
+        where: the base model, for messages.
+        renamed: whether names are those of another release, in which more than a prefix differs.
+
+    Raises:
+        MismatchError: they are.
+    """
+    for path, (site, *_) in sites.items():
+        if towers(path) == towers(site.tensor):
+            continue
+        if renamed or len({towers(name) for name in tensors if "#" in template(name)}) > 1:
+            raise MismatchError(
+                f"{where}: no tensor is certain to be that of module {path!r}; nearest is "
+                f"{site.tensor!r}, of another part of the model; is it the right base?"
+            )
 
 
 def _sites(forms: _Forms, names: Names, tensors: Collection[str]) -> _Sites | None:

@@ -19,6 +19,7 @@ from coremerge_jax.io.peft.files import (
 )
 
 if TYPE_CHECKING:
+    from coremerge_jax.io.peft.layout import PeftLayout
     from coremerge_jax.io.writer import Written
     from coremerge_jax.lora import Adapter, ModuleStream
 
@@ -76,6 +77,12 @@ class PeftFormat:
                 stacklevel=2,
             )
         return written
+
+    def layout(self, outline: "Adapter") -> "PeftLayout":
+        """Returns the places of an adapter's modules in the files."""
+        from coremerge_jax.io.peft.layout import PeftLayout
+
+        return PeftLayout(outline)
 
     def hash(self, source: str | Path) -> dict[str, str]:
         """Returns the SHA-256 of the configuration and the weights, by file name."""
