@@ -3,8 +3,10 @@
 import json
 
 import apply_memory
+import pytest
 
 
+@pytest.mark.nightly
 def test_apply_memory(tmp_path):
     options = ["--tiny", "--layers", "4", "--repeat", "1", "--output", str(tmp_path)]
     assert apply_memory.main([*options, "--folder", str(tmp_path)]) == 0

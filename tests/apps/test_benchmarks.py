@@ -122,6 +122,7 @@ def test_unknown_rule_or_shape():
             speed.main(options)
 
 
+@pytest.mark.nightly
 def test_end_to_end(tmp_path, monkeypatch):
     options = ["--tiny", "--layers", "1", "--tasks", "3", "--repeat", "1"]
     folders = ["--folder", str(tmp_path / "adapters"), "--output", str(tmp_path / "results")]

@@ -15,6 +15,7 @@ from coremerge_jax.merging.cost import cost
 EVERY = [(shape, cluster) for shape in scaling.CASES for cluster in scaling.CLUSTERS]
 
 
+@pytest.mark.nightly
 def test_one_and_two_devices_are_measured(tmp_path):
     options = ["--tiny", "--devices", "1", "2", "--rules", "ties", "--repeat", "1"]
     assert scaling.main([*options, "--output", str(tmp_path)]) == 0

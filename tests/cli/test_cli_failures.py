@@ -210,10 +210,10 @@ STAGES = {
 @pytest.mark.parametrize(
     ("stage", "number", "replaces"),
     [
-        ("reading", signal.SIGINT, False),
+        pytest.param("reading", signal.SIGINT, False, marks=pytest.mark.nightly),
         ("merging", signal.SIGINT, True),
-        ("writing", signal.SIGINT, False),
-        ("writing", signal.SIGINT, True),
+        pytest.param("writing", signal.SIGINT, False, marks=pytest.mark.nightly),
+        pytest.param("writing", signal.SIGINT, True, marks=pytest.mark.nightly),
         ("writing", signal.SIGTERM, True),
     ],
 )

@@ -276,7 +276,7 @@ def test_heads_that_are_sharded_are_joined(mode):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.wide
+@pytest.mark.nightly
 def test_checkpoints_of_one_device_and_for_one(adapter, tmp_path):
     """Another process, of one device, writes what is read here, and reads what is written here."""
     environment = many_devices.environment(1, COREMERGE_TEST_FOLDER=str(tmp_path))
