@@ -296,7 +296,8 @@ class Recipe:
     """Everything that determines a merge. The defaults here are those of the command line.
 
     Attributes:
-        adapters: PEFT folders, orbax checkpoints, or Hugging Face ids.
+        adapters: folders, files or Hugging Face ids of adapters: of PEFT, kohya, diffusers, MLX or
+            orbax.
         weights: factor of each adapter's updates, before anything else.
         rules: merge rules, applied in order; ``coremerge rules`` lists them.
         space: merge space, such as ``knots`` or ``tucker:rank=16``.

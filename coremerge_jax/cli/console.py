@@ -1,6 +1,7 @@
 """Output of the commands: tables on stdout, progress on stderr."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,8 +97,12 @@ class Stages:
 
 
 def describe_paths(paths: Sequence[str]) -> str:
-    """Returns ``24: query, key, …``: the number of modules, and the last parts of their names."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    """Returns ``24: query, key, …``: the number of modules, and the last parts of their names.
+
+    Numbers belong to the part before them (``to_out.0``), and experts of a parameter are one.
+    """
+    found = (re.search(r"[^.]*(?:\.\d+)*$", re.sub(r"\[\d+\]$", "", path)) for path in paths)
+    names = list(dict.fromkeys(match[0] for match in found if match))
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{len(paths)}: {shown}"
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coremerge_jax as cm
-from coremerge_jax.cli.console import show
+from coremerge_jax.cli.console import describe_paths, show
 from coremerge_jax.diagnosis import plots
 from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.io.card import model_card
@@ -381,3 +381,16 @@ def test_a_program_with_jax_may_start_the_command_quietly(coremerge, monkeypatch
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX sets it
     assert coremerge("--version").code == 0
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (["layers.0.q", "layers.1.q", "layers.0.v"], "3: q, v"),
+        (["attn.to_out.0", "ff.net.0.proj", "ff.net.2"], "3: to_out.0, proj, net.2"),
+        (["experts.down_proj[0]", "experts.down_proj[1]"], "2: down_proj"),
+        (["a", "b", "c", "d", "e"], "5: a, b, c, d, …"),
+    ],
+)
+def test_modules_are_named_by_the_last_part_that_is_no_number(paths, shown):
+    assert describe_paths(paths) == shown
