@@ -145,6 +145,8 @@ class Metadata:
         lengths: of modules whose inputs or outputs were several axes in the tree that they are
             from.
         format: name of the format that the source has on disk, one of ``coremerge convert --to``.
+        header: fields of the source's file beside its tensors; with their text if they describe the
+            model, and an adapter made of this one can have them too, else empty.
         prefix: text before the module paths in the source's keys, if not that of the format.
         beside: files with other trained weights, which belong to the source and are not read.
     """
@@ -158,6 +160,7 @@ class Metadata:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     lengths: tuple[Lengths, ...] = ()
     format: str | None = dataclasses.field(default=None, compare=False)
+    header: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
     prefix: str | None = dataclasses.field(default=None, compare=False)
     beside: tuple[Path, ...] = dataclasses.field(default=(), compare=False)
 

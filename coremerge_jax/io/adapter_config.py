@@ -42,6 +42,11 @@ _ACCEPTED = {
     "exclude_modules": _NAMES,
     "fan_in_fan_out": untrusted.SWITCH,
     "inference_mode": untrusted.SWITCH,
+    # Of Megatron-Bridge, for training.
+    **dict.fromkeys(
+        ("freeze_language_model", "freeze_vision_model", "freeze_vision_projection"),
+        untrusted.SWITCH,
+    ),
     "init_lora_weights": untrusted.either(untrusted.SWITCH, untrusted.TEXT),
     "init_weights": untrusted.SWITCH,
     "layers_pattern": _NAMES,

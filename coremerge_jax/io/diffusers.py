@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import RANK
+from coremerge_jax.io.module_paths import PREFIX
 from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.single_file import COMPONENTS, PIPELINE, SingleFile, read_notes
 
@@ -72,12 +73,14 @@ class DiffusersFormat(SingleFile):
 
 
 # --- Names ----------------------------------------------------------------------------------
+_WRAPPED = re.compile(rf"^(({'|'.join(COMPONENTS)})\.)?{re.escape(PREFIX)}")
 _UNET = re.compile(r"^(?=(down_blocks|up_blocks|mid_block)\.)")
 _ENCODER = re.compile(r"(?<=\.self_attn)\.to_(q|k|v|out)$")
 
 
 def _rename(path: str) -> str:
     """Returns a module's path in its component, by the one in a file of any release."""
+    path = _WRAPPED.sub(r"\1", path)
     before, processor, name = path.rpartition(".processor.")
     if processor:
         path = f"{before}.{name}" + (".0" if name == "to_out" else "")

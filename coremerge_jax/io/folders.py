@@ -21,10 +21,14 @@ _HUB_ID = re.compile(
     r"(@(?P<revision>(?!.*\.\.)[^@\s~^:?*\[\\\x00-\x1f\x7f]+))?"
 )
 
+# Endings of the names of files, which repositories do not have.
+_ENDINGS = (SUFFIX, ".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".yaml")
+
 
 def is_hub_id(source: str | Path) -> bool:
     """Returns True for ``owner/name[/folder][@revision]``, unless it may be a local path."""
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+    found = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if found is None or found["repo"].endswith(_ENDINGS):  # a file that is not there
         return False
     path = Path(source)
     return not path.exists() and not Path(path.parts[0]).exists()
@@ -80,9 +84,9 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
         raise not_found(source, f"the folder that contains {config}")
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, options = _split_id(str(source))
+    repo, options = split_id(str(source))
     for local in (True, False):
-        if not local and not _hub_answers():
+        if not local and not hub_answers():
             break
         try:
             return download(repo, local_files_only=local, **options)
@@ -99,7 +103,7 @@ def find_folder(source: str | Path, download: Callable[..., Path], config: str) 
     )
 
 
-def _split_id(source: str) -> tuple[str, dict[str, str | None]]:
+def split_id(source: str) -> tuple[str, dict[str, str | None]]:
     """Splits a Hugging Face id into the repository, and options of a download."""
     found = _HUB_ID.fullmatch(source)
     assert found is not None
@@ -109,7 +113,7 @@ def _split_id(source: str) -> tuple[str, dict[str, str | None]]:
     return found["repo"], options
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Asks once: huggingface_hub itself would retry for half a minute without a network."""
     from huggingface_hub import constants
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io.diffusers import DiffusersFormat
-from coremerge_jax.io.folders import not_found
+from coremerge_jax.io.folders import not_found, source_name
 from coremerge_jax.io.gguf_format import GgufFormat
+from coremerge_jax.io.hub_files import find_hub_file
 from coremerge_jax.io.kohya import KohyaFormat
 from coremerge_jax.io.mlx import MlxFormat
 from coremerge_jax.io.orbax_format import OrbaxFormat
@@ -19,6 +20,7 @@ from coremerge_jax.io.original import OriginalFormat
 from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.peft.format import PeftFormat
 from coremerge_jax.io.peft_file import PeftFileFormat
+from coremerge_jax.io.single_file import SUFFIX
 from coremerge_jax.io.untrusted import check_path
 
 if TYPE_CHECKING:
@@ -142,10 +144,16 @@ def find_format(source: str | Path) -> Format:
     Raises:
         FormatError: there is no such source, or no format recognises it.
     """
+    return _find(source)[0]
+
+
+def _find(source: str | Path) -> tuple[Format, str | Path]:
+    """Returns the format of a source, and the source; of a single file on the hub, a copy of it."""
     check_path(source)
+    place = find_hub_file(source) or source
     for known in FORMATS:
-        if known.recognises(source):
-            return known
+        if known.recognises(place):
+            return known, place
     raise not_found(source, described())
 
 
@@ -207,12 +215,14 @@ def open_adapter(source: str | Path, *, name: str | None = None, **options: Any)
         RecipeError: an option is not for adapters of this format.
         UnsupportedError: it is more than a low-rank update of the base model.
     """
-    known = find_format(source)
+    known, place = _find(source)
     if wrong := ", ".join(option for option in options if option not in known.options):
         others = [x.name for x in FORMATS if options.keys() & set(x.options)]
         told = f"no {' or '.join(others)}; {wrong} can be given for these only"
         raise RecipeError(f"{source}: {told if others else f'unknown option {wrong}'}")
-    return known.open(source, name=name, **options)
+    if place is not source and name is None:
+        name = source_name(source).removesuffix(SUFFIX)
+    return known.open(place, name=name, **options)
 
 
 def hash_source(source: str | Path) -> dict[str, str]:
@@ -227,4 +237,5 @@ def hash_source(source: str | Path) -> dict[str, str]:
     Raises:
         FormatError: see `open_adapter`.
     """
-    return find_format(source).hash(source)
+    known, place = _find(source)
+    return known.hash(place)

@@ -75,8 +75,9 @@ def _find_file(source: str | Path) -> Path | None:
     """Returns a GGUF file, or the first in a folder; None if there is none."""
     path = Path(source)
     try:
-        if path.suffix == SUFFIX and path.is_file():
+        if path.suffix.lower() == SUFFIX and path.is_file():
             return path
-        return min((file for file in path.iterdir() if file.suffix == SUFFIX), default=None)
+        files = (file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+        return min(files, default=None)
     except (OSError, ValueError):
         return None

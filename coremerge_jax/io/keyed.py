@@ -16,6 +16,7 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import lycoris
 from coremerge_jax.io.adapter_config import RETRAIN
 from coremerge_jax.io.factors import FactorFile, Factors, FactorSource, is_float, outline_of
+from coremerge_jax.io.kohya_names import flat_key
 from coremerge_jax.io.single_file import split_key
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import LINEAR, Kind, Metadata
@@ -37,6 +38,18 @@ _OTHERS = {
     "reshape_weight": "a control adapter, which makes layers of the base model wider",
     "lora_E": "AdaLoRA",
 }
+
+# Fields of a header (sd-scripts' ``networks/lora.py``, Stability AI's ModelSpec) that are as true
+# of a merge, and those that the layout of the factors replaces. Others are of a training run.
+_ABOUT_MODEL = frozenset(
+    [f"ss_{x}" for x in ("base_model_version", "sd_model_hash", "sd_model_name", "v2")]
+    + [f"modelspec.{x}" for x in ("architecture", "implementation", "prediction_type")]
+)
+_ABOUT_FACTORS = frozenset(
+    ["format", "lora_adapter_metadata", "lora_alpha", "alpha"]
+    + [f"ss_network_{x}" for x in ("alpha", "args", "dim", "dropout", "module")]
+)
+_LONGEST = 1000
 
 # The scale of a module without an alpha in the file, by its path in the file and its rank.
 Scale = Callable[[str, int], float]
@@ -70,9 +83,19 @@ def open_keyed(
         "rank": _common(contents.ranks.values()),
         "alpha": _common(contents.alphas.values()),
         "dtype": contents.dtype,
+        "header": _header(contents.reader.metadata),
     }
     known = Metadata(name=name, **{**found, **metadata})
     return KeyedFile(contents.reader, contents.modules, known)
+
+
+def _header(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the fields of a header, with the text of those that describe the model."""
+    return {
+        name: text[:_LONGEST] if name in _ABOUT_MODEL else ""
+        for name, text in metadata.items()
+        if name not in _ABOUT_FACTORS
+    }
 
 
 class KeyedFile(FactorFile):
@@ -115,10 +138,11 @@ class Contents:
         )
         self._scale = scale
         self.modules: dict[str, FactorSource] = {}
+        found: dict[str, str] = {}
         for path, parts in groups.items():
             renamed = rename(path)
-            if renamed in self.modules:
-                other = self.modules[renamed].path
+            other = found.setdefault(flat_key(renamed), path)
+            if other != path:
                 raise FormatError(
                     f"{self.file}: modules {other!r} and {path!r} are both {renamed!r}; expected "
                     "one update a module"

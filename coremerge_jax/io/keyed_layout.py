@@ -56,6 +56,7 @@ class KeyedLayout:
         self.groups = {path: [path] for path in outline}
         self.extras: Mapping[str, Array] = {}
         self._stems, self._endings, self._alpha, self._notes = stems, endings, alpha, notes
+        self._about_model = {name: x for name, x in outline.metadata.header.items() if x}
 
     def keys(self, groups: Iterable[str]) -> list[str]:
         """Returns the names of the tensors of modules."""
@@ -78,7 +79,7 @@ class KeyedLayout:
 
     def metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """Returns the metadata in the header."""
-        return {"format": "pt", **self._notes(ranks)}
+        return {"format": "pt", **self._about_model, **self._notes(ranks)}
 
     def files(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """Returns no files: all is in the tensors."""

@@ -1,9 +1,10 @@
 """Files of sd-scripts, LyCORIS and ComfyUI as a format. JAX is imported in methods only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.io.kohya_names import flatten_all, unflatten
 from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.single_file import SingleFile, read_names, split_key
@@ -44,6 +45,7 @@ class KohyaFormat(SingleFile):
         """Returns the places of an adapter's modules in the file, by their flat names."""
         from coremerge_jax.io.keyed_layout import KeyedLayout
 
+        _refuse_two_tools(outline)
         return KeyedLayout(
             outline,
             name=self.name,
@@ -52,4 +54,24 @@ class KohyaFormat(SingleFile):
             endings=(".lora_down.weight", ".lora_up.weight"),
             alpha=True,
             notes=lambda _: {"ss_network_module": "networks.lora"},
+        )
+
+
+def _refuse_two_tools(paths: Iterable[str]) -> None:
+    """Refuses modules with the names of the model's authors beside some with those of diffusers.
+
+    ComfyUI knows both names, and would add both updates to one layer.
+
+    Raises:
+        UnsupportedError: there are both.
+    """
+    first: dict[str, str] = {}
+    for path in paths:
+        first.setdefault(path.partition(".")[0], path)
+    theirs = first.get("unet") or first.get("transformer")
+    if theirs and "diffusion_model" in first:
+        raise UnsupportedError(
+            f"modules {first['diffusion_model']!r} and {theirs!r} have the names of two tools (the "
+            "model's authors, and diffusers), so one layer may be there twice; merge adapters that "
+            "name their layers alike"
         )

@@ -80,11 +80,13 @@ _UNETS = (
         "input_blocks middle_block output_blocks time_embed label_emb out",
         f"{_UNET} in_layers out_layers emb_layers skip_connection op",
     ),
-    # Flux
+    # Flux, Flux 2, Chroma
     _family(
         ORIGINAL,
-        "double_blocks single_blocks img_in txt_in time_in vector_in guidance_in final_layer",
-        f"{_STREAMS} {_EMBEDDERS} qkv proj lin",
+        "double_blocks single_blocks img_in txt_in time_in vector_in guidance_in final_layer "
+        "double_stream_modulation_img double_stream_modulation_txt single_stream_modulation "
+        "distilled_guidance_layer",
+        f"{_STREAMS} {_EMBEDDERS} qkv proj lin layers in_proj out_proj",
     ),
     # HunyuanVideo
     _family(
@@ -103,8 +105,24 @@ _UNETS = (
     # Wan
     _family(
         ORIGINAL,
-        "blocks patch_embedding text_embedding time_embedding time_projection head img_emb",
-        "self_attn cross_attn q k v o k_img v_img ffn head proj",
+        "blocks patch_embedding text_embedding time_embedding time_projection head img_emb "
+        "vace_blocks vace_patch_embedding",
+        "self_attn cross_attn q k v o k_img v_img ffn head proj before_proj after_proj",
+    ),
+    # Cosmos and Anima
+    _family(
+        ORIGINAL,
+        "blocks x_embedder t_embedder final_layer",
+        "self_attn cross_attn q_proj k_proj v_proj output_proj mlp layer1 layer2 proj linear "
+        "linear_1 linear_2 adaln_modulation_self_attn adaln_modulation_cross_attn "
+        "adaln_modulation_mlp",
+    ),
+    # HiDream
+    _family(
+        ORIGINAL,
+        "double_stream_blocks single_stream_blocks caption_projection final_layer",
+        f"{_ATTENTION} block attn1 to_q_t to_k_t to_v_t to_out_t ff_i ff_t experts shared_experts "
+        "gate w1 w2 w3 adaLN_modulation linear",
     ),
     # Lumina and Z-Image
     _family(
@@ -115,9 +133,10 @@ _UNETS = (
     # Qwen-Image and LTX-Video, whose authors' names are diffusers'
     _family(
         ORIGINAL,
-        "transformer_blocks img_in txt_in time_text_embed norm_out proj_out patchify_proj",
+        "transformer_blocks img_in txt_in time_text_embed norm_out proj_out patchify_proj "
+        "adaln_single caption_projection",
         f"{_ATTENTION} attn attn1 attn2 ff net proj img_mlp txt_mlp img_mod txt_mod linear "
-        "linear_1 linear_2 timestep_embedder",
+        "linear_1 linear_2 timestep_embedder emb",
     ),
 )
 
@@ -201,6 +220,14 @@ def flatten_all(paths: Iterable[str]) -> dict[str, str]:
     several = any(p.startswith(("text_encoder_", f"{ORIGINAL}.")) for p in paths)
     first: Mapping[str, str] = {"text_encoder": "lora_te1" if several else "lora_te"}
     return {path: _flatten(path, {**_FLAT, **first}) for path in paths}
+
+
+def flat_key(path: str) -> str:
+    """Returns a name that all spellings of a module have in common, flat and with dots."""
+    component, dot, rest = path.partition(".")
+    flat = {**_FLAT, "text_encoder": "lora_te"}.get(component)
+    name = f"{flat}_{rest.replace('.', '_')}" if flat and dot else path
+    return f"lora_te_{name.removeprefix('lora_te1_')}" if name.startswith("lora_te1_") else name
 
 
 def _flatten(path: str, prefixes: Mapping[str, str]) -> str:

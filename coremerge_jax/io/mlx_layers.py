@@ -83,10 +83,10 @@ def open_mlx(file: Path, config: Path, name: str) -> FactorFile:
         UnsupportedError: they have more than low-rank updates.
     """
     reader = TensorReader(file)
-    pairs = _pairs(reader)
-    fields, rank, scale = read_config(config, all(a.endswith(".A") for a, _ in pairs.values()))
+    is_vlm = any(key.endswith(".A") for key in reader.tensors)
+    fields, rank, scale = read_config(config, is_vlm)
     modules: dict[str, FactorSource] = {}
-    for path, keys in pairs.items():
+    for path, keys in _pairs(reader).items():
         for module, source in _sources(reader, path, keys, scale):
             if module in modules:
                 raise FormatError(f"{file}: {module!r} is there twice; expected one adapter a file")
@@ -239,10 +239,10 @@ class MlxLayout:
     weights = ADAPTERS
 
     def __init__(self, outline: Adapter, name: str) -> None:
-        refuse_extras(outline, name)
-        refuse_kinds(outline, name, ("linear", "embedding"))
         for path in outline:
             _check_name(path)
+        refuse_extras(outline, name)
+        refuse_kinds(outline, name, ("linear", "embedding"))
         self._check_embeddings(outline)
         self.extras: Mapping[str, Array] = {}
         self._base_model = outline.metadata.base_model

@@ -42,7 +42,7 @@ _KEY = re.compile(
 )
 
 _KOHYA = re.compile(r"(lora|lycoris)_[^.]+")
-ORIGINAL = re.compile(r"^(model\.)?(?=diffusion_model\.)")
+ORIGINAL = re.compile(r"^(model\.)?(?=(diffusion_model|text_encoders)\.)")
 
 COMPONENTS = (
     "unet",
@@ -85,7 +85,7 @@ def find_file(source: str | Path) -> Path | None:
     path = Path(source)
     try:
         if path.is_file():
-            return path if path.suffix == SUFFIX else None
+            return path if path.suffix.lower() == SUFFIX else None
         has_config = os.path.lexists(path / CONFIG)  # PEFT's, or mlx-lm's
         for name in (WEIGHTS, PIPELINE, ADAPTERS):
             if (path / name).is_file():
@@ -138,8 +138,9 @@ def look_at(name: str, keys: Iterable[str]) -> tuple[str, str] | None:
         name: the file's name.
         keys: names of its tensors.
     """
+    keys = dict.fromkeys(keys)
     for key in keys:
-        if key.endswith((".lora_a", ".lora_b")):
+        if key.endswith((".lora_a", ".lora_b")) or (key.endswith(".A") and f"{key[:-1]}B" in keys):
             return "mlx", key
         split = split_key(key)
         if split is None:

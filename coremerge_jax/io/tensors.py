@@ -110,6 +110,11 @@ class TensorReader:
             if code in _CODES
         }
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The fields of the header beside the tensors."""
+        return dict(self._metadata or {})
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns the shape of a tensor of any dtype."""
         return tuple(self._entries[key]["shape"])

@@ -20,7 +20,14 @@ _FILES = (
         f"torchtune's adapter as a pickle file; {_RESAVE}: torchtune's checkpointer for Hugging "
         "Face models writes adapter_model.safetensors and adapter_config.json",
     ),
+    (
+        r"adapter_model.*\.bin",
+        f"PEFT's weights as a pickle file; {_RESAVE}: peft's save_pretrained does that",
+    ),
     (r"pytorch_lora_weights\.bin", f"diffusers' LoRA as a pickle file; {_RESAVE}"),
+    (r".*\.msgpack", "flax's parameters; restore them with flax, and save them with orbax"),
+    (r".*\.(h5|keras)", "a Keras file; load it with Keras, and save its variables with orbax"),
+    (r".*\.onnx", "a model for ONNX Runtime, which is no LoRA"),
     (
         r".*\.npz",
         "a NumPy archive, as early releases of MLX's examples wrote; save it as "
@@ -34,14 +41,27 @@ _FILES = (
 _KEYS = (
     (r".*\.processor\.\w*_lora\d\..*", "a LoRA for Flux of XLabs, whose format is not read"),
     (r".*\.(diff|diff_b|w_norm|b_norm)", "differences of whole weights, not low-rank ones"),
-    (r".*\.oft_(blocks|diag)", "OFT, which rotates the base weights"),
+    (r".*\.b?oft_(blocks|diag|r|s)(\..*)?", "OFT, which rotates the base weights"),
     (r".*\.[ab][12]\.weight", "GLoRA, which scales the base weights"),
-    (r".*\.on_input", "IA3, which scales activations"),
-    (r".*(emb_params|string_to_param|clip_[lg])", "a textual inversion, which is no LoRA"),
+    (r".*\.(on_input|ia3_l.*)", "IA3, which scales activations"),
+    (
+        r".*(emb_params|string_to_param.*)|clip_[lg]|t5xxl|<[^<>]+>|\*",
+        "a textual inversion, which is no LoRA",
+    ),
     (r".*\.(lora_E|ranknum).*", "AdaLoRA without its configuration"),
     (r".*prompt_embeddings.*", "a trained prompt, which is no LoRA"),
     (r".*vera_lambda.*", "VeRA without its configuration"),
-    (r"(control_model|input_hint_block)\..*", "a ControlNet, which is no LoRA"),
+    (
+        r"(control_model|input_hint_block|controlnet_\w+|lora_controlnet)(\..*)?",
+        "a ControlNet, which is no LoRA",
+    ),
+    (r"(image_proj|ip_adapter)\..*", "an IP-Adapter, which is no LoRA"),
+    (r"(.*\.)?(exp_avg(_sq)?|max_exp_avg_sq|momentum_buffer)(\..*)?", "the state of an optimizer"),
+    (
+        r"((model\.)?diffusion_model|model\.model)\..*\.(weight|bias)",
+        "a checkpoint of an image or video model, without LoRA factors",
+    ),
+    (r"(vae\.)?(encoder|decoder)\.(conv_in|mid|mid_block)\..*", "a VAE, without LoRA factors"),
     (r".*\.(weight|bias|scales|qweight)", "weights of a model, without LoRA factors"),
 )
 
@@ -66,7 +86,7 @@ def _describe_file(file: Path) -> str | None:
         return told
     if file.suffix.lower() in _PICKLES:
         return f"a pickle file; {_RESAVE}"
-    if file.suffix != SUFFIX:
+    if file.suffix.lower() != SUFFIX:
         return None
     return _describe_keys(file)
 
@@ -77,7 +97,7 @@ def _describe_keys(file: Path) -> str:
         return "not a readable safetensors file, or one without tensors; download or save it again"
     for pattern, what in _KEYS:
         for key in keys:
-            if re.fullmatch(pattern, key[:1000]):
+            if re.fullmatch(pattern, key[:1000], re.IGNORECASE):
                 return f"{what} (it has the tensor {_shown(key)})"
     return f"no adapter that is known: it has the tensor {_shown(keys[0])}"
 
@@ -90,13 +110,22 @@ def _describe_folder(folder: Path) -> str | None:
             f"{len(found)} files that are adapters, {_shown(found[0])} to {_shown(found[-1])}; "
             "give one of these files"
         )
-    if len(files) == 1:
+    if found:
+        return f"{len(files)} files, of which {_shown(found[0])} is an adapter; give that file"
+    if files:
         return f"{_shown(files[0].name)}, which is {_describe_keys(files[0])}"
+    if (folder / "model_index.json").is_file():
+        return "model_index.json, so it is a pipeline of diffusers, which is a base model"
     for name in sorted(os.listdir(folder)):  # noqa: PTH208  # names are enough
         if (folder / name).is_file() and not name.endswith((SUFFIX, ".json")):
             what = _describe_file(folder / name)
             if what is not None:
                 return f"{_shown(name)}, which is {what}"
+    inside = [x.name for x in sorted(folder.iterdir()) if x.is_dir() and list_files(x)]
+    if inside:
+        return (
+            f"no files of one, but folders, {_shown(inside[0])} to {_shown(inside[-1])}; give one"
+        )
     return None
 
 

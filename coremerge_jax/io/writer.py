@@ -27,6 +27,8 @@ from coremerge_jax.merging.processes import exchange
 # Ranks with more digits than any rank has; each is another, so none can be left out as a default.
 _LONGEST_RANK = 10**9
 
+_SHOWN = 3
+
 Parts = Iterable[Mapping[str, LoRA]]
 
 
@@ -122,10 +124,24 @@ def write_adapter(
                     shutil.copyfile(file, folder / file.name)
             else:
                 tell_beside(outline, kind)
+            _tell_dropped(outline, layout.metadata(ranks))
             write_record(folder, kind, provenance)
     in_order = {path: kept[path] for path in outline} if kept else {}
     ordered = {path: by_module[path] for path in outline}
     return Written(ordered, min(own.values()), in_order)
+
+
+def _tell_dropped(outline: Adapter, written: Mapping[str, str]) -> None:
+    """Warns of fields in the header of the sources that the result does not have."""
+    left = [name for name in outline.metadata.header if name not in written]
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        warnings.warn(
+            f"fields of the files' headers stay behind, as they are of a training, or not of all "
+            f"adapters, or have no place in this format: {', '.join(left[:_SHOWN])}{more}",
+            CoreMergeWarning,
+            stacklevel=3,
+        )
 
 
 def tell_beside(outline: Adapter, kind: str) -> None:

@@ -24,6 +24,10 @@ from coremerge_jax.naming.spelling import (
 )
 from coremerge_jax.naming.vocabulary import Names, are_releases
 
+_LAYERS = (
+    "; the result has experts in layers, which peft loads into some models of the newest "
+    "transformers only, and leaves out of others; `coremerge apply` folds them into any"
+)
 _ADVICE = "use adapters that were trained with one release of the model's code"
 
 
@@ -122,18 +126,23 @@ class _Alignment:
 
     def __init__(self, adapters: Sequence[AdapterSource], modules: Sequence[_Modules]) -> None:
         self._adapters = adapters
-        names = [_own_names(found) for found in modules]
-        self._layered = {
-            _owner(key) for one in names for key, own in one.items() if is_expert_layer(own)
-        }
-        self._parameters = {key for one in names for key in one if one[key].endswith("[#]")}
+        names = [
+            (key, own)
+            for found in modules
+            for key, owns in _own_names(found).items()
+            for own in owns
+        ]
+        self._layered = {_owner(key) for key, own in names if is_expert_layer(own)}
+        self._parameters = {key for key, own in names if own.endswith("[#]")}
         sizes = self._part_sizes(modules)
         self._modules = [self._split(t, found, sizes) for t, found in enumerate(modules)]
 
     def aligned(self) -> list[AdapterSource]:
         """Returns the adapters by their common names; warns if one has changed."""
         kinds = dict.fromkeys(template(key) for found in self._modules for key in found)
-        names = Names([self._usable_names(found) for found in self._modules], list(kinds))
+        self._names = [self._usable_names(found) for found in self._modules]
+        first = [{key: own[0] for key, own in known.items()} for known in self._names]
+        names = Names(first, list(kinds))
         if names.missing:
             raise self._uncertain(names.missing, names.target)
         done = [self._renamed(t, names) for t in range(len(self._adapters))]
@@ -199,17 +208,21 @@ class _Alignment:
 
     # --- Names -----------------------------------------------------------------------------------
 
-    def _usable_names(self, modules: _Modules) -> dict[str, str]:
+    def _usable_names(self, modules: _Modules) -> dict[str, list[str]]:
         """Returns the names that can be given to others.
 
         Layers of experts come before parameters, and these before lists, which few models have.
         """
-        return {
-            key: own
-            for key, own in _own_names(modules).items()
-            if not (own.endswith("[#]") and _owner(key) in self._layered)
-            and not (is_listed_expert(own) and key in self._parameters)
+        usable = {
+            key: [own for own in owns if self._is_usable(key, own)]
+            for key, owns in _own_names(modules).items()
         }
+        return {key: owns for key, owns in usable.items() if owns}
+
+    def _is_usable(self, key: str, own: str) -> bool:
+        if own.endswith("[#]") and _owner(key) in self._layered:
+            return False
+        return not (is_listed_expert(own) and key in self._parameters)
 
     def _uncertain(self, key: str, target: int) -> MismatchError:
         """Returns the error for a kind of module that the target does not show a name for."""
@@ -231,7 +244,7 @@ class _Alignment:
         adapter = self._adapters[t]
         pieces: dict[str, Piece] = {}
         for key, module in self._modules[t].items():
-            path = fill(names.chosen[template(key)], key)
+            path = self._name(t, key, names)
             kind = adapter.outline[module.path].kind
             if path.endswith("]") != (kind.name == "expert"):
                 kind = Kind("expert" if path.endswith("]") else "linear")
@@ -240,6 +253,24 @@ class _Alignment:
         if [*pieces, *extras.values()] == [*adapter, *extras]:
             return adapter
         return respell(adapter, pieces, {extras[name]: x for name, x in adapter.extras.items()})
+
+    def _name(self, t: int, key: str, names: Names) -> str:
+        """Returns the common name of a module: that which the target has for it, or its kind.
+
+        Layers of one model may differ in it (MiniMax: ``o_proj`` and ``out_proj``). Then a module
+        that the target lacks keeps its own name if it is of the same release.
+        """
+        kind, module = template(key), self._modules[t][key]
+        target, known = self._modules[names.target].get(key), self._names[names.target]
+        shown = known.get(kind, [])
+        if target is not None and target.rows is None and template(target.path) in shown:
+            return target.path
+        own = self._names[t].get(kind, [])
+        if max(len(own), len(shown)) > 1:
+            if module.rows is not None or not set(own) & set(shown):
+                raise self._uncertain(kind, names.target)
+            return module.path
+        return fill(names.chosen[kind], key)
 
     def _extra_names(self, t: int, pieces: Mapping[str, Piece], names: Names) -> dict[str, str]:
         """Returns new names of extras: beside their modules, or moved as modules are."""
@@ -262,18 +293,22 @@ class _Alignment:
     def _warn(self, t: int, aligned: AdapterSource) -> None:
         old, new = ([*x, *x.extras] for x in (self._adapters[t], aligned))
         before, after = next((x, y) for x, y in zip(old, new, strict=False) if x != y)
+        in_layers = self._layered & {_owner(key) for key in self._parameters}
         warnings.warn(
             f"{label(self._adapters, t)} names the same modules in another way and is merged by "
-            f"common names: {before!r} as {after!r}",
+            f"common names: {before!r} as {after!r}{_LAYERS if in_layers else ''}",
             CoreMergeWarning,
             stacklevel=2,
         )
 
 
-def _own_names(modules: _Modules) -> dict[str, str]:
-    """Returns the template of the name that each kind of module has in an adapter."""
-    whole = [(key, module.path) for key, module in modules.items() if module.rows is None]
-    return {template(key): template(path) for key, path in whole}
+def _own_names(modules: _Modules) -> dict[str, list[str]]:
+    """Returns the templates of the names that each kind of module has in an adapter."""
+    found: dict[str, dict[str, None]] = {}
+    for key, module in modules.items():
+        if module.rows is None:
+            found.setdefault(template(key), {})[template(module.path)] = None
+    return {key: [*names] for key, names in found.items()}
 
 
 def _owners(name: str) -> Iterable[str]:

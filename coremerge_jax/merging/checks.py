@@ -255,16 +255,6 @@ def present_adapters(
     return dict(zip(tasks, present, strict=True))
 
 
-def check_compatible(adapters: Sequence[AdapterSource]) -> None:
-    """Checks that adapters belong to one base model, as far as their metadata and modules show.
-
-    Raises:
-        MismatchError: two name different base models, or one shares no module with the others.
-    """
-    check_same_base(adapters)
-    check_common_modules(adapters)
-
-
 def check_same_base(adapters: Sequence[AdapterSource]) -> None:
     """Checks that the base models that adapters name can be one (`base_names.same_base`).
 
@@ -352,9 +342,18 @@ def common_metadata(
         config=config,
         lengths=_common_lengths(adapters),
         format=same("format"),
+        header=_common_header(adapters),
         prefix=same("prefix"),
         beside=beside,
     )
+
+
+def _common_header(adapters: Sequence[AdapterSource]) -> dict[str, str]:
+    """Returns the fields of all headers; those on which the adapters differ are empty."""
+    headers = [adapter.metadata.header for adapter in adapters]
+    names = dict.fromkeys(name for header in headers for name in header)
+    values = {name: {header.get(name, "") for header in headers} for name in names}
+    return {name: found.pop() if len(found) == 1 else "" for name, found in values.items()}
 
 
 def _common_lengths(adapters: Sequence[AdapterSource]) -> tuple[Lengths, ...]:

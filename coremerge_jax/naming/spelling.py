@@ -58,6 +58,16 @@ def renamed(pattern: str) -> str:
     return pattern
 
 
+def renames(pattern: str) -> frozenset[int]:
+    """Returns the places in the table of the renames that apply to a template."""
+    found = set()
+    for place, (old, new) in enumerate(_RENAMES):
+        before, pattern = pattern, old.sub(new, pattern)
+        if pattern != before:
+            found.add(place)
+    return frozenset(found)
+
+
 def towers(path: str) -> frozenset[str]:
     """Returns what the part of a model with this path takes in: images, sounds, or neither."""
     return frozenset(kind for kind, word in _TOWERS.items() if word.search(path))

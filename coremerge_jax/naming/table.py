@@ -31,6 +31,12 @@ RENAMES = (
     (r"\battention\.(?:attention|self)\.key", "attention.k_proj"),
     (r"\battention\.(?:attention|self)\.value", "attention.v_proj"),
     (r"\battention\.output\.dense", "attention.o_proj"),
+    (
+        r"\battention\.self\.relative_position_bias_table",
+        "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    # As transformers saves the decoder of ViTMAE
+    (r"\bdecoder_encoder\.layer", "decoder_layers"),
     # ViT, DeiT, BEiT, AST, Swin
     (r"\bencoder\.layer", "layers"),
     (r"\bintermediate\.dense", "mlp.fc1"),
@@ -38,6 +44,10 @@ RENAMES = (
     # Segformer
     (r"\bencoder\.block\.#", "stages.#.blocks"),
     (r"\bencoder\.patch_embeddings\.#", "stages.#.patch_embeddings"),
+    (r"\bencoder\.layer_norm\.#", "stages.#.layer_norm"),
+    (r"(?<=\bblocks\.#\.)layer_norm_1", "layernorm_before"),
+    (r"(?<=\bblocks\.#\.)layer_norm_2", "layernorm_after"),
+    (r"\battention\.self\.layer_norm", "attention.sequence_reduction.layer_norm"),
     (r"\battention\.self\.sr", "attention.sequence_reduction.sequence_reduction"),
     (r"\bmlp\.dense1", "mlp.fc1"),
     (r"\bmlp\.dense2", "mlp.fc2"),
@@ -74,6 +84,9 @@ PLACEMENTS = (
         "image_newline": "model.image_newline",
     },
 )
+
+# Parts that have got another place and, in some of these releases, another name.
+UNCERTAIN = ("vision_tower.vision_model", "model.vision_tower.encoder.layers")
 
 # Layers of one expert, ``experts.#.w1``, by the names of others: Mixtral, MiniMax, Phi-MoE, LFM2.
 EXPERT_LAYERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

@@ -6,8 +6,8 @@ All names are templates (`spelling.template`).
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from coremerge_jax.naming.spelling import is_expert_layer, renamed
-from coremerge_jax.naming.table import EXPERT_LAYERS, PLACEMENTS
+from coremerge_jax.naming.spelling import is_expert_layer, renamed, renames
+from coremerge_jax.naming.table import EXPERT_LAYERS, PLACEMENTS, UNCERTAIN
 
 # An adapter's names: the canonical name of each kind of module, and its own.
 Vocabulary = Mapping[str, str]
@@ -27,8 +27,18 @@ def are_releases(one: str, other: str) -> bool:
     """
     if renamed(one) != one or renamed(other) != other or "experts" in one:
         return True
-    *_, shortest = _starts_of_equals(one.split("."), other.split("."))
-    return any(shortest in family.items() for family in _PLACEMENTS)
+    return _is_placed(one, other, _PLACEMENTS)
+
+
+def _is_older(one: str, other: str) -> bool:
+    """Returns True if releases have renamed a module from one name to the other."""
+    return renames(one) > renames(other) or _is_placed(one, other, PLACEMENTS)
+
+
+def _is_placed(one: str, other: str, placements: Iterable[Mapping[str, str]]) -> bool:
+    """Returns True if two names of one module differ as parts of a model that has been moved."""
+    *_, shortest = (one, other), *_starts_of_equals(one.split("."), other.split("."))
+    return any(pair in x.items() for x in placements for pair in ((one, other), shortest))
 
 
 class Names:
@@ -39,16 +49,21 @@ class Names:
         keys: canonical names of all kinds of modules.
 
     Attributes:
-        target: place of the adapter whose names these are. Of those that show a name for every
-            kind, it is the first of those with the most names of their own.
+        target: place of the adapter whose names these are. It shows a name for every kind. Of
+            several that do, it is the first with the fewest names that others have newer ones for,
+            and among these with the most names of its own: the newest release reads them.
         chosen: the name of each kind.
         missing: a kind whose name the target does not show; None if there is none.
     """
 
     def __init__(self, vocabularies: Sequence[Vocabulary], keys: Sequence[str]) -> None:
+        older = _older_names(vocabularies)
         order = sorted(
             range(len(vocabularies)),
-            key=lambda t: sum(key not in vocabularies[t] for key in keys),
+            key=lambda t: (
+                sum(name in older[key] for key, name in vocabularies[t].items()),
+                sum(key not in vocabularies[t] for key in keys),
+            ),
         )
         ways = {t: _Way(vocabularies, t) for t in order}
         found = {t: {key: ways[t].name(key) for key in keys} for t in order}
@@ -60,6 +75,18 @@ class Names:
     def moved(self, own: str) -> str | None:
         """Returns the target's name for another adapter's; None if it is not certain."""
         return self._way.moved(own)
+
+
+def _older_names(vocabularies: Iterable[Vocabulary]) -> dict[str, set[str]]:
+    """Returns the names of each kind of module that some adapter has a newer name for."""
+    shown: dict[str, dict[str, None]] = {}
+    for vocabulary in vocabularies:
+        for key, name in vocabulary.items():
+            shown.setdefault(key, {})[name] = None
+    return {
+        key: {name for name in names if any(_is_older(name, x) for x in names if x != name)}
+        for key, names in shown.items()
+    }
 
 
 class _Way:
@@ -143,7 +170,7 @@ def _moves(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:
                 moves[start] = None
     for family in _PLACEMENTS:
         if any(moves.get(start) == there for start, there in family.items()):
-            moves = {**family, **moves}
+            moves = {**family, **dict.fromkeys(UNCERTAIN), **moves}
     return moves
 
 

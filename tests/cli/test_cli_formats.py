@@ -149,6 +149,28 @@ def test_a_merge_is_of_the_format_of_all_adapters(coremerge, save, tmp_path, to)
     assert "another kind of output (PEFT adapter, not" in refused.err
 
 
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "mlx"])
+def test_a_plan_refuses_what_the_format_cannot_hold(coremerge, save, tmp_path, to):
+    modules = {**UNET, "model.layers.0.q_proj": (12, 10)}
+    sources = [save(name, 2, modules) for name in "ab"]
+    args = ["merge", *sources, "--to", to, "--dry-run"]
+    result = coremerge(*args)
+    assert result.code == 1
+    assert re.search(r"module '\S+' (is|has) .*--to", result.err), result.err
+    assert coremerge(*args[:-2], "peft", "--dry-run").code == 0
+    assert coremerge("merge", *sources, "--to", to, "-o", tmp_path / "out").err == result.err
+
+
+@pytest.mark.parametrize(("to", "stays"), [("peft", False), ("mlx", True), ("orbax", True)])
+def test_files_beside_an_adapter_go_to_peft_only(coremerge, save, tmp_path, to, stays):
+    source = save("a", 2, {Q: (16, 12)})
+    (source / "value_head.bin").write_bytes(b"weights")
+    result = coremerge("convert", source, "--to", to, "-o", tmp_path / "out")
+    assert result.code == 0
+    assert ("(value_head.bin) stay behind" in result.err) == stays
+    assert (tmp_path / "out" / "value_head.bin").exists() != stays
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
 def test_keys_are_those_of_the_adapters(coremerge, save, tmp_path, prefix):
     sources = [save(name, 2, {Q: (16, 12)}) for name in "ab"]

@@ -52,6 +52,20 @@ def test_says_why_adapters_cannot_be_merged(coremerge, save):
     assert "'org/b'" in report["reason"]
 
 
+def test_says_which_format_adapters_have(coremerge, save, tmp_path):
+    unet = {f"unet.mid_block.attentions.0.{x}": (4, 6) for x in ("proj_in", "proj_out")}
+    sources = []
+    for name, to in (("a", "peft"), ("b", "kohya"), ("c", "kohya"), ("d", "diffusers")):
+        sources.append(tmp_path / f"{name}-{to}")
+        coremerge("convert", save(name, 2, unet), "--to", to, "-o", sources[-1])
+    lines = coremerge("inspect", *sources).out.splitlines()
+    assert "b-kohya, c-kohya are kohya adapters" in lines
+    assert "d-diffusers is a diffusers adapter" in lines
+    assert not any(" PEFT adapter" in line for line in lines)
+    report = json.loads(coremerge("inspect", sources[1], "--json").out)
+    assert report["adapters"][0]["format"] == "kohya adapter"
+
+
 def test_extras(coremerge, save):
     path = save("math", extras={"head.weight": np.ones((2, 2), np.float32)})
     assert "math has extras: head.weight" in coremerge("inspect", path).out

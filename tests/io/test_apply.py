@@ -421,10 +421,64 @@ def test_names_that_end_like_those_of_several_tensors(base, rng):
     assert "'m.layers.0.q' ends like both" in message
     assert all(repr(name) in message for name in names)
     # Each alone is certain, but then one model of the adapter is two of the base.
-    names = ["a.text.layers.0.q.weight", "b.vision.layers.0.v.weight"]
+    names = ["a.one.layers.0.q.weight", "b.other.layers.0.v.weight"]
     folder = base(weights(rng, [(name, (4, 6)) for name in names]), name="apart")
     message = refusal(linear(rng, dict.fromkeys(("m.layers.0.q", "m.layers.0.v"), (4, 6))), folder)
-    assert "begin with 'm.layers' end like tensors of both 'a.text.layers' and 'b.vision" in message
+    assert "begin with 'm.layers' end like tensors of both 'a.one.layers' and 'b.other" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "tensors"),
+    [
+        # A tower whose own names are others; without its prefix, they are the language model's.
+        ("vision_tower.layers.0.q", ["language_model.model.layers.0.q", "vision_tower.stem"]),
+        ("visual.layers.0.q", ["layers.0.q", "visual.blocks.0.q"]),
+        ("model.vision_tower.trunk.layers.0.q", ["model.layers.0.q", "vision_model.layers.0.qkv"]),
+        # The other way round
+        ("model.language_model.layers.0.o_proj", ["visual.encoder.layers.0.out_proj"]),
+    ],
+)
+def test_no_tensor_of_another_tower_is_taken(base, rng, path, tensors):
+    folder = base(weights(rng, [(f"{name}.weight", (4, 6)) for name in tensors]))
+    message = refusal(linear(rng, {path: (4, 6)}), folder)
+    assert repr(path) in message
+    assert "nearest" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "tensor"),
+    [("vision_model.layers.0.q", "layers.0.q"), ("layers.0.q", "vision_model.layers.0.q")],
+)
+def test_a_base_that_is_a_tower_alone(base, rng, path, tensor):
+    folder = base(weights(rng, [(f"{tensor}.weight", (4, 6)), ("post.weight", (4, 6))]))
+    report = cm.apply_adapter(linear(rng, {path: (4, 6)}), folder, folder.parent / "out")
+    assert report.modules[path].tensor == f"{tensor}.weight"
+
+
+def test_trained_weights_by_names_of_another_release_than_all_modules(base, rng):
+    q, gate = "model.layers.0.self_attn.q_proj", "model.layers.0.block_sparse_moe.gate.weight"
+    expert = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    folder = base(weights(rng, [(f"{q}.weight", (4, 6)), (gate, (2, 6)), (expert, (6, 4))]))
+    # What the base has in parts only is no new module.
+    parts = {"model.layers.0.mlp.experts.down_proj": exact(rng, 24).reshape(1, 6, 4)}
+    message = refusal(linear(rng, {q: (4, 6)}, extras=parts), folder)
+    assert "no place for the adapter's 'model.layers.0.mlp.experts.down_proj'" in message
+    value = exact(rng, 2, 6)
+    new = {"model.layers.0.mlp.gate.weight": value, "score.weight": exact(rng, 3, 6)}
+    adapter = linear(rng, {q: (4, 6)}, extras=new)
+    report = cm.apply_adapter(adapter, folder, folder.parent / "out")
+    assert (report.replaced, report.appended) == ([gate], ["score.weight"])
+    assert np.array_equal(tensors(folder.parent / "out")[gate], value)
+
+
+def test_experts_of_a_model_with_more_of_them(base, rng):
+    names = [f"layers.0.experts.{e}.{x}.weight" for e in range(3) for x in ("w1", "w3")]
+    folder = base(weights(rng, [(name, (4, 6)) for name in names]))
+    paths = [f"layers.0.experts.gate_up_proj[{e}]" for e in range(2)]
+    modules = {path: update(rng, 8, 6, cm.Kind("expert")) for path in paths}
+    message = refusal(cm.Adapter(modules), folder)
+    assert "3 tensors 'layers.0.experts.#.w1.weight', but the adapter has 2 experts" in message
+    assert repr(paths[0]) in message
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,34 @@ FAMILIES = {
         "lora_unet_blocks_0_cross_attn_k_img": "diffusion_model.blocks.0.cross_attn.k_img",
         "lora_unet_blocks_0_ffn_0": "diffusion_model.blocks.0.ffn.0",
     },
+    "Chroma": {
+        "lora_unet_double_blocks_0_img_attn_qkv": "diffusion_model.double_blocks.0.img_attn.qkv",
+        "lora_unet_distilled_guidance_layer_layers_0_in_layer": (
+            "diffusion_model.distilled_guidance_layer.layers.0.in_layer"
+        ),
+    },
+    "LTX": {
+        "lora_unet_transformer_blocks_0_attn2_to_out_0": (
+            "diffusion_model.transformer_blocks.0.attn2.to_out.0"
+        ),
+        "lora_unet_adaln_single_linear": "diffusion_model.adaln_single.linear",
+    },
+    "Cosmos": {
+        "lora_unet_blocks_0_adaln_modulation_self_attn_1": (
+            "diffusion_model.blocks.0.adaln_modulation_self_attn.1"
+        ),
+        "lora_unet_blocks_0_cross_attn_output_proj": (
+            "diffusion_model.blocks.0.cross_attn.output_proj"
+        ),
+    },
+    "HiDream": {
+        "lora_unet_double_stream_blocks_0_block_ff_i_experts_0_w1": (
+            "diffusion_model.double_stream_blocks.0.block.ff_i.experts.0.w1"
+        ),
+        "lora_unet_double_stream_blocks_0_block_attn1_to_q_t": (
+            "diffusion_model.double_stream_blocks.0.block.attn1.to_q_t"
+        ),
+    },
     "transformers by diffusers' names": {
         "lora_transformer_transformer_blocks_0_attn_to_add_out": (
             "transformer.transformer_blocks.0.attn.to_add_out"
@@ -208,6 +236,20 @@ def test_any_name_comes_back(words):
     paths = unflatten(names)
     flat = flatten_all(paths.values())
     assert [flat[paths[name]] for name in names] == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("diffusion_model.blocks.0.self_attn.q", "lora_unet_blocks_0_self_attn_q"),
+        ("diffusion_model.x", "model.diffusion_model.x"),
+        ("unet.conv_in", "lora_unet_conv_in"),
+        ("lora_te_x", "lora_te1_x"),
+    ],
+)
+def test_one_module_in_two_spellings_is_refused(rng, write, names):
+    source = write(pair(rng, names[0]) | pair(rng, names[1]))
+    refused(source, *map(repr, names), "expected one update a module", error=cm.FormatError)
 
 
 def test_modules_with_one_name_are_not_written(rng, tmp_path):
@@ -326,9 +368,10 @@ def test_diffusers_keys_of_all_releases(rng, write):
         tensors |= pair(rng, stem, ends=ends)
     old = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora"
     tensors |= pair(rng, old, ends=("down.weight", "up.weight"))
+    tensors |= pair(rng, "unet.base_model.model.conv_out")
     adapter = cm.open_adapter(write(tensors))
     out = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    assert set(adapter) == {*stems, out}
+    assert set(adapter) == {*stems, out, "unet.conv_out"}
     assert_update(adapter, out, tensors[f"{old}.up.weight"] @ tensors[f"{old}.down.weight"])
     assert adapter.metadata.format == "diffusers"
 
@@ -405,8 +448,10 @@ def test_a_language_model_is_no_pipeline(rng, write):
     "ends", [("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")]
 )
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_original_names(rng, write, ends, prefix):
-    stem = "diffusion_model.blocks.0.self_attn.q"
+@pytest.mark.parametrize(
+    "stem", ["diffusion_model.blocks.0.self_attn.q", "text_encoders.t5xxl.transformer.encoder.q"]
+)
+def test_original_names(rng, write, ends, prefix, stem):
     tensors = pair(rng, prefix + stem, ends=ends)
     plain = cm.open_adapter(write(tensors))
     assert np.array_equal(plain[stem].b, tensors[f"{prefix}{stem}.{ends[1]}"])
@@ -550,6 +595,43 @@ def test_mlx_folders_that_are_refused(rng, write, tensors, config, message):
     own, fields = mlx(rng)
     source = write({**own, **more}, "m/adapters.safetensors", adapter_config=fields | config)
     refused(source.parent, message)
+
+
+def test_adapters_of_mlx_vlm(rng, write):
+    """``A`` is (inputs, r), ``B`` is (r, outputs), and alpha is the scale, whatever the rank."""
+    stem = "language_model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.A": draw(rng, 6, 2), f"{stem}.B": draw(rng, 2, 4)}
+    config = {"rank": 2, "alpha": 0.5, "dropout": 0.1}
+    source = write(tensors, "m/adapters.safetensors", adapter_config=config)
+    adapter = cm.open_adapter(source.parent)
+    assert_update(adapter, stem, 0.5 * (tensors[f"{stem}.A"] @ tensors[f"{stem}.B"]).T)
+    assert adapter.metadata.format == "mlx"
+    write(tensors, "m/adapters.safetensors", adapter_config={"rank": 2})
+    refused(source, "no alpha; expected that of the training by mlx-vlm")
+    mixed = {**tensors, "x.A": draw(rng, 6, 2), "x.lora_b": draw(rng, 2, 4)}
+    refused(
+        write(mixed, "n/adapters.safetensors", adapter_config=config),
+        "module 'x' has A and lora_b only",
+    )
+
+
+def test_mlx_calls_a_language_model_in_another_by_its_own_name(rng, tmp_path):
+    """It passes over names that it does not know."""
+    names = {
+        "model.language_model.layers.0.self_attn.q_proj": (
+            "language_model.model.layers.0.self_attn.q_proj"
+        ),
+        "model.language_model.layers.0.mlp.experts.0.up_proj": (
+            "language_model.model.layers.0.mlp.switch_mlp.up_proj"
+        ),
+        "lm_head": "language_model.lm_head",
+    }
+    save(cm.Adapter({path: update(rng) for path in names}), tmp_path / "out", "mlx")
+    written = load_file(tmp_path / "out" / "adapters.safetensors")
+    assert written.keys() == {f"{name}.lora_{x}" for name in names.values() for x in "ab"}
+    again = cm.open_adapter(tmp_path / "out")
+    save(again, tmp_path / "again", "mlx")
+    assert load_file(tmp_path / "again" / "adapters.safetensors").keys() == written.keys()
 
 
 def test_an_mlx_file_needs_its_configuration(rng, write):
@@ -771,6 +853,12 @@ def test_diffusers_finds_ranks_and_scaling_in_the_header(rng, tmp_path):
         ("transformer.x", cm.Kind(), "original", "has diffusers' name for a layer"),
         ("layers.0.q", cm.Kind(), "original", "is no part of an image or video model"),
         ("unet.x", cm.Kind(), "mlx", "which mlx-lm does not load"),
+        ("transformer.transformer_blocks.0.x", cm.Kind(), "mlx", "which mlx-lm does not load"),
+        ("model.visual.blocks.0.attn.qkv", cm.Kind(), "mlx", "is of a vision or audio model"),
+        ("vision_tower.blocks.0.attn.qkv", cm.Kind(), "mlx", "is of a vision or audio model"),
+        ("conv", CONV, "orbax", "is a convolution, which orbax adapters cannot hold"),
+        ("embed", "embedding", "orbax", "is an embedding, which orbax adapters cannot hold"),
+        ("x.experts[0]", cm.Kind("expert"), "orbax", "is an expert of a fused parameter"),
         ("conv", CONV, "mlx", "is a convolution, which MLX adapters cannot hold"),
         ("x.experts[0]", cm.Kind("expert"), "mlx", "is an expert of a fused parameter"),
         (
@@ -790,6 +878,14 @@ def test_what_a_format_cannot_hold_is_refused_by_name(rng, tmp_path, path, kind,
         save(adapter, tmp_path / "out", to)
     assert repr(path) in str(caught.value) or ".experts." in path
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_by_the_names_of_two_tools_are_not_written(rng, tmp_path):
+    """As in a merge of two adapters for SDXL, which share a text encoder only."""
+    paths = ("diffusion_model.input_blocks.4.1.proj_in", "unet.down_blocks.1.attentions.0.proj_in")
+    adapter = cm.Adapter({path: update(rng) for path in paths})
+    with pytest.raises(cm.UnsupportedError, match="have the names of two tools"):
+        save(adapter, tmp_path / "out", "kohya")
 
 
 @pytest.mark.parametrize("to", MADE)
@@ -825,6 +921,27 @@ def test_merges_read_and_write_them(rng, tmp_path):
         assert np.allclose(mean[path].dense(), expected, atol=1e-5)
 
 
+def test_a_merge_has_the_fields_of_the_header_that_all_adapters_have(rng, write, tmp_path):
+    common = {"format": "pt", "ss_base_model_version": "sd_v1", "ss_network_dim": "2"}
+    opened = [
+        cm.open_adapter(write(kohya(rng, "lora_unet_conv_in"), f"{i}.safetensors", common | own))
+        for i, own in enumerate(
+            [
+                {"ss_sd_model_name": "a.safetensors", "ss_steps": "9"},
+                {"ss_sd_model_name": "b.safetensors", "modelspec.architecture": "x" * 10_000},
+            ]
+        )
+    ]
+    merged = cm.merge(opened, cm.mean())
+    named = r"stay behind.* ss_sd_model_name, ss_steps, modelspec.architecture"
+    for to, kept in (("kohya", "sd_v1"), ("peft", None)):
+        with pytest.warns(CoreMergeWarning, match=named if kept else "and 1 more"):
+            save(merged, tmp_path / to, to)
+        with safe_open(the_file(tmp_path / to), "numpy") as file:
+            assert file.metadata().get("ss_base_model_version") == kept
+            assert "ss_steps" not in file.metadata()
+
+
 # --- Not known ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("keys", "message"),
@@ -833,6 +950,14 @@ def test_merges_read_and_write_them(rng, tmp_path):
         (["double_blocks.0.processor.qkv_lora1.down.weight"], "XLabs"),
         (["x.diff"], "differences of whole weights"),
         (["emb_params"], "a textual inversion"),
+        (["<cat-toy>"], "a textual inversion"),
+        (["control_model.zero_convs.0.0.weight"], "a ControlNet"),
+        (["ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
+        (["state.0.exp_avg", "state.0.step"], "the state of an optimizer"),
+        (["base_model.model.q.oft_R.weight"], "OFT"),
+        (["base_model.model.q.ia3_l"], "IA3"),
+        (["model.diffusion_model.out.2.weight", "first_stage_model.x"], "a checkpoint of an image"),
+        (["decoder.conv_in.weight", "encoder.conv_in.weight"], "a VAE"),
         (["x.base.layer\x1b[31m"], r"it has the tensor 'x.base.layer\x1b[31m'"),
     ],
 )
@@ -850,6 +975,8 @@ def test_files_that_no_format_has_are_told_by_a_key(write, keys, message):
         ("pytorch_lora_weights.bin", "diffusers' LoRA as a pickle file"),
         ("adapters.npz", "a NumPy archive"),
         ("lora.zip", "an archive; unpack it"),
+        ("flax_model.msgpack", "flax's parameters"),
+        ("model.keras", "a Keras file"),
         ("broken.safetensors", "not a readable safetensors file"),
         ("notes.txt", "is a file; expected"),
     ],
@@ -861,6 +988,33 @@ def test_files_that_no_format_has_are_told_by_their_names(tmp_path, name, messag
         refused(tmp_path, "no adapter in this folder; it has", name, message, error=cm.FormatError)
 
 
+def test_a_folder_of_checkpoints_of_other_tools_names_them(rng, write):
+    for n in (5, 9):
+        write(kohya(rng, "lora_unet_x"), f"run/checkpoint-{n}/pytorch_lora_weights.safetensors")
+    source = write({}, "run/logs/").parent
+    refused(source, "but folders, 'checkpoint-5' to ", "give one", error=cm.FormatError)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "weights of a"),
+        (["unet/model.safetensors", "vae/model.safetensors"], "a pipeline of diffusers"),
+    ],
+)
+def test_a_base_model_is_told(write, tmp_path, files, message):
+    (tmp_path / "model_index.json").write_text("{}")
+    for file in files:
+        write({"x.weight": np.ones((2, 2), np.float32)}, file)
+    refused(tmp_path, "no adapter in this folder; it has", message, error=cm.FormatError)
+
+
+def test_an_ending_may_be_in_capitals(rng, write):
+    assert list(cm.open_adapter(write(kohya(rng, "lora_unet_x"), "X.SAFETENSORS"))) == [
+        "lora_unet_x"
+    ]
+
+
 def test_a_file_that_is_not_there(tmp_path):
     refused(tmp_path / "x.safetensors", "x.safetensors: no such file", error=cm.FormatError)
 
@@ -870,4 +1024,7 @@ def test_a_folder_with_several_files(rng, write, tmp_path):
         write(kohya(rng, "lora_unet_x"), f"{name}.safetensors")
     refused(tmp_path, "3 files that are adapters, 'a.safetensors' to 'c.safetensors'")
     assert list(cm.open_adapter(tmp_path / "b.safetensors")) == ["lora_unet_x"]
+    for name in ("a", "c"):
+        write({"exp_avg": np.ones(2, np.float32)}, f"{name}.safetensors")
+    refused(tmp_path, "3 files, of which 'b.safetensors' is an adapter; give that file")
     assert list(cm.io.hash_source(tmp_path / "b.safetensors")) == ["b.safetensors"]

@@ -182,8 +182,8 @@ Q = "model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("path", "kind", "config", "error", "message"),
     [
-        ("model.embed_tokens", cm.Kind("embedding"), {}, cm.UnsupportedError, "is embedding; to"),
-        ("model.layers.0.mlp.w[0]", cm.Kind("expert"), {}, cm.UnsupportedError, "is expert; to"),
+        ("model.embed_tokens", cm.Kind("embedding"), {}, cm.UnsupportedError, "is an embedding; "),
+        ("model.layers.0.mlp.w[0]", cm.Kind("expert"), {}, cm.UnsupportedError, "is an expert of"),
         (Q, cm.Kind(transposed=True), {}, cm.UnsupportedError, "is a transposed layer"),
         ("model.layers.2.self_attn.q_proj", cm.Kind(), {}, cm.UnsupportedError, "of this size"),
         ("model.vision.fc1", cm.Kind(), {}, cm.UnsupportedError, "no linear layer of attention"),

@@ -10,6 +10,8 @@ import pytest
 
 import coremerge_jax as cm
 from coremerge_jax.errors import CoreMergeWarning
+from coremerge_jax.io.base_model.tensor_names import find_tensors
+from coremerge_jax.io.module_paths import split_expert
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.naming.pieces import fused
 from coremerge_jax.naming.spelling import canonical
@@ -147,6 +149,16 @@ MODELS = {
         ATTENTION,
         EXPERTS,
     ),
+    "aria": lambda: (
+        transformers.AriaForConditionalGeneration,
+        transformers.AriaConfig(
+            text_config={**TEXT, "moe_num_experts": 2, "moe_topk": 1},
+            vision_config={**VISION, "model_type": "idefics3_vision"},
+            projector_patch_to_query_dict={4: 2},
+        ),
+        [*ATTENTION, "fc1"],
+        EXPERTS,
+    ),
     "vit": lambda: (
         transformers.ViTForImageClassification,
         transformers.ViTConfig(**VISION, num_labels=3),
@@ -197,6 +209,46 @@ def test_what_peft_merges_and_transformers_saves(tmp_path, case):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
     changed = [name for name, value in theirs.items() if not np.array_equal(value, before[name])]
     assert len(changed) >= len({path.partition("[")[0] for path in adapter})
+
+
+SEGFORMER = {
+    "depths": [1] * 4,
+    "hidden_sizes": [8, 8, 16, 16],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+    "num_labels": 3,
+}
+
+# Model and configuration, and what is trained beside the queries, whose names are the same in all
+# releases or not.
+BESIDE = {
+    "mixtral": (MODELS["mixtral"]()[:2], {"modules_to_save": ["gate"]}),
+    "vit": (MODELS["vit"]()[:2], {"modules_to_save": ["mlp"]}),
+    "segformer": (
+        (
+            transformers.SegformerForSemanticSegmentation,
+            transformers.SegformerConfig(**SEGFORMER),
+        ),
+        {"bias": "all"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_weights_that_are_trained_beside_an_adapter(tmp_path, case):
+    (kind, config), options = BESIDE[case]
+    torch.manual_seed(0)
+    model = kind(config).float()
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
+    model = randomized(peft.get_peft_model(model, settings))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    cm.apply_adapter(cm.open_peft(tmp_path / "adapter"), tmp_path / "base", tmp_path / "out")
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "peft")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
 LAYER = "layers.1.self_attn.q_proj.weight"
@@ -294,6 +346,35 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("case", ["llava", "vit"])
+def test_peft_loads_a_merge_with_an_older_adapter_in_any_order(tmp_path, case, order):
+    kind, config, *_ = MODELS[case]()
+    torch.manual_seed(0)
+    kind(config).float().save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = kind.from_pretrained(tmp_path / "base")
+    randomized(peft.get_peft_model(model, settings)).save_pretrained(tmp_path / "new")
+    queries = ("q_proj.weight", "query.weight")
+    old = {
+        name.removesuffix(".weight"): cm.LoRA(np.ones((4, 16), "f"), np.ones((16, 4), "f"))
+        for name in tensors(tmp_path / "base")
+        if name.endswith(queries)
+    }
+    adapters = [cm.open_peft(tmp_path / "new"), cm.Adapter(old)][::order]
+    with pytest.warns(CoreMergeWarning, match="names the same modules in another way"):
+        merged = cm.merge(adapters, cm.task_arithmetic())
+    assert len(merged) == len(old)
+    save_peft(merged, tmp_path / "merged")
+    model = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(tmp_path / "base"), tmp_path / "merged"
+    )
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    before, theirs = tensors(tmp_path / "base"), tensors(tmp_path / "peft")
+    changed = [name for name in before if not np.array_equal(before[name], theirs[name])]
+    assert {name.removesuffix(".weight") for name in changed} == old.keys()
+
+
 @pytest.mark.parametrize("case", LAYERS)
 def test_peft_loads_a_merge_of_adapters_of_two_releases(tmp_path, case):
     kind, config, modules, parameters = MODELS[case]()
@@ -329,3 +410,91 @@ def test_peft_loads_a_merge_of_adapters_of_two_releases(tmp_path, case):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+FEW = {
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"),
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+}
+TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION")
+
+
+def shrink(config):
+    """Leaves a model two layers and four experts, as far as its configuration has usual fields."""
+    for value in vars(config).values():
+        if isinstance(value, transformers.PretrainedConfig):
+            shrink(value)
+    for count, fields in ((2, FEW["layers"]), (4, FEW["experts"])):
+        for field in fields:
+            if isinstance(getattr(config, field, None), int):
+                setattr(config, field, min(count, getattr(config, field)))
+    return config
+
+
+def numbered(model):
+    """Its tensors as it has and as it saves them: small ones, of numbers that occur only once."""
+    memory = {}
+    for i, (name, tensor) in enumerate(model.state_dict().items()):
+        shape = [size if size <= 64 else size // 64 for size in tensor.shape]
+        memory[name] = torch.arange(int(np.prod(shape))).reshape(shape) + (i << 32)
+    saved = transformers.core_model_loading.revert_weight_conversion(model, dict(memory))
+    return memory, saved
+
+
+def adapted(model):
+    """Kind of each module that an adapter can have, and the tensor with its weight."""
+    kinds = {torch.nn.Linear: cm.Kind(), torch.nn.Embedding: cm.Kind("embedding", transposed=True)}
+    for path, module in model.named_modules():
+        if type(module) in kinds:
+            yield path, kinds[type(module)], f"{path}.weight"
+        for name, value in module.named_parameters(recurse=False):
+            if value.ndim == 3 and path.endswith("experts"):
+                for e in range(min(len(value), 64)):
+                    yield f"{path}.{name}[{e}]", cm.Kind("expert"), f"{path}.{name}"
+
+
+def families():
+    modeling = transformers.models.auto.modeling_auto
+    mappings = [getattr(modeling, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS]
+    for model_type in transformers.CONFIG_MAPPING:
+        for mapping in (*mappings, modeling.MODEL_MAPPING_NAMES):
+            if isinstance(mapping.get(model_type), str):
+                yield model_type, mapping[model_type]
+
+
+def built(model_type, name):
+    """Its modules that adapters can have, and its tensors; None if it needs other libraries."""
+    try:
+        config = shrink(transformers.CONFIG_MAPPING[model_type]())
+        with torch.device("meta"):
+            model = getattr(transformers, name)(config)
+        return {path: (kind, weight) for path, kind, weight in adapted(model)}, *numbered(model)
+    except Exception:
+        return None
+
+
+def found(kinds, saved):
+    """The tensors of each module, by its path; none if they are refused."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            sites = find_tensors(kinds, saved, "base")[1]
+    except cm.MismatchError:
+        return {}
+    return {path: [site.tensor for site in there] for path, there in sites.items()}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(8))
+def test_no_module_of_any_model_is_taken_for_another(part):
+    # Each is found where transformers saves it, alone and with all others, or refused.
+    models = [(name, built(model_type, name)) for model_type, name in [*families()][part::8]]
+    models = [(name, *model) for name, model in models if model is not None]
+    assert len(models) > 50
+    for name, modules, memory, saved in models:
+        kinds = {path: kind for path, (kind, _) in modules.items()}
+        for wanted in (kinds, *({path: kind} for path, kind in kinds.items())):
+            for path, there in found(wanted, saved).items():
+                value = memory[modules[path][1]]
+                value = value[split_expert(path)[1]] if path.endswith("]") else value
+                for tensor in there if value.numel() else ():
+                    assert torch.isin(saved[tensor], value).any(), (name, path, tensor)

@@ -140,7 +140,7 @@ def test_shards_are_read_as_one_file(load, write, factors, indexed):
         assert np.array_equal(adapter[path].b, lora.b)
     assert not adapter.metadata.beside
     (folder / names[1]).unlink()
-    assert (f"{names[1]}: missing" if indexed else "only") in refusal(folder)
+    assert (f"{names[1]}: missing" if indexed else "number 2 of the 2 files") in refusal(folder)
     if indexed:
         index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
         assert "is not the name of a file" in refusal(folder)

@@ -101,6 +101,20 @@ NAMINGS = {
             "down": "vit.layers.0.mlp.fc2",
         },
     ),
+    "swin": (
+        {
+            "q": "swin.encoder.layers.0.blocks.0.attention.self.query",
+            "up": "swin.encoder.layers.0.blocks.0.intermediate.dense",
+        },
+        {
+            "q": "swin.encoder.layers.0.blocks.0.attention.q_proj",
+            "up": "swin.encoder.layers.0.blocks.0.mlp.fc1",
+        },
+    ),
+    "dinov2_attention": (
+        {"q": "dinov2.encoder.layer.0.attention.attention.query", "v": "classifier"},
+        {"q": "dinov2.encoder.layer.0.attention.q_proj", "v": "classifier"},
+    ),
     "dinov2": (
         {"gate+up": "encoder.layer.0.mlp.weights_in", "down": "encoder.layer.0.mlp.weights_out"},
         {
@@ -213,7 +227,9 @@ def test_layers_of_experts_win_and_parameters_win_over_lists_of_them(rng):
     for case, winner in {"mixtral": 0, "qwen3_moe": 0, "gpt_oss": 0}.items():
         for order in (1, -1):
             names = NAMINGS[case]
-            result = aligned([by_naming(rng, x, "x") for x in names[::order]])
+            with pytest.warns(CoreMergeWarning) as told:
+                result = align([by_naming(rng, x, "x") for x in names[::order]])
+            assert ("has experts in layers" in str(told[0].message)) == (case != "gpt_oss")
             assert set(result[0]) == set(dict(modules(names[winner])))
 
 
@@ -231,6 +247,26 @@ def test_nothing_changes_where_names_are_alike(rng):
         adapters = [made(rng, paths) for paths in (first, second)]
         result = align(adapters)
         assert all(x is y for x, y in zip(result, adapters, strict=True))
+
+
+def test_layers_of_one_model_whose_names_differ(rng):
+    attention, moe = "model.layers.{}.self_attn.{}".format, "model.layers.0.{}.experts.0.{}".format
+    # MiniMax, with and without linear attention in a layer
+    own = [attention(0, "o_proj"), attention(1, "out_proj")]
+    for paths, others in ((own, own), (own, own[:1]), (own, own[1:])):
+        adapters = [made(rng, paths), made(rng, others)]
+        assert all(x is y for x, y in zip(align(adapters), adapters, strict=True))
+    adapters = [
+        made(rng, [*own, moe("block_sparse_moe", "w1")]),
+        made(rng, [*own, moe("mlp", "gate_proj")]),
+    ]
+    one, other = aligned(adapters)
+    assert set(one) == set(other)
+    assert set(own) < set(one)
+    # All of them are called so in an older release of another model
+    old = made(rng, [attention(i, "out_proj") for i in range(2)])
+    renamed = aligned([old, made(rng, [attention(0, "o_proj")])])[0]
+    assert list(renamed) == [attention(i, "o_proj") for i in range(2)]
 
 
 LEARNED = {
@@ -358,9 +394,26 @@ def test_traced_adapters(rng):
     assert all(distance(found[x], one[x] + other[x]) < 1e-6 for x in found)
 
 
+@pytest.mark.parametrize("case", ["qwen2_vl", "llava", "vit", "swin", "dinov2_attention"])
+def test_newer_names_win_in_any_order(rng, case):
+    old, new = NAMINGS[case]
+    for order in (1, -1):
+        adapters = [by_naming(rng, x, "x") for x in (old, new)][::order]
+        assert [set(x) for x in aligned(adapters)] == [set(dict(modules(new)))] * 2
+
+
+@pytest.mark.parametrize(("case", "winner"), [("qwen2_vl", 1), ("vit", 1), ("llava", 0)])
+def test_newer_names_win_if_they_are_certain_for_all(rng, case, winner):
+    # The older adapter has a vision tower, and the newer one does not show what it is called now.
+    old, new = NAMINGS[case]
+    part = {weight: path for weight, path in new.items() if case == "vit" or weight != "v"}
+    adapters = [by_naming(rng, x, "x") for x in (old, part)]
+    assert set(aligned(adapters)[0]) == set(dict(modules((old, new)[winner])))
+
+
 def test_what_else_reads_several_adapters_has_the_common_names(rng):
     adapters = [by_naming(rng, x, f"t{i}") for i, x in enumerate(NAMINGS["qwen2_vl"])]
-    expected = list(adapters[0])
+    expected = list(adapters[1])
     with pytest.warns(CoreMergeWarning):
         assert list(cm.project(adapters).order) == expected
     with pytest.warns(CoreMergeWarning):

@@ -78,7 +78,9 @@ def split_modules(
     return respell(adapter, pieces, adapter.extras), placed
 
 
-def _check_experts(base: BaseModel, outline: Adapter, sites: Mapping[str, tuple[Site, ...]]) -> None:
+def _check_experts(
+    base: BaseModel, outline: Adapter, sites: Mapping[str, tuple[Site, ...]]
+) -> None:
     """Checks that experts of a parameter are all those that the base has tensors for.
 
     peft adapts the parameter as a whole. Fewer are those of another model, or of one of several
@@ -102,7 +104,7 @@ def _check_experts(base: BaseModel, outline: Adapter, sites: Mapping[str, tuple[
             )
 
 
-base: BaseModel, path: str, lora: LoRA, sites: tuple[Site, ...]) -> list[int]:
+def _part_rows(base: BaseModel, path: str, lora: LoRA, sites: tuple[Site, ...]) -> list[int]:
     """Returns the number of a fused module's rows in each tensor."""
     m, n = lora.shape
     shapes = {site.tensor: base.floating(site.tensor).shape for site in sites}

@@ -13,6 +13,7 @@ from coremerge_jax.io.base_model.tensor_names import Names, nearest_tensors
 from coremerge_jax.io.module_paths import LORA_BIAS, TOKENS, unwrapped
 from coremerge_jax.io.tensors import LazyTensor
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
+from coremerge_jax.naming.spelling import canonical, template
 from coremerge_jax.trees import fold as addition
 
 
@@ -102,13 +103,25 @@ def _check(base: BaseModel, tensor: str, name: str, value: Array) -> None:
 
 
 def _is_new(base: BaseModel, tensor: str, outline: Adapter) -> bool:
-    """Returns True if a tensor belongs to a module that the base lacks, such as a classifier."""
+    """Returns True if a tensor belongs to a module that the base lacks, such as a classifier.
+
+    It does not if it is in a layer: the base has that by another name, or in parts.
+    """
     owner, _, leaf = tensor.rpartition(".")
     known = any(name.startswith(f"{owner}.") for name in base.shard)
     alone = leaf == "bias" and not any(
         name.endswith(f"{owner.rpartition('.')[2]}.weight") for name in outline.extras
     )
-    return not known and not alone
+    return not known and not alone and not _is_in_layer(base, tensor)
+
+
+def _is_in_layer(base: BaseModel, tensor: str) -> bool:
+    """Returns True if a tensor is in a numbered layer, of a part that the base has."""
+    path = canonical(tensor)
+    first = path.partition(".")[0]
+    return "#" in template(path) and any(
+        canonical(name).partition(".")[0] == first for name in base.shard
+    )
 
 
 def _token_rows(base: BaseModel, tensor: str, path: str, value: Array, outline: Adapter) -> Rows:

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, found by the names that an adapter has for their modules."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -91,7 +92,7 @@ def find_tensors(
     prefixes = _prefixes(modules, tensors)
     if found := _find(plain, prefixes, tensors, where):
         _check_towers(found[1], tensors, where, renamed=False)
-        return found
+        return _Either(found[0], tensors), found[1]
     index = _CanonicalIndex(tensors)
     forms = {path: [_plain(path, kind), *_forms(path)] for path, kind in modules.items()}
     ways = [_Canonical(index, way) for way in _prefixes(map(canonical, modules), index.names)]
@@ -183,6 +184,29 @@ class _Canonical:
 
     def __str__(self) -> str:
         return f"as in another release, {self.prefix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Either:
+    """Names that differ by a prefix; those of another release where a tensor is not called so.
+
+    All modules may have the same names in both releases, but not all other trained tensors.
+    """
+
+    plain: Names
+    tensors: Collection[str]
+
+    @functools.cached_property
+    def _renamed(self) -> _Canonical:
+        return _Canonical(_CanonicalIndex(self.tensors), Prefix())
+
+    def __call__(self, name: str) -> str:
+        """Returns the name in the checkpoint; of what is not there, without the prefix alone."""
+        there = self.plain(name)
+        if there in self.tensors:
+            return there
+        found = self._renamed(there)
+        return found if found in self.tensors else there
 
 
 class _ByEnd:
@@ -353,7 +377,8 @@ def _missing(
     missing = {path: ways[0][0][0].tensor for path, ways in forms.items() if path not in there}
     for path, tensor in missing.items():
         if kinds := by_end.several.get(template(canonical(tensor))):
-            one, other = (fill(kind, canonical(tensor)) for kind in kinds[:2])
+            filled = dict.fromkeys(fill(kind, canonical(tensor)) for kind in kinds)
+            one, other = [*filled][:2] if len(filled) > 1 else kinds[:2]
             return MismatchError(
                 f"{where}: module {path!r} ends like both {one!r} and {other!r}, so its tensor is "
                 "not certain; is it the right base?"

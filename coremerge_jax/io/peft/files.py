@@ -9,6 +9,8 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import CONFIG
 from coremerge_jax.io.folders import find_folder
+from coremerge_jax.io.single_file import PIPELINE, SUFFIX
+from coremerge_jax.io.unknown import describe
 from coremerge_jax.io.untrusted import is_regular
 
 WEIGHTS = "adapter_model.safetensors"
@@ -17,6 +19,7 @@ PICKLE = "adapter_model.bin"
 
 _FILES = (WEIGHTS, INDEX, PICKLE)
 _ADAPTER = "a PEFT adapter folder"
+_SHARD = re.compile(r"adapter_model-(\d{1,9})-of-(\d{1,9})\.safetensors")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 
 # Endings of the names of files with weights, and names of those that say nothing of the model:
@@ -67,18 +70,25 @@ def _download(repo: str, *, subfolder: str | None = None, **options: Any) -> Pat
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for file in (WEIGHTS, CONFIG):
-        name = f"{subfolder}/{file}" if subfolder else file
+    def fetch(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repo, start + name, **options))
+
+    start = f"{subfolder}/" if subfolder else ""
+    try:
         try:
-            path = huggingface_hub.hf_hub_download(repo, name, **options)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError as error:
-            raise FormatError(
-                f"{repo}: the repository has no {name}; expected a PEFT adapter with {CONFIG} and "
-                f"{WEIGHTS}; of an adapter in a folder of it, give {repo}/FOLDER"
-            ) from error
-    return Path(path).parent
+            fetch(WEIGHTS)
+        except EntryNotFoundError:  # raised anew below, unless the weights are in several files
+            for name in _names_in(fetch(INDEX)):
+                fetch(name)
+        return fetch(CONFIG).parent
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise FormatError(
+            f"{repo}: the repository has no {start}{WEIGHTS} with {CONFIG}; expected a PEFT "
+            f"adapter, {PIPELINE}, or one other {SUFFIX} file; of an adapter in a folder of it, "
+            f"give {repo}/FOLDER"
+        ) from error
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -92,31 +102,51 @@ def weights_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if is_regular(folder / INDEX):
         return _indexed(folder / INDEX)
-    shards = sorted(folder.glob("adapter_model-*-of-*.safetensors"))
-    if shards:
+    if shards := _shards(folder):
         return shards
     pickles = [*folder.glob("adapter_model*.bin"), *folder.glob("adapter*.pt")]
     if pickles:
-        raise UnsupportedError(
-            f"{pickles[0]}: pickle files can run code when they are read, so they are not; "
-            "load the adapter with peft and save it again, which writes safetensors"
-        )
+        raise UnsupportedError(f"{pickles[0]}: {describe(pickles[0])}")
     found = sorted(x.name for x in folder.iterdir() if x.suffix in _ENDINGS)
     told = f"; it has {', '.join(found[:3])}" if found else ""
     raise FormatError(f"{folder}: no {WEIGHTS}{told}")
 
 
+def _shards(folder: Path) -> list[Path]:
+    """Returns files ``adapter_model-I-of-N.safetensors`` in order.
+
+    Raises:
+        FormatError: one of them is missing.
+    """
+    found = [(_SHARD.fullmatch(file.name), file) for file in folder.glob("adapter_model-*")]
+    files = {(int(match[1]), int(match[2])): file for match, file in found if match}
+    last = max((total for _, total in files), default=0)
+    for i in range(1, min(last, len(files) + 1) + 1):
+        if (i, last) not in files:
+            raise FormatError(
+                f"{folder}: number {i} of the {last} files adapter_model-*-of-*.safetensors is "
+                "missing; copy or download all of them"
+            )
+    return [files[key] for key in sorted(files)]
+
+
 def _indexed(index: Path) -> list[Path]:
-    """Returns the files that an index names."""
+    """Returns the files that an index names, all of which are there."""
+    for name in (names := _names_in(index)):
+        if not is_regular(index.parent / name):
+            raise FormatError(f"{index.parent / name}: missing, though {index.name} names it")
+    return [index.parent / name for name in names]
+
+
+def _names_in(index: Path) -> list[str]:
+    """Returns the names of the files that an index names, in order."""
     named = untrusted.read_json(index, _ADAPTER).get("weight_map")
     if not isinstance(named, dict) or not named or {*map(type, named.values())} != {str}:
         raise FormatError(f"{index}: no weight_map; expected the file of each tensor")
     for name in set(named.values()):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise FormatError(f"{index}: {name!r} is not the name of a file")
-        if not is_regular(index.parent / name):
-            raise FormatError(f"{index.parent / name}: missing, though {index.name} names it")
-    return [index.parent / name for name in sorted(set(named.values()))]
+    return sorted(set(named.values()))
 
 
 def find_beside(folder: Path) -> tuple[str, ...]:
