@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter, LoRA
 
 
+_NAMED = 8  # extras in a line
+
+
 def inspect(
     sources: Annotated[
         list[str],
@@ -107,7 +110,9 @@ def _show(adapters: list[dict[str, Any]]) -> None:
             cause = "its alpha is 0" if adapter["alpha"] == 0 else "all its updates are zero"
             say(f"{adapter['name']} has no effect: {cause}")
         if adapter["extras"]:
-            say(f"{adapter['name']} has extras: {', '.join(adapter['extras'])}")
+            more = len(adapter["extras"]) - _NAMED
+            names = ", ".join(adapter["extras"][:_NAMED])
+            say(f"{adapter['name']} has extras: {names}" + f" and {more} more" * (more > 0))
         if adapter["beside"]:
             say(
                 f"{adapter['name']} has other trained weights beside it: "

@@ -100,11 +100,12 @@ def test_warnings_of_libraries_stay_inside_and_ours_are_notes(coremerge, monkeyp
         warnings.warn_explicit("theirs", RuntimeWarning, os.__file__, 1)
         warnings.warn_explicit("mine", UserWarning, "/home/me/judge.py", 7)
         warnings.warn("take\ncare", CoreMergeWarning, stacklevel=1)
-        return cm.load_peft(save("math"))
+        return cm.load_peft(path)
 
+    path = save("math")
     monkeypatch.setattr("coremerge_jax.io.formats.open_adapter", warn)
     with warnings.catch_warnings(record=True, action="always") as shown:
-        result = coremerge("inspect", "x")
+        result = coremerge("inspect", path)
     assert result.code == 0
     assert result.err == "note: take care\n"
     assert [str(one.message) for one in shown] == ["mine"]

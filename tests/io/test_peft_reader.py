@@ -89,6 +89,30 @@ def test_modules_to_save_are_matched_by_the_end_of_their_path(load, write, facto
     assert "not account for" in refusal(write(factors(PATHS) | other, "2", modules_to_save=[saved]))
 
 
+def test_a_bias_of_a_saved_module_is_read_once(load, write, factors):
+    """With bias="all", peft writes it by its own name, and twice by those of its wrapper."""
+    biases = {
+        f"{P}head.bias": np.ones(3, np.float32),
+        f"{P}head.modules_to_save.default.bias": np.ones(3, np.float32),
+        f"{P}head.original_module.bias": np.zeros(3, np.float32),
+        f"{P}z.modules_to_save.default.bias": np.ones(2, np.float32),
+    }
+    folder = write(factors(PATHS) | biases, bias="all", modules_to_save=["head", "z"])
+    extras = load(folder).extras
+    assert sorted(extras) == ["head.bias", "z.bias"]
+    assert np.all(np.asarray(extras["head.bias"]) == 1)
+
+
+def test_names_of_parameters_alone_are_of_experts(load, write, factors, rng):
+    """As peft writes them for target_modules of models whose experts transformers fuses."""
+    experts = packed_pair(*stacks(rng, 3, 2, PAIRS["gated"]).values())
+    layers = factors({"mlp.shared_expert.down_proj": (4, 5, 2), "attn.q_proj": (4, 4, 2)})
+    folder = write(experts | layers, target_parameters=["down_proj", "gate_up_proj"])
+    adapter = load(folder)
+    assert {"mlp.shared_expert.down_proj", "attn.q_proj"} < set(adapter)
+    assert len(adapter) == 2 + 2 * 3
+
+
 def test_tied_embeddings_may_be_saved_but_have_no_update(load, write, factors):
     head = {
         P + name + ".weight": np.ones((7, 4), np.float32) for name in ("embed_tokens", "lm_head")

@@ -140,6 +140,11 @@ def extra_name(key: str) -> str:
     return unwrapped(_TOKENS.sub("", _SAVED.sub("", without_wrappers(key)[1])))
 
 
+def is_saved(key: str) -> bool:
+    """Returns True for the key of a tensor inside of peft's wrapper for ``modules_to_save``."""
+    return _SAVED.search(key) is not None
+
+
 def is_copy(name: str, names: Collection[str]) -> bool:
     """Returns True if a bias was saved by its own name, and by that of peft's wrapper."""
     return name != (own := _COPY.sub("", name)) and own in names

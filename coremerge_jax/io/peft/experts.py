@@ -25,11 +25,16 @@ LAYOUT_VERSION = "0.19.0"
 
 
 def target_names(module: str, targets: Sequence[str]) -> list[str]:
-    """Returns the names of the parameters of a module that ``target_parameters`` selects."""
+    """Returns the names of the parameters of a module that ``target_parameters`` selects.
+
+    A name alone is one that peft has written for layers of experts that transformers fuses
+    (``target_modules=["gate_proj", ...]``, ``"all-linear"``): it is of modules of experts only.
+    """
     names = set()
     for target in targets:
         owner, _, name = target.rpartition(".")
-        if not owner or module == owner or module.endswith(f".{owner}"):
+        selected = module == owner or module.endswith(f".{owner}")
+        if selected if owner else module.endswith("experts"):
             names.add(name)
     return sorted(names)
 

@@ -31,6 +31,7 @@ from coremerge_jax.io.peft.config import (
     extra_name,
     is_copy,
     is_extra,
+    is_saved,
     split_factor,
 )
 from coremerge_jax.io.peft.files import find_beside, find_checkpoints, locate, weights_files
@@ -104,9 +105,13 @@ class Contents:
         for key in self._reader.tensors:
             found = split_factor(key)
             path, part = found or ("", extra_name(key))
-            if (path, part) in origin:
+            earlier = origin.get((path, part))
+            if earlier and not found and is_saved(earlier) != is_saved(key):
+                if is_saved(key):  # a bias of modules_to_save, which is there by its own name too
+                    continue
+            elif earlier:
                 raise FormatError(
-                    f"{self.file}: {origin[path, part]!r} and {key!r} are both "
+                    f"{self.file}: {earlier!r} and {key!r} are both "
                     f"{'.'.join(filter(None, (path, part)))!r}; expected one adapter a file"
                 )
             origin[path, part] = key
