@@ -16,11 +16,11 @@ import platformdirs
 import psutil
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError
+from coremerge_jax.io.adapter_writer import Written
 from coremerge_jax.io.formats import Layouts, find_merge_target, merge_targets, open_adapter
 from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
 from coremerge_jax.io.peft.writer import save_peft
 from coremerge_jax.io.untrusted import refuse_url
-from coremerge_jax.io.writer import Written
 from coremerge_jax.lora import Adapter, AdapterSource, LoRA, ModuleStream
 from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.merging.groups import label

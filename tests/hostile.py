@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import coremerge_jax as cm
 from coremerge_jax.cli import main
-from coremerge_jax.io.orbax import save_orbax
+from coremerge_jax.io.orbax.orbax_adapter import save_orbax
 from coremerge_jax.io.peft.writer import save_peft
 
 MODULES = {"layers.0.q": (4, 6), "layers.0.v": (3, 6)}

@@ -22,7 +22,7 @@ from coremerge_jax.cli.console import (
 from coremerge_jax.cli.options import BASE_CONFIG
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.formats import all_targets, described, find_target, open_adapter
-from coremerge_jax.io.orbax_folder import FAMILIES
+from coremerge_jax.io.orbax.orbax_folder import FAMILIES
 from coremerge_jax.io.outputs import check_output
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def convert(
     if head_dim is not None and "head_dim" in target.targets[to]:
         written["head_dim"] = head_dim
     if like is not None:
-        from coremerge_jax.io.orbax import share_options
+        from coremerge_jax.io.orbax.orbax_adapter import share_options
 
         options, more = share_options(source, like, options)
         written |= more

@@ -1,6 +1,6 @@
 from .base_model.apply import apply_adapter
 from .formats import Format, hash_source, open_adapter, register_format
-from .orbax import open_orbax, save_orbax
+from .orbax.orbax_adapter import open_orbax, save_orbax
 from .peft.dora import open_dora
 from .peft.reader import load_peft, open_peft
 from .peft.writer import save_peft

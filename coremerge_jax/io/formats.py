@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from coremerge_jax.errors import FormatError, RecipeError
-from coremerge_jax.io.diffusers import DiffusersFormat
 from coremerge_jax.io.folders import not_found, source_name
-from coremerge_jax.io.gguf_format import GgufFormat
+from coremerge_jax.io.gguf.gguf_format import GgufFormat
 from coremerge_jax.io.hub_files import find_hub_file
-from coremerge_jax.io.kohya import KohyaFormat
-from coremerge_jax.io.mlx import MlxFormat
-from coremerge_jax.io.orbax_format import OrbaxFormat
-from coremerge_jax.io.original import OriginalFormat
+from coremerge_jax.io.mlx.mlx_format import MlxFormat
+from coremerge_jax.io.one_file.diffusers import DiffusersFormat
+from coremerge_jax.io.one_file.kohya import KohyaFormat
+from coremerge_jax.io.one_file.original import OriginalFormat
+from coremerge_jax.io.one_file.peft_file import PeftFileFormat
+from coremerge_jax.io.orbax.orbax_format import OrbaxFormat
 from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.peft.format import PeftFormat
-from coremerge_jax.io.peft_file import PeftFileFormat
 from coremerge_jax.io.single_file import SUFFIX
 from coremerge_jax.io.untrusted import check_path
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.layout import FileLayout
-    from coremerge_jax.io.writer import Written
+    from coremerge_jax.io.adapter_writer import Written
+    from coremerge_jax.io.file_layout import FileLayout
     from coremerge_jax.lora import Adapter
 
 
@@ -77,14 +77,14 @@ class Format(Protocol):
 
         Args:
             adapter: what to write. Of a target with `WRITER_OPTIONS`, it may also be a stream, as
-                ``coremerge merge --to`` gives; such a format calls `writer.write_adapter`.
+                ``coremerge merge --to`` gives; such a format calls `adapter_writer.write_adapter`.
             out: the folder to make.
             to: one of `targets`.
             force: replace an older output of this format.
             **options: some of those that `targets` has for it.
 
         Returns:
-            The result of `writer.write_adapter`, of a format that calls it.
+            The result of `adapter_writer.write_adapter`, of a format that calls it.
 
         Raises:
             FormatError: the output may not be written.

@@ -32,7 +32,7 @@ CHECKPOINT = "orbax adapter"
 GGUF = "GGUF adapter"
 MODEL = "model"
 
-# Options of `writer.write_adapter` that the `save` of a format hands on.
+# Options of `adapter_writer.write_adapter` that the `save` of a format hands on.
 WRITER_OPTIONS = ("dtype", "rank", "energy", "uniform_rank", "card")
 
 

@@ -14,8 +14,8 @@ from coremerge_jax.errors import FormatError
 from coremerge_jax.io.adapter_config import CONFIG
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.layout import FileLayout
-    from coremerge_jax.io.writer import Written
+    from coremerge_jax.io.adapter_writer import Written
+    from coremerge_jax.io.file_layout import FileLayout
     from coremerge_jax.lora import Adapter, ModuleStream
 
 SUFFIX = ".safetensors"
@@ -227,7 +227,7 @@ class SingleFile:
         self, adapter: "Adapter | ModuleStream", out: str | Path, *, to: str, **options: Any
     ) -> "Written":
         """Writes the adapter with a scaling of 1, in a folder with the file and a record."""
-        from coremerge_jax.io.writer import write_adapter
+        from coremerge_jax.io.adapter_writer import write_adapter
 
         del to  # the only target
         return write_adapter(adapter, out, self.layout(adapter.outline), kind=self.name, **options)

@@ -11,7 +11,7 @@ from helpers import map_factors, random_adapters
 from safetensors.numpy import load_file, save_file
 
 import coremerge_jax as cm
-from coremerge_jax.io.orbax import save_orbax
+from coremerge_jax.io.orbax.orbax_adapter import save_orbax
 from coremerge_jax.recipe import Recipe
 from coremerge_jax.record import describe_sources, provenance
 from coremerge_jax.verification.compare import Comparison

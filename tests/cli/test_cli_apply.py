@@ -8,7 +8,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
-from coremerge_jax.io.orbax import save_orbax
+from coremerge_jax.io.orbax.orbax_adapter import save_orbax
 from coremerge_jax.io.peft.reader import load_peft
 
 MODULES = {"layer.0.query": (6, 8), "layer.0.value": (6, 8), "layer.0.dense": (8, 5)}

@@ -15,7 +15,7 @@ import coremerge_jax as cm
 CODE = """
 import importlib, os, sys, time
 from coremerge_jax.cli import main
-writer = importlib.import_module("coremerge_jax.io.writer")
+writer = importlib.import_module("coremerge_jax.io.adapter_writer")
 write = writer._write_groups
 def paused(*args):
     if os.environ["PAUSED"] == os.environ["JAX_PROCESS_ID"]:

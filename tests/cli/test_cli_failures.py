@@ -202,7 +202,7 @@ module.{name} = paused
 STAGES = {
     "reading": PAUSE.format(module="io.formats", name="open_adapter"),
     "merging": PAUSE.format(module="merging.truncation", name="truncate"),
-    "writing": PAUSE.format(module="io.writer", name="model_card"),
+    "writing": PAUSE.format(module="io.adapter_writer", name="model_card"),
 }
 
 

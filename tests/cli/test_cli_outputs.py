@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 import coremerge_jax as cm
-from coremerge_jax.io.orbax import save_orbax
+from coremerge_jax.io.orbax.orbax_adapter import save_orbax
 
 MODULES = {"layer.0.query": (6, 8)}
 

@@ -20,7 +20,7 @@ from coremerge_jax.cli.console import describe_paths, show
 from coremerge_jax.diagnosis import plots
 from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.io.card import model_card
-from coremerge_jax.io.orbax_tree import _system_errors
+from coremerge_jax.io.orbax.orbax_tree import _system_errors
 from coremerge_jax.search import Sweep
 from coremerge_jax.search.sweeping import Record
 from coremerge_jax.text import json_escaped, printable, shortened

@@ -18,7 +18,7 @@ import coremerge_jax as cm
 from coremerge_jax.errors import CoreMergeError, CoreMergeWarning
 from coremerge_jax.io import lycoris
 from coremerge_jax.io.formats import find_format, find_target
-from coremerge_jax.io.kohya_names import flatten_all, unflatten
+from coremerge_jax.io.one_file.kohya_names import flatten_all, unflatten
 
 CONV = cm.Kind("conv2d", kernel=(3, 3, 2))
 CLIP = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -15,7 +15,7 @@ from helpers import assert_same, dense, random_adapters
 from orbax.checkpoint import v1 as ocp
 
 import coremerge_jax as cm
-from coremerge_jax.io.orbax_folder import is_orbax
+from coremerge_jax.io.orbax.orbax_folder import is_orbax
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(3) for name in ("q", "v")} | {"head": (4, 8)}
 LORA = {"lora_rank": 2, "lora_alpha": 8}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from coremerge_jax.io.peft.patterns import Patterns
+from coremerge_jax.io.patterns import Patterns
 
 letters = st.sampled_from(["a", "b", "1", "_", "é"])
 atoms = (
@@ -89,7 +89,7 @@ def test_results_are_those_of_re(chosen, names):
     ],
 )
 def test_no_pattern_takes_more_than_its_time(pattern, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.io.peft.patterns._SECONDS", 0.1)
+    monkeypatch.setattr("coremerge_jax.io.patterns._SECONDS", 0.1)
     try:
         found = Patterns([pattern]).first("m." + "a" * 60 + "!")
     except ValueError:
@@ -98,7 +98,7 @@ def test_no_pattern_takes_more_than_its_time(pattern, monkeypatch):
 
 
 def test_a_pattern_of_exponential_time_is_refused(monkeypatch):
-    monkeypatch.setattr("coremerge_jax.io.peft.patterns._SECONDS", 0.1)
+    monkeypatch.setattr("coremerge_jax.io.patterns._SECONDS", 0.1)
     with pytest.raises(ValueError, match="takes too long; name the modules"):
         Patterns(["(a|a)+x"]).first("a" * 60)
 
@@ -131,6 +131,6 @@ def test_many_names_and_as_many_patterns():
 
 
 def test_too_many_patterns_are_refused(monkeypatch):
-    monkeypatch.setattr("coremerge_jax.io.peft.patterns._COUNT", 10)
+    monkeypatch.setattr("coremerge_jax.io.patterns._COUNT", 10)
     with pytest.raises(ValueError, match="11; at most 10"):
         Patterns(f"layer{i}" for i in range(11))

@@ -12,7 +12,7 @@ from kinds import assert_same, update
 from safetensors import safe_open
 
 import coremerge_jax as cm
-from coremerge_jax.io import writer
+from coremerge_jax.io import adapter_writer as writer
 from coremerge_jax.io.formats import hash_source
 
 

@@ -100,7 +100,7 @@ def test_fields_that_pass(write, factors, field, value):
 
 
 def test_patterns_that_take_exponential_time_do_not_hang(write, factors, monkeypatch):
-    monkeypatch.setattr("coremerge_jax.io.peft.patterns._SECONDS", 0.1)
+    monkeypatch.setattr("coremerge_jax.io.patterns._SECONDS", 0.1)
     folder = write(factors({"a" * 60: (5, 4, 2)}), rank_pattern={"(a|a)+x": 3})
     refused(lambda: cm.open_peft(folder), "rank_pattern", "takes too long")
 

@@ -8,9 +8,9 @@ from kinds import update
 from safetensors import safe_open
 
 import coremerge_jax as cm
-from coremerge_jax.io.layout import pad
+from coremerge_jax.io.adapter_writer import write_adapter
+from coremerge_jax.io.file_layout import pad
 from coremerge_jax.io.tensors import TensorWriter
-from coremerge_jax.io.writer import write_adapter
 
 
 class PairLayout:

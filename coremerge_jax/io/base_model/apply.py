@@ -21,8 +21,8 @@ from coremerge_jax.io.base_model.folder import INDEX, BaseModel
 from coremerge_jax.io.base_model.places import Update, place_updates, split_modules
 from coremerge_jax.io.base_model.replacements import find_twins, place_extras, read_parts
 from coremerge_jax.io.base_model.tensor_names import find_tensors
-from coremerge_jax.io.orbax_folder import is_orbax
-from coremerge_jax.io.orbax_tree import open_tree, write_tree
+from coremerge_jax.io.orbax.orbax_folder import is_orbax
+from coremerge_jax.io.orbax.orbax_tree import open_tree, write_tree
 from coremerge_jax.io.outputs import MODEL, RECORD, check_output, write_record
 from coremerge_jax.io.tensors import TensorEditor
 from coremerge_jax.io.untrusted import check_path

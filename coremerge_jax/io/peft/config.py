@@ -11,7 +11,7 @@ from typing import Any
 from coremerge_jax.errors import FormatError
 from coremerge_jax.io.adapter_config import ALPHAS, RANK, read_adapter_config
 from coremerge_jax.io.module_paths import unwrapped, without_wrappers
-from coremerge_jax.io.peft.patterns import Patterns
+from coremerge_jax.io.patterns import Patterns
 from coremerge_jax.io.untrusted import NUMBER, short
 
 # More patterns are not searched for pairs that match one module.

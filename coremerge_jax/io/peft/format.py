@@ -19,8 +19,8 @@ from coremerge_jax.io.peft.files import (
 )
 
 if TYPE_CHECKING:
+    from coremerge_jax.io.adapter_writer import Written
     from coremerge_jax.io.peft.layout import PeftLayout
-    from coremerge_jax.io.writer import Written
     from coremerge_jax.lora import Adapter, ModuleStream
 
 

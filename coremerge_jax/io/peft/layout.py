@@ -9,7 +9,7 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.io.adapter_config import CONFIG
-from coremerge_jax.io.layout import pad
+from coremerge_jax.io.file_layout import pad
 from coremerge_jax.io.module_paths import (
     LORA_BIAS,
     PREFIX,
@@ -45,7 +45,7 @@ class _Pair(NamedTuple):
 
 
 class PeftLayout:
-    """Places of an adapter's modules in PEFT's files. See `layout.FileLayout`.
+    """Places of an adapter's modules in PEFT's files. See `file_layout.FileLayout`.
 
     Modules that peft configures by one path form a group: a layer (for an attention, with its
     output projection), or all experts of a parameter. Keys have the prefix of the adapter's

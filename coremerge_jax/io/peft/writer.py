@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coremerge_jax.io.adapter_writer import Written, write_adapter
 from coremerge_jax.io.outputs import ADAPTER
 from coremerge_jax.io.peft.layout import PeftLayout
-from coremerge_jax.io.writer import Written, write_adapter
 from coremerge_jax.lora import Adapter, ModuleStream
 
 

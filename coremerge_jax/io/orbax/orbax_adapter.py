@@ -17,12 +17,12 @@ import numpy as np
 from coremerge_jax import __version__
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io.adapter_config import CONFIG, read_adapter_config
+from coremerge_jax.io.adapter_writer import tell_beside
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
-from coremerge_jax.io.keyed_layout import refuse_kinds
-from coremerge_jax.io.orbax_folder import MARKER, TREE_OPTIONS, is_orbax
-from coremerge_jax.io.orbax_tree import SCAN, OrbaxTree, open_tree, write_tree
+from coremerge_jax.io.one_file.keyed_layout import refuse_kinds
+from coremerge_jax.io.orbax.orbax_folder import MARKER, TREE_OPTIONS, is_orbax
+from coremerge_jax.io.orbax.orbax_tree import SCAN, OrbaxTree, open_tree, write_tree
 from coremerge_jax.io.outputs import CHECKPOINT, check_output, write_record
-from coremerge_jax.io.writer import tell_beside
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.adapters import TreeFormat, to_tree

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import FormatError, RecipeError, UnsupportedError
 from coremerge_jax.io.adapter_config import CONFIG
-from coremerge_jax.io.diffusers import read_scales
 from coremerge_jax.io.module_paths import WRAPPED
+from coremerge_jax.io.one_file.diffusers import read_scales
 from coremerge_jax.io.single_file import (
     WEIGHTS,
     SingleFile,
@@ -54,7 +54,7 @@ class PeftFileFormat(SingleFile):
             FormatError: neither the file nor `alpha` tells the scaling.
             RecipeError: `alpha` is no number that scales.
         """
-        from coremerge_jax.io.keyed import open_keyed
+        from coremerge_jax.io.one_file.keyed import open_keyed
 
         if alpha is not None and not (math.isfinite(alpha) and alpha):
             raise RecipeError(f"alpha {alpha}: expected a finite number other than 0")

@@ -16,7 +16,7 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import lycoris
 from coremerge_jax.io.adapter_config import RETRAIN
 from coremerge_jax.io.factors import FactorFile, Factors, FactorSource, is_float, outline_of
-from coremerge_jax.io.kohya_names import flat_key
+from coremerge_jax.io.one_file.kohya_names import flat_key
 from coremerge_jax.io.single_file import split_key
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import LINEAR, Kind, Metadata

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError
 from coremerge_jax.io.atomic import atomic_folder, shared_folder
 from coremerge_jax.io.card import model_card
-from coremerge_jax.io.layout import FileLayout
+from coremerge_jax.io.file_layout import FileLayout
 from coremerge_jax.io.outputs import ADAPTER, check_output, write_record
 from coremerge_jax.io.tensors import TensorReader, TensorWriter
 from coremerge_jax.lora import DTYPES, Adapter, Array, LoRA, ModuleStream, widest

@@ -11,8 +11,8 @@ from coremerge_jax.lora import Array, LoRA
 class FileLayout(Protocol):
     """Places of an adapter's modules in the files of a format.
 
-    It is made of the adapter's outline; `writer.write_adapter` then asks it for tensors as the
-    modules come. Modules that the format has to write together form a group, and have one rank.
+    It is made of the adapter's outline; `adapter_writer.write_adapter` then asks it for tensors as
+    the modules come. Modules that the format has to write together form a group, and have one rank.
 
     Attributes:
         groups: the modules of each group; every module is in one.

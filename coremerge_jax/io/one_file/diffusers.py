@@ -15,7 +15,7 @@ from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.single_file import COMPONENTS, PIPELINE, SingleFile, read_notes
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.keyed_layout import KeyedLayout
+    from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
     from coremerge_jax.lora import Adapter
 
 # The entry of the header with PEFT's configurations of all components (diffusers, lora_base.py).
@@ -50,7 +50,7 @@ class DiffusersFormat(SingleFile):
         Warns if modules have several ranks and neither alphas nor a configuration: diffusers then
         scales by the rank of the first.
         """
-        from coremerge_jax.io.keyed import open_keyed
+        from coremerge_jax.io.one_file.keyed import open_keyed
 
         scales = _Scales(file)
         adapter = open_keyed(file, name=name, rename=_rename, scale=scales, format="diffusers")
@@ -59,7 +59,7 @@ class DiffusersFormat(SingleFile):
 
     def layout(self, outline: "Adapter") -> "KeyedLayout":
         """Returns the places of an adapter's modules in the file, by their paths."""
-        from coremerge_jax.io.keyed_layout import KeyedLayout
+        from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
 
         for path in outline:
             _check(path)
@@ -181,7 +181,7 @@ class _Config:
     """PEFT's configuration of one component, of a larger object with all of them."""
 
     def __init__(self, where: str, component: str, content: Mapping[str, Any]) -> None:
-        from coremerge_jax.io.peft.patterns import Patterns
+        from coremerge_jax.io.patterns import Patterns
 
         start = f"{component}." if component else ""
         self._where = where

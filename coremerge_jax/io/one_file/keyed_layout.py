@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.io.layout import pad
+from coremerge_jax.io.file_layout import pad
 from coremerge_jax.lora import Adapter, Array, LoRA
 
 # Kinds of modules, as messages name them.

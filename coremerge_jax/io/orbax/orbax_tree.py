@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError, UnsupportedError
-from coremerge_jax.io.orbax_folder import MARKER, find_tree, refuse_special_files
+from coremerge_jax.io.orbax.orbax_folder import MARKER, find_tree, refuse_special_files
 from coremerge_jax.io.untrusted import read_json
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.paths import flatten, key_of

@@ -12,7 +12,7 @@ from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.single_file import ORIGINAL, SingleFile
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.keyed_layout import KeyedLayout
+    from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
     from coremerge_jax.lora import Adapter
 
 
@@ -30,7 +30,7 @@ class OriginalFormat(SingleFile):
 
     def read(self, file: Path, name: str) -> "Adapter":
         """Opens a file; see `keyed.open_keyed`. Paths begin with ``diffusion_model.``."""
-        from coremerge_jax.io.keyed import open_keyed
+        from coremerge_jax.io.one_file.keyed import open_keyed
 
         return open_keyed(
             file,
@@ -42,7 +42,7 @@ class OriginalFormat(SingleFile):
 
     def layout(self, outline: "Adapter") -> "KeyedLayout":
         """Returns the places of an adapter's modules in the file, by their paths."""
-        from coremerge_jax.io.keyed_layout import KeyedLayout
+        from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
 
         for path in outline:
             _check(path)

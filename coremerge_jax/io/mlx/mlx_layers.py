@@ -19,8 +19,8 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import CONFIG, RANK, RETRAIN
 from coremerge_jax.io.factors import FactorFile, Factors, FactorSource, is_float, outline_of
-from coremerge_jax.io.keyed_layout import refuse_extras, refuse_kinds, refuse_twins
-from coremerge_jax.io.layout import pad
+from coremerge_jax.io.file_layout import pad
+from coremerge_jax.io.one_file.keyed_layout import refuse_extras, refuse_kinds, refuse_twins
 from coremerge_jax.io.single_file import ADAPTERS, is_pipeline
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import LINEAR, Adapter, Array, Kind, LoRA, Metadata
@@ -226,7 +226,7 @@ def _expert(a: np.ndarray, b: np.ndarray, *, index: int) -> Factors:
 
 # --- Writing --------------------------------------------------------------------------------
 class MlxLayout:
-    """Places of an adapter's modules in the files of mlx-lm; see `layout.FileLayout`.
+    """Places of an adapter's modules in the files of mlx-lm; see `file_layout.FileLayout`.
 
     Args:
         outline: the adapter.

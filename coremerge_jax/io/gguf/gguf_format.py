@@ -9,8 +9,8 @@ from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.io.outputs import GGUF, WRITER_OPTIONS
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.gguf import GgufLayout
-    from coremerge_jax.io.writer import Written
+    from coremerge_jax.io.adapter_writer import Written
+    from coremerge_jax.io.gguf.gguf_writer import GgufLayout
     from coremerge_jax.lora import Adapter, ModuleStream
 
 SUFFIX = ".gguf"
@@ -51,14 +51,14 @@ class GgufFormat:
         **options: Any,
     ) -> "Written":
         """Calls `gguf.write_gguf`."""
-        from coremerge_jax.io.gguf import write_gguf
+        from coremerge_jax.io.gguf.gguf_writer import write_gguf
 
         del to  # the only target
         return write_gguf(adapter, out, base_config=base_config, **options)
 
     def layout(self, outline: "Adapter", *, base_config: str | Path | None = None) -> "GgufLayout":
         """Returns the places of an adapter's modules in the file."""
-        from coremerge_jax.io.gguf import layout_for
+        from coremerge_jax.io.gguf.gguf_writer import layout_for
 
         return layout_for(outline, base_config)[0]
 

@@ -19,8 +19,8 @@ from coremerge_jax.io.single_file import (
 if TYPE_CHECKING:
     from typing import Any
 
-    from coremerge_jax.io.mlx_layers import MlxLayout
-    from coremerge_jax.io.writer import Written
+    from coremerge_jax.io.adapter_writer import Written
+    from coremerge_jax.io.mlx.mlx_layers import MlxLayout
     from coremerge_jax.lora import Adapter, ModuleStream
 
 
@@ -61,7 +61,7 @@ class MlxFormat(SingleFile):
 
     def read(self, file: Path, name: str) -> "Adapter":
         """Calls `mlx_layers.open_mlx`."""
-        from coremerge_jax.io.mlx_layers import open_mlx
+        from coremerge_jax.io.mlx.mlx_layers import open_mlx
 
         return open_mlx(file, file.parent / CONFIG, name)
 
@@ -73,7 +73,7 @@ class MlxFormat(SingleFile):
 
     def layout(self, outline: "Adapter") -> "MlxLayout":
         """Returns the places of an adapter's modules in the files."""
-        from coremerge_jax.io.mlx_layers import MlxLayout
+        from coremerge_jax.io.mlx.mlx_layers import MlxLayout
 
         return MlxLayout(outline, self.name)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coremerge_jax.errors import UnsupportedError
-from coremerge_jax.io.kohya_names import flatten_all, unflatten
+from coremerge_jax.io.one_file.kohya_names import flatten_all, unflatten
 from coremerge_jax.io.outputs import WRITER_OPTIONS
 from coremerge_jax.io.single_file import SingleFile, read_names, split_key
 
 if TYPE_CHECKING:
-    from coremerge_jax.io.keyed_layout import KeyedLayout
+    from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
     from coremerge_jax.lora import Adapter
 
 
@@ -33,7 +33,7 @@ class KohyaFormat(SingleFile):
         (`kohya_names`), after ``unet.``, ``diffusion_model.``, ``transformer.``, ``text_encoder.``
         and so on; else the names in the file.
         """
-        from coremerge_jax.io.keyed import open_keyed
+        from coremerge_jax.io.one_file.keyed import open_keyed
 
         splits = filter(None, map(split_key, read_names(file)))
         paths = unflatten(dict.fromkeys(path for path, _ in splits))
@@ -43,7 +43,7 @@ class KohyaFormat(SingleFile):
 
     def layout(self, outline: "Adapter") -> "KeyedLayout":
         """Returns the places of an adapter's modules in the file, by their flat names."""
-        from coremerge_jax.io.keyed_layout import KeyedLayout
+        from coremerge_jax.io.one_file.keyed_layout import KeyedLayout
 
         _refuse_two_tools(outline)
         return KeyedLayout(

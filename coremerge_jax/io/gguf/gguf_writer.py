@@ -18,11 +18,11 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io import untrusted
-from coremerge_jax.io.keyed_layout import KINDS
-from coremerge_jax.io.layout import pad
+from coremerge_jax.io.adapter_writer import Written, write_adapter
+from coremerge_jax.io.file_layout import pad
+from coremerge_jax.io.one_file.keyed_layout import KINDS
 from coremerge_jax.io.outputs import GGUF
 from coremerge_jax.io.tensors import TensorReader
-from coremerge_jax.io.writer import Written, write_adapter
 from coremerge_jax.lora import Adapter, Array, LoRA, ModuleStream
 from coremerge_jax.text import short
 
@@ -207,7 +207,7 @@ class _Target:
 
 
 class GgufLayout:
-    """Places of an adapter's modules in a GGUF file. See `layout.FileLayout`.
+    """Places of an adapter's modules in a GGUF file. See `file_layout.FileLayout`.
 
     The safetensors file holds the tensors under their names in the GGUF file, which is made of it.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coremerge_jax.io.orbax_folder import FAMILIES, MARKER, TREE, TREE_OPTIONS, is_orbax, walk
+from coremerge_jax.io.orbax.orbax_folder import FAMILIES, MARKER, TREE, TREE_OPTIONS, is_orbax, walk
 from coremerge_jax.io.outputs import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ class OrbaxFormat:
 
     def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
         """Calls `open_orbax`."""
-        from coremerge_jax.io.orbax import open_orbax
+        from coremerge_jax.io.orbax.orbax_adapter import open_orbax
 
         return open_orbax(source, name=name, **options)
 
     def save(self, adapter: "Adapter", out: str | Path, *, to: str, **options: Any) -> None:
         """Calls `save_orbax`."""
-        from coremerge_jax.io.orbax import save_orbax
+        from coremerge_jax.io.orbax.orbax_adapter import save_orbax
 
         save_orbax(adapter, out, to=to if to in FAMILIES else None, **options)
 

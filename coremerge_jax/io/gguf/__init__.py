@@ -1,0 +1,1 @@
+"""GGUF adapters, for llama.cpp."""

@@ -1,0 +1,1 @@
+"""Formats of one safetensors file, whose keys and header tell all: kohya, diffusers and others."""

@@ -1,0 +1,1 @@
+"""Adapters and parameters in orbax checkpoints."""
