@@ -113,7 +113,7 @@ def test_another_base_may_be_allowed(coremerge, save, tmp_path):
 
 
 def test_the_base_model_may_be_named(coremerge, save, tmp_path):
-    """Of several spellings, that of the hub; a card has none that the hub would refuse."""
+    """The hub's spelling is taken of several; a card has none that the hub would refuse."""
     bases = {"math": "C:\\models\\Qwen3-8B", "code": "unsloth/Qwen3-8B-bnb-4bit"}
     sources = [save(name, base_model=base) for name, base in bases.items()]
     for options, name in (([], bases["code"]), (["--base-model", "models/own"], "models/own")):

@@ -42,7 +42,7 @@ def dora(factors, write, rng):
 
 
 def update(weight, tensors, path):
-    """What DoRA adds to a weight, by its definition (arXiv 2402.09353, eq. 5)."""
+    """Returns what DoRA adds to a weight, by its definition (arXiv 2402.09353, eq. 5)."""
     a, b = (tensors[f"{P}{path}.lora_{x}.weight"].astype(float) for x in "AB")
     adapted = weight.astype(float) + 3 * b @ a
     key = next(key for key in tensors if key.startswith(f"{P}{path}.lora_magnitude"))

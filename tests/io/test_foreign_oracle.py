@@ -1,4 +1,4 @@
-"""What we read of other tools' files is what these compute, and what we write is what they read."""
+"""Updates read from other tools' files are what these compute, and they read what we write."""
 
 import json
 import warnings

@@ -406,7 +406,7 @@ def test_the_table_has_a_row_for_what_is_here():
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
-    """Of the newest checkpoint, and of ranks that were filled up."""
+    """Notes name the newest checkpoint, and ranks that were filled up."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoreMergeWarning)
         yield

@@ -11,7 +11,7 @@ ONE_MODEL = [
         "unsloth/Qwen2.5-7B-unsloth-bnb-4bit",
         "unsloth/Qwen2.5-7B-bnb-4bit",
         "https://huggingface.co/Qwen/Qwen2.5-7B",
-        "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/0123abc",
+        "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/0123abc",
         "/mnt/modelscope/hub/Qwen/Qwen2___5-7B",
         "models/Qwen2.5-7B",
         "./Qwen2.5-7B",
