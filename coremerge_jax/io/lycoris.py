@@ -127,6 +127,11 @@ def factors(parts: Mapping[str, np.ndarray]) -> Factors:
         return np.kron(a1, a2), np.kron(b1, b2)
 
 
+def named_factors(names: tuple[str, ...], *tensors: np.ndarray) -> Factors:
+    """Returns `factors` of the parts with these names."""
+    return factors(dict(zip(names, tensors, strict=True)))
+
+
 def _hadamard(first: Factors, second: Factors) -> Factors:
     """Returns factors of an entrywise product: products of all pairs of rows, and of columns."""
     (a1, b1), (a2, b2) = first, second

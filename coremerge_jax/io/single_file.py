@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.io.adapter_config import CONFIG
+from coremerge_jax.io.module_paths import without_wrappers
 
 if TYPE_CHECKING:
     from coremerge_jax.io.adapter_writer import Written
@@ -149,7 +150,7 @@ def look_at(name: str, keys: Iterable[str]) -> tuple[str, str] | None:
             return "kohya", key
         if split[1] == "alpha":  # base models have parameters of that name, too
             continue
-        if ORIGINAL.match(key):
+        if ORIGINAL.match(split[0]):
             return "original", key
         if name == PIPELINE or _PROCESSOR.search(key) or is_pipeline(key):
             return "diffusers", key
@@ -160,13 +161,16 @@ def look_at(name: str, keys: Iterable[str]) -> tuple[str, str] | None:
 def split_key(key: str) -> tuple[str, str] | None:
     """Splits a key into a module's path and the part of its update; None for other tensors.
 
+    What training wraps around a model, and peft's prefix, are no part of the path.
+
     A part is ``"down"`` (A), ``"up"`` (B), ``"mid"``, ``"alpha"``, ``"embedding_down"``,
     ``"embedding_up"``, or a name of `lycoris.PARTS`.
     """
     found = _KEY.fullmatch(key)
     if found is None:
         return None
-    return found["path"], found["name"] or next(part for part in _ENDINGS if found[part])
+    part = found["name"] or next(part for part in _ENDINGS if found[part])
+    return without_wrappers(found["path"])[1], part
 
 
 def is_pipeline(key: str) -> bool:

@@ -488,7 +488,7 @@ def test_peft_weights_alone(rng, write, name, more, notes, options, scale):
 def test_a_scaling_that_nothing_tells_is_asked_for(rng, write, tmp_path):
     tensors = pair(rng, KEY)
     source = write(tensors)
-    refused(source, "'base_model.model.layers.0.q'", "--alpha NUMBER", error=cm.FormatError)
+    refused(source, "module 'layers.0.q'", "--alpha NUMBER", error=cm.FormatError)
     refused(source, "expected a finite number other than 0", alpha=0.0)
     other = write(tensors, "other.safetensors", note(**{"transformer.r": 2}))
     refused(other, "nothing tells its alpha")
@@ -940,6 +940,20 @@ def test_a_merge_has_the_fields_of_the_header_that_all_adapters_have(rng, write,
         with safe_open(the_file(tmp_path / to), "numpy") as file:
             assert file.metadata().get("ss_base_model_version") == kept
             assert "ss_steps" not in file.metadata()
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    ("stem", "path", "options"),
+    [
+        ("base_model.model.layers.0.q", "layers.0.q", {"alpha": 2.0}),
+        ("diffusion_model.blocks.0.q", "diffusion_model.blocks.0.q", {}),
+    ],
+)
+def test_what_wraps_a_model_is_no_part_of_names(rng, write, wrapper, stem, path, options):
+    assert list(cm.open_adapter(write(pair(rng, wrapper + stem)), **options)) == [path]
+    both = pair(rng, wrapper + stem) | pair(rng, stem)
+    refused(write(both, "both.safetensors"), "the same part of one module", **options)
 
 
 # --- Not known ------------------------------------------------------------------------------

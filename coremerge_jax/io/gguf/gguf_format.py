@@ -1,12 +1,12 @@
 """llama.cpp's adapters as a format. JAX is imported in methods only, for the sake of help."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.io.outputs import GGUF, WRITER_OPTIONS
+from coremerge_jax.io.single_file import hash_files
 
 if TYPE_CHECKING:
     from coremerge_jax.io.adapter_writer import Written
@@ -64,11 +64,7 @@ class GgufFormat:
 
     def hash(self, source: str | Path) -> dict[str, str]:
         """Returns the SHA-256 of the file by its name."""
-        file = _find_file(source)
-        if file is None:
-            return {}
-        with file.open("rb") as stream:
-            return {file.name: hashlib.file_digest(stream, "sha256").hexdigest()}
+        return hash_files(*filter(None, [_find_file(source)]))
 
 
 def _find_file(source: str | Path) -> Path | None:

@@ -232,7 +232,11 @@ class Contents:
         except FormatError as error:
             raise FormatError(f"{self.file}: module {path!r} {error}") from error
         kind = Kind("conv2d", kernel=size.kernel) if size.kernel else LINEAR
-        return kind, (size.rank, size.m, size.n, size.divisor), partial(_lycoris, tuple(shapes))
+        return (
+            kind,
+            (size.rank, size.m, size.n, size.divisor),
+            partial(lycoris.named_factors, tuple(shapes)),
+        )
 
     def _lora(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> "_Form":
         down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
@@ -273,10 +277,6 @@ class Contents:
 
 # Kind, sizes (rank, m, n, the divisor of alpha), and the function from tensors to factors.
 _Form = tuple[Kind, tuple[int, int, int, int | None], Callable[..., Factors]]
-
-
-def _lycoris(names: tuple[str, ...], *tensors: np.ndarray) -> Factors:
-    return lycoris.factors(dict(zip(names, tensors, strict=True)))
 
 
 def _matrices(names: tuple[str, ...], *tensors: np.ndarray) -> Factors:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import FormatError, RecipeError, UnsupportedError
 from coremerge_jax.io.adapter_config import CONFIG
-from coremerge_jax.io.module_paths import WRAPPED
+from coremerge_jax.io.module_paths import WRAPPED, without_wrappers
 from coremerge_jax.io.one_file.diffusers import read_scales
 from coremerge_jax.io.single_file import (
     WEIGHTS,
@@ -20,8 +20,6 @@ from coremerge_jax.io.single_file import (
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
-
-_PREFIX = "base_model.model."
 
 # Names of alpha in the header.
 _ALPHAS = ("lora_alpha", "ss_network_alpha")
@@ -63,7 +61,7 @@ class PeftFileFormat(SingleFile):
                 f"{file}: its {CONFIG} is beside it and has the scaling; give the folder "
                 f"{file.parent} instead"
             )
-        has_prefix = all(key.startswith(_PREFIX) for key in read_names(file))
+        has_prefix = all(without_wrappers(key)[0] for key in read_names(file))
         found: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
         return open_keyed(
             file,
@@ -88,7 +86,7 @@ def _rename(file: Path, path: str) -> str:
             f"{file}: module {path!r} may have the factors of several experts, or of a layer that "
             f"peft has wrapped twice; {CONFIG} tells: put it beside the file"
         )
-    return path.removeprefix(_PREFIX)
+    return path
 
 
 class _Scales:
@@ -100,7 +98,7 @@ class _Scales:
         self._alpha = _header_alpha(file) if alpha is None else alpha
 
     def __call__(self, path: str, rank: int) -> float:
-        told = None if self._told is None else self._told(path.removeprefix(_PREFIX), rank)
+        told = None if self._told is None else self._told(path, rank)
         if told is not None:
             return told
         if self._alpha is None:

@@ -9,11 +9,10 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import CONFIG
 from coremerge_jax.io.folders import find_folder
-from coremerge_jax.io.single_file import PIPELINE, SUFFIX
+from coremerge_jax.io.single_file import PIPELINE, SUFFIX, WEIGHTS
 from coremerge_jax.io.unknown import describe
 from coremerge_jax.io.untrusted import is_regular
 
-WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "adapter_model.bin"
 

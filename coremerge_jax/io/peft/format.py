@@ -1,6 +1,5 @@
 """PEFT adapters as a format. JAX is imported in methods only, for the sake of help."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from coremerge_jax.io.peft.files import (
     locate,
     weights_files,
 )
+from coremerge_jax.io.single_file import hash_files
 
 if TYPE_CHECKING:
     from coremerge_jax.io.adapter_writer import Written
@@ -87,8 +87,4 @@ class PeftFormat:
     def hash(self, source: str | Path) -> dict[str, str]:
         """Returns the SHA-256 of the configuration and the weights, by file name."""
         folder = locate(source)
-        digests = {}
-        for file in (folder / CONFIG, *weights_files(folder)):
-            with file.open("rb") as stream:
-                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return digests
+        return hash_files(folder / CONFIG, *weights_files(folder))

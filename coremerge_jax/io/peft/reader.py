@@ -228,7 +228,7 @@ class Contents:
             raise FormatError(f"{self.file}: module {path!r} {error}") from error
         kind = Kind("conv2d", kernel=size.kernel) if size.kernel else Kind()
         outline = outline_of(size.rank, size.m, size.n, kind)
-        factors, scale = partial(_lycoris, tuple(parts)), self.config.scale(path)
+        factors, scale = partial(lycoris.named_factors, tuple(parts)), self.config.scale(path)
         return FactorSource(self.file, path, outline, tuple(parts.values()), factors, scale)
 
     def _vera(self, path: str, key_rows: str, key_inner: str) -> FactorSource:
@@ -361,11 +361,6 @@ def _swapped(a: np.ndarray, b: np.ndarray) -> Factors:
 def _matrices(a: np.ndarray, b: np.ndarray) -> Factors:
     """Returns the factors of a layer; a convolution's are flat."""
     return a.reshape(len(a), -1), b.reshape(b.shape[:2])
-
-
-def _lycoris(names: tuple[str, ...], *tensors: np.ndarray) -> Factors:
-    """Returns the factors of LoHa's or LoKr's update."""
-    return lycoris.factors(dict(zip(names, tensors, strict=True)))
 
 
 def _vera(rows: np.ndarray, inner: np.ndarray, a: np.ndarray, b: np.ndarray) -> Factors:
