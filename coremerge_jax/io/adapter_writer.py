@@ -133,7 +133,7 @@ def write_adapter(
 
 def _tell_dropped(outline: Adapter, written: Mapping[str, str]) -> None:
     """Warns of fields in the header of the sources that the result does not have."""
-    left = [name for name in outline.metadata.header if name not in written]
+    left = sorted(outline.metadata.header.keys() - written.keys())  # files have them in any order
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         warnings.warn(

@@ -933,7 +933,7 @@ def test_a_merge_has_the_fields_of_the_header_that_all_adapters_have(rng, write,
         )
     ]
     merged = cm.merge(opened, cm.mean())
-    named = r"stay behind.* ss_sd_model_name, ss_steps, modelspec.architecture"
+    named = r"stay behind.*: modelspec.architecture, ss_sd_model_name, ss_steps$"
     for to, kept in (("kohya", "sd_v1"), ("peft", None)):
         with pytest.warns(CoreMergeWarning, match=named if kept else "and 1 more"):
             save(merged, tmp_path / to, to)
