@@ -185,13 +185,15 @@ def find_merge_target(to: str) -> Format:
     Raises:
         RecipeError: there is no such name, or only ``coremerge convert`` writes this format.
     """
-    known, possible = find_target(to), merge_targets()
-    if to not in possible:
-        raise RecipeError(
-            f"--to {to!r}: merges are written as {', '.join(possible)}; "
-            f"then run coremerge convert --to {to}"
-        )
-    return known
+    possible = merge_targets()
+    if to in possible:
+        return find_target(to)
+    if to not in all_targets():
+        raise RecipeError(f"--to {to!r}: expected one of {', '.join(possible)}")
+    raise RecipeError(
+        f"--to {to!r}: merges are written as {', '.join(possible)}; then run coremerge convert "
+        f"--to {to}"
+    )
 
 
 def described() -> str:
