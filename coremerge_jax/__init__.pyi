@@ -32,6 +32,8 @@ from .lora import Adapter, Kind, LoRA, Metadata
 from .merging.merge import merge, merge_stream
 from .merging.projected import Projected as Projected
 from .merging.projected import project
+from .merging.statistics import Gram as Gram
+from .merging.statistics import Statistics
 from .merging.stream import MergeStream as MergeStream
 from .merging.truncation import truncate
 from .rules import (
@@ -45,6 +47,7 @@ from .rules import (
     mean,
     pico,
     prune,
+    regmean,
     sce,
     svc,
     task_arithmetic,
@@ -76,6 +79,7 @@ __all__ = [
     "Layout",
     "LoRA",
     "Metadata",
+    "Statistics",
     "apply_adapter",
     "cart",
     "chain",
@@ -103,6 +107,7 @@ __all__ = [
     "pico",
     "project",
     "prune",
+    "regmean",
     "save_orbax",
     "save_peft",
     "sce",

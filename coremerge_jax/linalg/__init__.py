@@ -12,6 +12,7 @@ In float32, where κ² would cost too much, the slower way is the only one.
 
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
+from coremerge_jax.linalg.definite import inverse_definite
 from coremerge_jax.linalg.numerics import (
     accumulate,
     in_loop,
@@ -43,6 +44,7 @@ __all__ = [
     "in_loop",
     "in_range",
     "inverse",
+    "inverse_definite",
     "isotropic",
     "kth_largest",
     "kth_smallest",

@@ -51,6 +51,7 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
     counted in compiled programs, and rounded up.
     """
     (m, n), total, number = group.shape, sum(group.ranks), len(group.paths)
+    grams = len(group.ranks) * (group.inputs or 0) ** 2
     if rule.equivariance == Equivariance.LINEAR and space.lossless:
         merged, parts = min(total, m, n), Operations(0, 0)
     else:
@@ -63,9 +64,9 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
         modules=number,
         products=number * parts.products,
         core=number * parts.core,
-        read=4 * number * total * (m + n),
+        read=4 * number * (total * (m + n) + grams),
         written=4 * number * merged * (m + n),
-        held=4 * (2 * total + merged) * (m + n),
+        held=4 * ((2 * total + merged) * (m + n) + 2 * grams),
         work=8 * (4 * total * (m + n) + parts.kept + parts.passing),
     )
 

@@ -28,6 +28,8 @@ class Group:
         ranks: the rank of each of the T adapters, ``sum(ranks) == R``.
         length: the number of modules in a stack. It may be more than L: then the last module is
             repeated, so that all parts of a group have one length and share a program.
+        inputs: the size k of the Gram matrices ``(T, k, k)`` of inputs that a merge uses; None if
+            it uses none.
     """
 
     paths: tuple[str, ...]
@@ -35,6 +37,7 @@ class Group:
     shape: tuple[int, int]
     ranks: tuple[int, ...]
     length: int
+    inputs: int | None = None
 
     @property
     def names(self) -> np.ndarray:
@@ -73,6 +76,19 @@ class Group:
         kept = [i for i, path in enumerate(self.paths) if wanted(path)]
         paths = tuple(self.paths[i] for i in kept)
         return dataclasses.replace(self, paths=paths, tasks=self.tasks[kept], length=len(kept))
+
+    def by_inputs(self, size: Callable[[str, np.ndarray], int | None]) -> "list[Group]":
+        """Splits into modules whose Gram matrices have one size each.
+
+        Args:
+            size: of the matrices of a module, by its path and its adapters; None if it has none.
+        """
+        sizes = [size(path, row) for path, row in zip(self.paths, self.tasks, strict=True)]
+        found = []
+        for own in dict.fromkeys(sizes):
+            wanted = {path for path, x in zip(self.paths, sizes, strict=True) if x == own}
+            found.append(dataclasses.replace(self.only(wanted.__contains__), inputs=own))
+        return found
 
     def shapes(
         self, outlines: Sequence[AdapterSource]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.errors import MismatchError
+from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.batches import first_calls
 from coremerge_jax.merging.checks import refuse_values
@@ -20,8 +20,9 @@ from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.program import Decisions, Facts, Inputs, Settings, decide, merge_stack
+from coremerge_jax.merging.statistics import Matched, check_rows, row_squares
 from coremerge_jax.merging.trimming import count_stack
-from coremerge_jax.rules import Chain
+from coremerge_jax.rules import Chain, tsv
 from coremerge_jax.spaces import Space
 
 
@@ -35,6 +36,7 @@ class Job:
         rule: how to merge; None if adapters are only projected.
         weights: one per adapter that the user gave, or None.
         scales: by path; None if adapters are only projected.
+        statistics: of the modules' inputs; None if there are none.
         key: PRNG key; None for rules that draw no random numbers.
         precision: to compute in, see `computing`.
         devices: those that share the work; None for one device.
@@ -48,6 +50,7 @@ class Job:
     key: jax.Array | None = None
     precision: str | None = None
     devices: Devices | None = None
+    statistics: Matched | None = None
     scratch: Scratch = dataclasses.field(default_factory=Scratch)
 
     @property
@@ -59,7 +62,8 @@ class Job:
     def traced(self) -> list[jax.core.Tracer]:
         """The adapters' factors and the parameters that a transformation of JAX traces."""
         adapters = [x for x in self.present.adapters if x.in_memory]
-        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales))
+        statistics = self.statistics and self.statistics.statistics
+        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales, statistics))
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
 
     @contextlib.contextmanager
@@ -84,19 +88,47 @@ class Job:
                 rows = [self.scales[path] for path in batch.padded(batch.paths)]
                 scales = xp.stack([xp.asarray(scale, dtype) for scale in rows])
             # Tasks and names are concrete, inside a user's jit too.
+            grams = self._grams(batch, a)
             yield (
-                Inputs(a=a, b=b, weights=weights, tasks=tasks, names=batch.names, scale=scales),
+                Inputs(a, b, weights, tasks, batch.names, scales, grams),
                 Settings(batch.ranks, self.space, dtype, batch.shape, self.devices),
             )
+
+    def _grams(self, batch: Group, a: Any) -> Any:
+        """Returns the Gram matrices of a batch, or their shape; None if it has none."""
+        if batch.inputs is None or self.statistics is None:
+            return None
+        if isinstance(a, jax.ShapeDtypeStruct):
+            shape = batch.length, len(batch.ranks), batch.inputs, batch.inputs
+            return jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
+        grams, squares = self.statistics.stack(batch)
+        if squares is None:
+            if self.devices and self.devices.axis:
+                raise UnsupportedError(
+                    f"module {batch.paths[0]!r} has Gram matrices of its inputs, which cannot be "
+                    "spread over devices as its columns are; use a mesh of one axis, or statistics "
+                    "of the coordinates in the adapters' A"
+                )
+        elif not self.traced:
+            found = jax.device_get(row_squares(a, np.dtype(np.float32)))
+            for path, one, other in zip(batch.paths, squares, found, strict=False):
+                check_rows(path, one, other)
+        return grams
+
+    def rule_of(self, batch: Group) -> Chain | None:
+        """Returns the rule; if it needs inputs and the batch has none, the same with `tsv`."""
+        if self.rule is None or batch.inputs is not None or not self.rule.reducer.needs_inputs:
+            return self.rule
+        return dataclasses.replace(self.rule, reducer=tsv())
 
     def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
         """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
         given = batch.stack(self.present.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (inputs, settings),
-            first_calls("merge", *self._kind(*given), settings),
+            first_calls("merge", *self._kind(batch, *given), settings),
         ):
-            a, b, facts = self._run(inputs, settings)
+            a, b, facts = self._run(self.rule_of(batch), inputs, settings)
             if self.traced:
                 return a, b, None
             self._check(batch, facts, given[1].dtype)
@@ -105,8 +137,10 @@ class Job:
                 return *jax.block_until_ready((a, b)), facts
             return given[0] if a is inputs.a else np.asarray(a), np.asarray(b), facts
 
-    def _run(self, inputs: Inputs, settings: Settings) -> tuple[Array, Array, Facts | None]:
-        merge = partial(merge_stack, self.rule, inputs, self.key, settings=settings)
+    def _run(
+        self, rule: Chain | None, inputs: Inputs, settings: Settings
+    ) -> tuple[Array, Array, Facts | None]:
+        merge = partial(merge_stack, rule, inputs, self.key, settings=settings)
         if self.traced or (self.devices and len(self.devices.processes) > 1):
             return *merge()[:2], None
         # Two programs, as a branch inside of one would compute both ways for every module.
@@ -131,14 +165,15 @@ class Job:
         a, b = batch.stack(self.present.adapters)
         with (
             self.prepared(batch, a, b) as (inputs, settings),
-            first_calls("count", *self._kind(a, b), settings),
+            first_calls("count", *self._kind(batch, a, b), settings),
         ):
             once = np.arange(batch.length) < len(batch.paths)
             counts, sizes = count_stack(self.rule, inputs, self.key, settings, once, **digit)
             return (counts, sizes) if self.traced else (np.asarray(counts), np.asarray(sizes))
 
-    def _kind(self, a: Array, b: Array) -> tuple:
-        return jax.tree.structure(self.rule), a.shape, a.dtype, b.shape, b.dtype
+    def _kind(self, batch: Group, a: Array, b: Array) -> tuple:
+        rule = jax.tree.structure(self.rule_of(batch))
+        return rule, batch.inputs, a.shape, a.dtype, b.shape, b.dtype
 
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Returns the shapes and dtypes of the results of `merge`."""
@@ -151,9 +186,10 @@ class Job:
 
     def decisions(self, batch: Group) -> Decisions:
         """Returns the automatic decisions for a batch, without running a program."""
-        assert self.rule is not None
+        rule = self.rule_of(batch)
+        assert rule is not None
         with self.prepared(batch, *batch.shapes(self.present.outlines)) as (_, settings):
-            found = decide(self.rule, settings)
+            found = decide(rule, settings)
         if found.keeps_a is None and self._outline(batch)[1] is not None:
             return dataclasses.replace(found, keeps_a=False)
         return found
@@ -161,7 +197,7 @@ class Job:
     def _outline(self, batch: Group) -> tuple[Inputs, Any, Any]:
         with self.prepared(batch, *batch.shapes(self.present.outlines)) as (inputs, settings):
             merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
-            a, b, *_ = jax.eval_shape(merge, self.rule, inputs, self.key)
+            a, b, *_ = jax.eval_shape(merge, self.rule_of(batch), inputs, self.key)
         return inputs, a, b
 
     def modules(self, batch: Group, a: Any, b: Any) -> dict[str, LoRA]:

@@ -18,7 +18,8 @@ from coremerge_jax.merging.checks import (
 )
 from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
-from coremerge_jax.merging.present import find_present
+from coremerge_jax.merging.present import find_present, match_inputs
+from coremerge_jax.merging.statistics import Statistics
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.rules import Rule, as_rule, chain
 from coremerge_jax.spaces import Space
@@ -37,6 +38,8 @@ def merge(
     allow_other_base: bool = False,
     allow_disjoint: bool = False,
     mesh: Mesh | None = None,
+    statistics: Statistics | None = None,
+    missing_statistics: str = "error",
 ) -> Adapter:
     """Merges adapters of one base model into one adapter.
 
@@ -65,6 +68,9 @@ def merge(
             one, for modules or ranks too large for one device, so are the columns of A and the
             rows of B. May have devices of several processes (`jax.distributed`), which then all
             have to call this.
+        statistics: of the modules' inputs (`collect`, `load_statistics`), for rules that need them.
+        missing_statistics: what to do with modules without statistics: ``"error"``, or ``"tsv"``
+            to merge them by that rule.
 
     Returns:
         The merged adapter, its rank at most the sum of the ranks (and at most m and n). Factors
@@ -92,6 +98,8 @@ def merge(
         allow_other_base=allow_other_base,
         allow_disjoint=allow_disjoint,
         mesh=mesh,
+        statistics=statistics,
+        missing_statistics=missing_statistics,
     ).collect()
 
 
@@ -110,6 +118,8 @@ def merge_stream(
     base_model: str | None = None,
     mesh: Mesh | None = None,
     max_memory: int | None = None,
+    statistics: Statistics | None = None,
+    missing_statistics: str = "error",
 ) -> MergeStream:
     """Merges adapters part by part, for those that are larger than memory.
 
@@ -132,6 +142,8 @@ def merge_stream(
         mesh: devices to share the work.
         max_memory: bytes that the batches on their way may take together; by default, batches
             are as large as is good for speed.
+        statistics: of the modules' inputs, for rules that need them.
+        missing_statistics: what to do with modules without statistics.
 
     Raises:
         MemoryError: a single module needs more than ``max_memory``.
@@ -144,7 +156,11 @@ def merge_stream(
     if base_model is not None:
         metadata = dataclasses.replace(present.metadata, base_model=base_model)
         present = dataclasses.replace(present, metadata=metadata)
-    devices, processes = _devices(mesh, present.adapters, (parts, weights, scale))
+    matched = None
+    if parts.needs_inputs:
+        matched = match_inputs(parts, present, statistics, len(adapters), missing_statistics)
+        present = present.with_inputs(matched)
+    devices, processes = _devices(mesh, present.adapters, (parts, weights, scale, matched))
     job = Job(
         present=present,
         space=as_space(space),
@@ -154,6 +170,7 @@ def merge_stream(
         key=key,
         precision=precision,
         devices=devices,
+        statistics=matched,
     )
     return MergeStream(job, max_memory, processes)
 

@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from coremerge_jax.errors import unknown
 from coremerge_jax.lora import Adapter, AdapterSource, Array, LoRA, Metadata
 from coremerge_jax.merging.checks import common_metadata, present_adapters
 from coremerge_jax.merging.extras import merge_extras
 from coremerge_jax.merging.groups import Group, group_modules
+from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
+from coremerge_jax.rules import Chain
+
+# What to do with modules without statistics.
+MISSING = ("error", "tsv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,11 @@ class Present:
         groups = [group.only(wanted) for group in self.groups]
         return dataclasses.replace(self, groups=[group for group in groups if group.paths])
 
+    def with_inputs(self, statistics: Matched) -> "Present":
+        """Returns the same with groups of modules that have Gram matrices of one size."""
+        groups = [part for group in self.groups for part in group.by_inputs(statistics.size)]
+        return dataclasses.replace(self, groups=groups)
+
     def adapter(self, modules: Mapping[str, LoRA]) -> Adapter:
         """Returns the merged adapter, its modules in the order of the adapters."""
         ordered = {path: modules[path] for path in self.paths if path in modules}
@@ -81,3 +92,30 @@ def find_present(
         extras=merged.tensors,
         metadata=common_metadata(present, merged.config, merged.beside),
     )
+
+
+def match_inputs(
+    rule: Chain, present: Present, statistics: Statistics | None, given: int, missing: str
+) -> Matched:
+    """Matches statistics with the adapters that take part, for a rule that needs them.
+
+    Args:
+        rule: the rule.
+        present: the adapters.
+        statistics: of the inputs.
+        given: the number of adapters that the user gave.
+        missing: ``"error"``, or ``"tsv"`` for modules without statistics.
+
+    Raises:
+        MismatchError: there are no statistics of an adapter or a module.
+        RecipeError: an argument is of another kind.
+        UnsupportedError: there are no statistics.
+    """
+    if missing not in MISSING:
+        raise unknown("missing_statistics", missing, MISSING)
+    if statistics is None:
+        refuse_missing(None, rule, ())
+    found = match(statistics, present.adapters, present.places.tolist(), given)
+    if missing == "error":
+        refuse_missing(found, rule, present.paths)
+    return found

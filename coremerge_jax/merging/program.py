@@ -37,11 +37,12 @@ class Inputs:
     tasks: Any  # int32 (L, T), places in the list that the user gave; NumPy, so also if traced
     names: Any  # uint32 (L,), hashes of the paths
     scale: Any  # (L,); None if modules are only projected
+    grams: Any = None  # (L, T, k, k), of inputs; None for rules that need none
 
     def specs(self, devices: Devices) -> "Inputs":
         """Returns the partition spec of each field."""
         a, b, each = devices.specs
-        specs: Any = {"weights": each, "tasks": each, "names": each, "scale": each}
+        specs: Any = dict.fromkeys(("weights", "tasks", "names", "scale", "grams"), each)
         given = {name: spec for name, spec in specs.items() if getattr(self, name) is not None}
         return Inputs(**{"a": a, "b": b, "weights": None, "scale": None, **given})
 
@@ -164,9 +165,10 @@ def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> 
     spread: dict[str, Any] = {}
     if settings.axis:
         spread = {"axis": settings.axis, "shape": settings.shape}
-    return settings.space.project(
+    found = settings.space.project(
         module.a, b, ranks, dtype=dtype, elementwise=elementwise, **spread
     )
+    return found if module.grams is None else found.with_inputs(module.grams)
 
 
 def module_key(key: PRNGKeyArray | None, name: UInt[Array, ""]) -> PRNGKeyArray | None:
@@ -327,6 +329,26 @@ def merge_projected(
         return jnp.asarray(lora.a), jnp.asarray(lora.b)
 
     return over_modules(one, (projection, tasks, names, weights))
+
+
+@jax.jit
+def split_projected(
+    rule: Chain,
+    key: PRNGKeyArray | None,
+    projection: Projection,
+    tasks: Int[Array, "L T"],
+    names: UInt[Array, " L"],
+) -> Projection:
+    """Splits merges of projected modules into the adapters' shares, in place of their updates."""
+
+    def one(row: tuple) -> Projection:
+        projection, tasks, name = row
+        context = Context(shape=projection.shape, tasks=tasks, inputs=projection.inputs)
+        own_key = module_key(key, name)
+        shares = rule.pieces(projection.factors, key=own_key, context=context)
+        return dataclasses.replace(projection, factors=shares)
+
+    return over_modules(one, (projection, tasks, names))
 
 
 @partial(jax.jit, static_argnames="dtypes")

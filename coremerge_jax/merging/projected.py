@@ -30,7 +30,9 @@ from coremerge_jax.merging.program import (
     merge_projected,
     norm_squares,
     project_stack,
+    split_projected,
 )
+from coremerge_jax.merging.statistics import Statistics, match
 from coremerge_jax.rules import as_rule, chain, ties
 from coremerge_jax.spaces import Projection, Space
 
@@ -144,6 +146,34 @@ class Projected:
                 for stack in self.stacks
             ]
 
+    def pieces(self, rule: Any, *, key: jax.Array | None = None) -> "Projected":
+        """Splits merges by a rule into the shares of the adapters, which then are what is merged.
+
+        Merged by `task_arithmetic` with coefficients, they are the merge with its shares multiplied
+        by these: linear in the coefficients, without any decomposition.
+
+        Args:
+            rule: `mean`, `task_arithmetic`, `tsv` or `regmean`, and steps before it.
+            key: PRNG key, for rules that draw random numbers.
+
+        Raises:
+            RecipeError: the rule cannot be used here, or a parameter is out of range.
+            UnsupportedError: the rule is no sum of shares, or needs inputs that are not there.
+        """
+        parts = chain(as_rule(rule))
+        key = check_rule(parts, key, self.adapters)
+        with self._computing():
+            stacks = [
+                dataclasses.replace(
+                    stack,
+                    projection=split_projected(
+                        parts, key, stack.projection, stack.tasks, stack.names
+                    ),
+                )
+                for stack in self.stacks
+            ]
+        return dataclasses.replace(self, stacks=tuple(stacks))
+
     def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
         """Scales merged updates. The adapter has NumPy factors unless they are traced."""
         scales = module_scales(self.order, scale)
@@ -211,6 +241,7 @@ def project(
     extras: str = "error",
     allow_other_base: bool = False,
     allow_disjoint: bool = False,
+    statistics: Statistics | None = None,
 ) -> Projected:
     """Projects all modules of adapters to a merge space, once for many merges.
 
@@ -224,6 +255,7 @@ def project(
         extras: what to do with tensors that are not low-rank updates.
         allow_other_base: project also adapters that name different base models.
         allow_disjoint: project also adapters without a module in common.
+        statistics: of the modules' inputs, for rules that need them.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -235,7 +267,12 @@ def project(
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     space, weights = as_space(space), as_weights(weights, len(adapters))
     present = find_present(adapters, weights, extras, allow_other_base, allow_disjoint)
-    job = Job(present, space, weights=weights, precision=precision)
+    matched = None
+    if statistics is not None:
+        places = present.places.tolist()
+        matched = match(statistics, present.adapters, places, len(adapters))
+        present = present.with_inputs(matched)
+    job = Job(present, space, weights=weights, precision=precision, statistics=matched)
     return Projected(
         stacks=tuple(_project(job, group, elementwise) for group in present.groups),
         space=space,

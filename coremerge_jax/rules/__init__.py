@@ -16,6 +16,7 @@ finite, and leave out how coinciding directions mix.
 from coremerge_jax.rules.calibration import pico, svc
 from coremerge_jax.rules.chain import Chain, Step, as_rule, chain, from_function
 from coremerge_jax.rules.linear import mean, task_arithmetic
+from coremerge_jax.rules.regression import regmean
 from coremerge_jax.rules.rule import Context, Equivariance, Rule
 from coremerge_jax.rules.sparse import dare, prune, sce, ties, ties_above
 from coremerge_jax.rules.spectral import cart, flatten, isotropize, tsv
@@ -35,6 +36,7 @@ RULES: dict[str, type[Rule]] = {
         cart,
         iso_cts,
         dc_merge,
+        regmean,
         isotropize,
         flatten,
         svc,
@@ -61,6 +63,7 @@ __all__ = [
     "mean",
     "pico",
     "prune",
+    "regmean",
     "sce",
     "svc",
     "task_arithmetic",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from coremerge_jax.errors import RecipeError
+from coremerge_jax.errors import RecipeError, UnsupportedError
 from coremerge_jax.linalg import pytree
 from coremerge_jax.rules.linear import task_arithmetic
 from coremerge_jax.rules.operations import Operations, Sizes, counted
@@ -110,6 +110,11 @@ class Chain(Rule):
         """True if any part draws random numbers."""
         return any(rule.needs_key for rule in self.rules)
 
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]  # the same
+        """True if any part uses Gram matrices of the modules' inputs."""
+        return any(rule.needs_inputs for rule in self.rules)
+
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies all parts in order."""
         merged = self.combine(cores, key=key, context=context)
@@ -128,10 +133,22 @@ class Chain(Rule):
     def combine(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies the steps before the merge, and the merge: all cores to one."""
         cores = self.prepare(cores, key=key, context=context)
-        reducer_key = (
-            _key_of(key, len(self.before), self.reducer) if self.reducer.needs_key else None
-        )
-        return self.reducer.merge(cores, key=reducer_key, context=context)
+        return self.reducer.merge(cores, key=self._reducer_key(key), context=context)
+
+    def _reducer_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
+        return _key_of(key, len(self.before), self.reducer) if self.reducer.needs_key else None
+
+    def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Cores:
+        """Applies the steps before the merge, and splits the merge into the adapters' shares."""
+        changed = [step for step in self.before if type(step).restore is not Step.restore]
+        if self.after or changed:
+            step = (*changed, *self.after)[0]
+            raise UnsupportedError(
+                f"{step!r} changes the merged core, so it is no sum of the adapters' shares that "
+                "coefficients could multiply; leave it out"
+            )
+        cores = self.prepare(cores, key=key, context=context)
+        return self.reducer.pieces(cores, key=self._reducer_key(key), context=context)
 
     def finish(self, merged: Merged, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies the steps after the merge: one core to one core."""

@@ -37,6 +37,10 @@ class _Sum(Rule):
 class mean(_Sum):
     """Mean of the updates that a module has: ΔW = (1/T) Σ_t ΔW_t."""
 
+    def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Cores:
+        tasks = tasks_in(cores)
+        return jax.vmap(scale)(cores, jnp.full(tasks, 1 / tasks, dtype_of(cores)))
+
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return total(cores) / tasks_in(cores)
 
@@ -55,11 +59,14 @@ class task_arithmetic(_Sum):
     def __post_init__(self) -> None:
         check_weights(self.weights)
 
+    def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Cores:
+        if self.weights is None:
+            return cores
+        weights = by_task(self.weights, context)
+        return jax.vmap(scale)(cores, weights.astype(dtype_of(cores)))
+
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
-        if self.weights is not None:
-            weights = by_task(self.weights, context)
-            cores = jax.vmap(scale)(cores, weights.astype(dtype_of(cores)))
-        return total(cores)
+        return total(self.pieces(cores, key=key, context=context))
 
 
 def total(cores: Cores) -> Dense:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coremerge_jax.errors import RecipeError
+from coremerge_jax.errors import RecipeError, UnsupportedError
 from coremerge_jax.linalg import Factored, pytree
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.operations import Operations, Sizes, counted
@@ -51,11 +51,14 @@ class Context:
         tasks: int32 ``(T,)``, the adapters to which the cores belong.
         cores: for steps behind the merge, the adapters' cores before any step, in the coordinates
             of the merged core.
+        inputs: ``(T, q, q)``, the Gram matrix of each task's inputs in the coordinates of the
+            cores' columns; None if the merge has no statistics.
     """
 
     shape: Int[Array, "2"]
     tasks: Int[Array, " T"]
     cores: Cores | None = None
+    inputs: Float[Array, "T q q"] | None = None
 
     @classmethod
     def of(cls, cores: Cores) -> "Context":
@@ -107,12 +110,14 @@ class Rule:
     Attributes:
         equivariance: the changes of basis with which the rule commutes.
         needs_key: True if the rule draws random numbers.
+        needs_inputs: True if the rule uses Gram matrices of the modules' inputs.
         factored: True if cores stay in factors: a rule that merges returns a `Factored`; a step
             takes one where it follows the merge, and before it maps `LoRA` factors to `LoRA`.
     """
 
     equivariance: ClassVar[Equivariance]
     needs_key: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
     factored: ClassVar[bool] = False
 
     def __call__(
@@ -139,6 +144,17 @@ class Rule:
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Merges all cores to one. Every rule implements this; the result may be `Factored`."""
         raise NotImplementedError
+
+    def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Cores:
+        """Splits the merge into the adapters' shares, ``(T, p, q)``, whose sum it is.
+
+        Raises:
+            UnsupportedError: the rule is no sum of such shares.
+        """
+        raise UnsupportedError(
+            f"{self!r} is no sum of the adapters' shares, so coefficients cannot multiply these; "
+            "such rules are mean, task_arithmetic, tsv and regmean"
+        )
 
     def operations(self, cores: Sizes) -> Operations:
         """Counts operations and memory, from leading terms; here, in the jaxpr of `merge`."""

@@ -105,6 +105,13 @@ class tsv(Rule):
         u, v = jax.vmap(polar)(pad_rows(*map(side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
 
+    def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> LoRA:
+        merged = self.merge(cores, key=key, context=context)
+        columns = merged.blocks.shape[0], merged.blocks.shape[1]
+        u = jnp.moveaxis(merged.u.reshape(-1, *columns), 1, 0)
+        v = merged.v.reshape(-1, *columns)
+        return LoRA(a=jnp.transpose(v, (1, 2, 0)), b=matmul(u, merged.blocks))
+
     def operations(self, cores: Sizes) -> Operations:
         deficient = self.rank is not None or cores.abreast > cores.side
         return thin_bases(cores) + polar_factors(cores, cores.abreast, deficient)

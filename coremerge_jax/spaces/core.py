@@ -1,5 +1,6 @@
 """Core space (arXiv 2509.17786, section 4)."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -46,18 +47,26 @@ class core(Space):
 
     Attributes:
         gauge: ``"given"``, the factors as they are, as in the paper; or ``"balanced"``.
+        rows: ``"given"``: rows of merged updates are combinations of those of the adapters.
+            ``"free"``: V is the identity, for rules that may choose other rows, such as `regmean`
+            with Gram matrices (n, n); cores are p × n.
         rtol: singular values of B and A up to ``rtol`` times the largest are taken for zero. By
             default √R times the rounding error of the factors' entries, and a little more for
             the rounding errors of the decomposition itself.
     """
 
     gauge: str = "given"
+    rows: str = "given"
     rtol: float | None = None
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.gauge not in ("given", "balanced"):
             raise RecipeError(f"gauge={self.gauge!r}: expected 'given' or 'balanced'")
+        if self.rows not in ("given", "free"):
+            raise RecipeError(f"rows={self.rows!r}: expected 'given' or 'free'")
+        if self.rows == "free" and self.gauge != "given":
+            raise RecipeError("gauge='balanced' with rows='free': choose one of them")
         if self.rtol is not None:
             check_static("rtol", self.rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
@@ -67,6 +76,11 @@ class core(Space):
         singular = elementwise and not balanced  # other rules merge alike in a cheaper basis
         find = partial(basis, rtol=rtol, singular=singular, dtype=stacked.dtype, axis=stacked.axis)
         left, b, p, _ = find(stacked.b, rows=m)
+        if self.rows == "free":
+            stacked.refuse_axis(self)
+            factors = stacked.split(stacked.a.astype(stacked.dtype), b)
+            columns = jnp.asarray(n, p.dtype)
+            return Projection(factors=factors, shape=jnp.stack([p, columns]), left=left)
         right, a, q, spread = find(stacked.a.T, rows=n)
         if balanced:
             a, b = _balanced(stacked.split(a.T, b), stacked.ranks)
@@ -91,6 +105,8 @@ class core(Space):
         self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
     ) -> tuple[Sizes, Operations]:
         sizes, bases = count_bases(shape, ranks)
+        if self.rows == "free":
+            sizes = dataclasses.replace(sizes, q=shape[1])
         p, q, total, width, kept = sizes.p, sizes.q, sum(ranks), sizes.width, 0
         products, core = bases.products, bases.core
         if elementwise:

@@ -103,6 +103,8 @@ class Projection:
         right: the basis of ``v: (n, q)``, or None for the identity.
         gain: ``(p,)``, the diagonal of a matrix; that matrix ``(p, p)``; or None for the identity.
         spread: that of the singular values of the stacked A factors, as `linalg.basis` returns it.
+        inputs: ``(T, q, q)``, Gram matrices of each task's inputs in the coordinates of the cores'
+            columns; see `with_inputs`.
     """
 
     factors: Cores
@@ -111,6 +113,40 @@ class Projection:
     right: Basis | None = None
     gain: Float[Array, " p"] | Float[Array, "p p"] | None = None
     spread: Float[Array, ""] | None = None
+    inputs: Float[Array, "T q q"] | None = None
+
+    def with_inputs(self, grams: Float[Array, "T k k"]) -> "Projection":
+        """Returns the projection with Gram matrices of the inputs of each task.
+
+        Args:
+            grams: ``(T, R, R)``, of the coordinates ``A x`` in the stacked A factors; or
+                ``(T, n, n)``, of the inputs x themselves.
+
+        Raises:
+            MismatchError: they are neither; or they are those of ``A x``, and the space has other
+                rows than those of A, or A more rows than columns.
+        """
+        dtype, size, right = jax.tree.leaves(self.factors)[0].dtype, grams.shape[1], self.right
+        grams = grams.astype(dtype)
+        if right is None:
+            columns = jax.eval_shape(dense, self.factors).shape[2]
+            if size != columns:
+                raise MismatchError(
+                    f"Gram matrices {size} × {size} in a space of all {columns} columns: expected "
+                    f"those of the inputs themselves, {columns} × {columns}"
+                )
+            return dataclasses.replace(self, inputs=grams)
+        if right.x is not None and size == len(right.frame):
+            frame = right.frame  # V = Aᵀ frame, so that Vᵀ x = frameᵀ A x
+        elif size == (len(right.frame) if right.x is None else right.x.shape[0]):
+            frame = right.columns()
+        else:
+            raise MismatchError(
+                f"Gram matrices {size} × {size} do not fit: expected those of the coordinates in "
+                "the adapters' A, or of the module's inputs"
+            )
+        inputs = matmul(matmul(frame.T[None], grams), frame[None])
+        return dataclasses.replace(self, inputs=inputs)
 
     def weighted(self, weights: Float[Array, " T"]) -> "Projection":
         """Returns the projection with its updates multiplied by weights ``(T,)``."""
@@ -172,7 +208,7 @@ class Projection:
         """
         if tasks is None:
             tasks = jnp.arange(tasks_in(self.factors), dtype=jnp.int32)
-        context = Context(shape=self.shape, tasks=tasks)
+        context = Context(shape=self.shape, tasks=tasks, inputs=self.inputs)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = rule.combine(self.factors, key=key, context=context)
         context = dataclasses.replace(context, cores=self._weighed_cores())
