@@ -9,6 +9,7 @@ A field of a recipe is declared here alone: its default and help in `Recipe`, al
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from coremerge_jax.lora import Adapter
+    from coremerge_jax.merging.checks import Scale
+    from coremerge_jax.merging.statistics import Statistics
     from coremerge_jax.merging.stream import MergeStream
     from coremerge_jax.rules import Chain, Rule
     from coremerge_jax.spaces import Space
@@ -36,6 +39,8 @@ DTYPES = ("float32", "bfloat16", "float16")  # those of `lora`, which imports JA
 PRECISIONS = ("float32", "float64")
 
 EXTRAS = ("error", "first", "mean", "drop", "keep=ADAPTER")
+
+MISSING_STATISTICS = ("error", "tsv")
 
 MOST = 10_000  # values in a list, and values that a sweep may try
 
@@ -52,9 +57,9 @@ def _is_text(value: object) -> bool:
 
 def _is_scale(value: object) -> bool:
     if isinstance(value, Mapping):
-        named = all(isinstance(k, str) and is_number(v) for k, v in value.items())
-        return bool(value) and named
-    return is_number(value)
+        named = all(isinstance(k, str) and _is_scale(v) for k, v in value.items())
+        return bool(value) and named and not any(isinstance(v, Mapping) for v in value.values())
+    return is_number(value) or value == "auto"
 
 
 # Kinds of the parameters of rules and spaces, by the type of their defaults.
@@ -247,8 +252,8 @@ OPTIONS: Mapping[str, Option] = {
     "space": Option(_is_text, "the name of a merge space", "NAME[:key=value,...]"),
     "scale": Option(
         _is_scale,
-        "a number, or numbers by pattern of the module path",
-        "[PATTERN=]NUMBER",
+        "a number or auto, or such by pattern of the module path",
+        "[PATTERN=]NUMBER|auto",
         ("merge_stream",),
     ),
     "rank": Option(
@@ -283,6 +288,13 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "precision": _choice(PRECISIONS, *_MERGE, unset="the best that the device has"),
     "extras": _choice(EXTRAS, *_MERGE, panel="Result"),
+    "statistics": Option(
+        lambda v: _is_list_of(_is_text)(v) and len(v) > 0,
+        "a list of folders",
+        "DIR",
+        unset="none",
+    ),
+    "missing_statistics": _choice(MISSING_STATISTICS, "merge_stream"),
     "allow_other_base": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
     "allow_disjoint": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
     "base_model": Option(
@@ -301,8 +313,9 @@ class Recipe:
         weights: factor of each adapter's updates, before anything else.
         rules: merge rules, applied in order; ``coremerge rules`` lists them.
         space: merge space, such as ``knots`` or ``tucker:rank=16``.
-        scale: factor of the merged update; or factors by pattern of the module path, of which the
-            first that matches counts (1 if none does).
+        scale: factor of the merged update, 1 for the plain rule; or factors by pattern of the
+            module path, of which the first that matches counts. Where none is given, it is
+            ``auto``: chosen by the rule, the number of adapters and the norms of their updates.
         rank: largest rank of a merged module; a higher one is cut.
         energy: share of each merged module's squared Frobenius norm, such as 0.99; the module is
             cut to the fewest directions that keep it.
@@ -315,6 +328,10 @@ class Recipe:
         extras: policy for trained weights that are not LoRA factors (heads, biases, tokens):
             refuse them, unless all are equal; take the first adapter's, their mean, or those of
             one adapter, by name, folder or number from 1 on; or leave them out.
+        statistics: folders of ``coremerge collect`` with the statistics of unlabelled inputs, which
+            ``regmean`` needs; several are added up.
+        missing_statistics: what to do with modules without statistics: refuse them, or merge them
+            by ``tsv``.
         allow_other_base: merge even if the adapters name different base models.
         allow_disjoint: merge even if an adapter has no module in common with the others.
         base_model: name of the base model in the result.
@@ -327,7 +344,7 @@ class Recipe:
     weights: tuple[float, ...] | None = None
     rules: tuple[str, ...] = ("tsv",)
     space: str = "core"
-    scale: float | Mapping[str, float] = 1.0
+    scale: float | str | Mapping[str, float | str] = "auto"
     rank: int | None = None
     energy: float | None = None
     uniform_rank: bool = True
@@ -336,6 +353,8 @@ class Recipe:
     seed: int = 0
     precision: str | None = None
     extras: str = "error"
+    statistics: tuple[str, ...] | None = None
+    missing_statistics: str = "error"
     allow_other_base: bool = False
     allow_disjoint: bool = False
     base_model: str | None = None
@@ -392,10 +411,13 @@ class Recipe:
             raise RecipeError(str(error)) from error
         recipe = cls.from_yaml(text, str(path))
         adapters = tuple(_relative_to(path.parent, name) for name in recipe.adapters)
+        statistics = recipe.statistics and tuple(str(path.parent / x) for x in recipe.statistics)
         extras = recipe.extras
         if (kept := extras.removeprefix("keep=")) in recipe.adapters:
             extras = f"keep={adapters[recipe.adapters.index(kept)]}"
-        return dataclasses.replace(recipe, adapters=adapters, extras=extras)
+        return dataclasses.replace(
+            recipe, adapters=adapters, extras=extras, statistics=statistics
+        )
 
     def resolve(self) -> "Resolved":
         """Parses the rules and the space.
@@ -436,13 +458,20 @@ class Resolved:
     rule: "Chain"
     space: "Space"
 
-    def with_rule(self, rule: "Chain", scale: float | Mapping[str, float]) -> Self:
+    def with_rule(self, rule: "Chain", scale: "Scale") -> Self:
         """Returns the same with another rule and scale."""
         rules = tuple(map(format_rule, rule.rules))
         recipe, explicit = (
             dataclasses.replace(x, rules=rules, scale=scale) for x in (self.recipe, self.explicit)
         )
         return dataclasses.replace(self, recipe=recipe, explicit=explicit, rule=rule)
+
+    @functools.cached_property
+    def statistics(self) -> "Statistics | None":
+        """The statistics of inputs, read from their folders; None if the recipe names none."""
+        from coremerge_jax.io.statistics_files import sum_statistics
+
+        return sum_statistics(self.recipe.statistics) if self.recipe.statistics else None
 
     def arguments_of(self, function: str) -> dict[str, Any]:
         """Returns the arguments of a library function that are fields of the recipe, by name."""
@@ -477,6 +506,7 @@ class Resolved:
             key=jax.random.key(self.recipe.seed),
             mesh=mesh,
             max_memory=max_memory,
+            statistics=self.statistics,
             **self.arguments_of("merge_stream"),
         )
 

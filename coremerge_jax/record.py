@@ -12,6 +12,7 @@ from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import hash_source
 from coremerge_jax.io.outputs import RECORD
+from coremerge_jax.io.statistics_files import hash_statistics
 from coremerge_jax.lora import Adapter
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import exchange, failing_together
@@ -39,8 +40,25 @@ def describe_sources(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[s
     ]
 
 
-def provenance(resolved: Resolved, sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the record of a merge by a recipe; ``sources`` are from `describe_sources`."""
+def describe_statistics(recipe: Recipe) -> list[dict[str, Any]]:
+    """Returns path and hashes of each folder of statistics that a recipe names.
+
+    Raises:
+        FormatError: a file cannot be read.
+    """
+    return [{"path": path, "sha256": hash_statistics(path)} for path in recipe.statistics or ()]
+
+
+def provenance(
+    resolved: Resolved, sources: Sequence[dict[str, Any]], scales: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the record of a merge by a recipe.
+
+    Args:
+        resolved: the recipe.
+        sources: its adapters, from `describe_sources`.
+        scales: the automatic scales, by words for the kind of modules.
+    """
     with computing(resolved.recipe.precision) as dtype:
         precision = dtype.name
     return {
@@ -48,6 +66,8 @@ def provenance(resolved: Resolved, sources: Sequence[dict[str, Any]]) -> dict[st
         "precision": precision,
         "recipe": resolved.explicit.to_dict(),
         "sources": list(sources),
+        **({"statistics": found} if (found := describe_statistics(resolved.recipe)) else {}),
+        **({"auto_scale": dict(scales)} if scales else {}),
     }
 
 
@@ -55,6 +75,7 @@ _FIELDS = {
     "recipe": untrusted.OBJECT,
     "precision": (lambda value: value in PRECISIONS, " or ".join(PRECISIONS)),
     "sources": (lambda value: isinstance(value, list), "a list"),
+    "statistics": (lambda value: isinstance(value, list), "a list"),
 }
 
 
@@ -81,11 +102,13 @@ class MergeRecord:
         recipe: the recipe.
         sources: the adapters, in the order of the recipe.
         precision: precision of the computation, if known.
+        statistics: the folders of statistics, in the order of the recipe.
     """
 
     recipe: Recipe
     sources: tuple[Source, ...]
     precision: str | None = None
+    statistics: tuple[Source, ...] = ()
 
 
 def read_record(merged: Adapter | str | Path) -> MergeRecord | None:
@@ -105,16 +128,24 @@ def read_record(merged: Adapter | str | Path) -> MergeRecord | None:
         recipe = Recipe.from_dict(content["recipe"])
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from error
-    found = content.get("sources") or []
-    if not all(map(_is_source, found)):
-        raise FormatError(f"{file}: expected sources with name, path and sha256 by file")
-    sources = (Source(source["name"], source["path"], source["sha256"]) for source in found)
-    return MergeRecord(recipe, tuple(sources), content.get("precision"))
+    sources = _read_sources(file, content, "sources", ("name", "path"))
+    statistics = _read_sources(file, content, "statistics", ("path",))
+    return MergeRecord(recipe, sources, content.get("precision"), statistics)
 
 
-def _is_source(found: Any) -> bool:
-    if not isinstance(found, dict) or not {"name", "path", "sha256"} <= found.keys():
+def _read_sources(
+    file: Path, content: Mapping[str, Any], key: str, names: Sequence[str]
+) -> tuple[Source, ...]:
+    """Returns what a record says of sources."""
+    found = content.get(key) or []
+    if not all(_is_source(source, names) for source in found):
+        raise FormatError(f"{file}: expected {key} with {', '.join(names)} and sha256 by file")
+    return tuple(Source(x.get("name"), x["path"], x["sha256"]) for x in found)
+
+
+def _is_source(found: Any, names: Sequence[str]) -> bool:
+    if not isinstance(found, dict) or not {*names, "sha256"} <= found.keys():
         return False
-    texts = all(found[key] is None or untrusted.is_text(found[key]) for key in ("name", "path"))
+    texts = all(found[key] is None or untrusted.is_text(found[key]) for key in names)
     digests = found["sha256"]
     return texts and isinstance(digests, dict) and all(map(untrusted.is_text, digests.values()))

@@ -119,12 +119,14 @@ class Merged(_Report):
         signatures: the merged modules.
         energy_kept: share of the squared Frobenius norm that each module kept, by path; empty if
             nothing was to be cut.
+        auto_scale: automatic scales, by words for the kind of modules; empty if there are none.
         seconds: time of each stage, and of compiling.
         recipe: the recipe.
     """
 
     output: str
     energy_kept: Mapping[str, float]
+    auto_scale: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,7 @@ def run_merge(
         signatures=_signatures(stream.adapters, stream.outline, written.ranks),
         seconds=stage.seconds,
         recipe=recipe,
+        auto_scale=stream.scales_in_words,
         output=str(output),
         energy_kept=written.kept,
     )
@@ -317,11 +320,12 @@ def _write(
     keep_compiled_programs()
     save: Any = find_merge_target(to).save  # of a stream
     with _compile_seconds() as compiled, stage("merge", total=len(stream.own)) as advance:
+        scales = stream.scales_in_words
         written: Written = save(
             _Watched(stream, advance),
             output,
             to=to,
-            card=provenance(resolved, describe_sources(resolved.recipe, adapters)),
+            card=provenance(resolved, describe_sources(resolved.recipe, adapters), scales),
             **resolved.arguments_of("save_peft"),
             **options,
         )
@@ -462,17 +466,23 @@ def run_sweep(
     keep_compiled_programs()
     adapters = [open_adapter(source) for source in recipe.adapters]
     sources, key = describe_sources(recipe, adapters), jax.random.key(recipe.seed)
-    projected = project(adapters, space=resolved.space, **resolved.arguments_of("project"))
+    projected = project(
+        adapters,
+        space=resolved.space,
+        statistics=resolved.statistics,
+        **resolved.arguments_of("project"),
+    )
     tried = {"scale": [recipe.scale], **values}
     search = Search(projected, resolved.rule, tried, way, objective, maximize, key)
     output.mkdir(parents=True, exist_ok=True)
 
     def write(candidate: Resolved, merged: Adapter | MergeStream, name: str) -> None:
+        scales = merged.scales_in_words if isinstance(merged, MergeStream) else {}
         save_peft(
             merged,
             output / name,
             force=True,  # written by this sweep, before it was interrupted
-            card=provenance(candidate, sources),
+            card=provenance(candidate, sources, scales),
             **candidate.arguments_of("save_peft"),
         )
 

@@ -14,7 +14,7 @@ from helpers import dense
 
 import coremerge_jax as cm
 from coremerge_jax.lora import LoRA
-from coremerge_jax.rules import Rule
+from coremerge_jax.rules import RULES, Rule
 from coremerge_jax.spaces import Space
 
 # Each kind of rule has laws of its own (`laws/test_invariants.py`).
@@ -305,6 +305,17 @@ ROWS = [
 ]
 CASES = {case.name: case for case in ROWS}
 
+WITH_INPUTS = {
+    "regmean": Case(
+        "regmean",
+        cm.regmean(),
+        refused={"ridge": [0, -1], "weighting": ["traces", 1], "orthogonalize": ["yes", 1]},
+    ),
+}
+"""Rules that need inputs: their laws are in `laws/test_regression.py`."""
+
+WITHOUT_INPUTS = {name: make for name, make in RULES.items() if not make.needs_inputs}
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -324,7 +335,9 @@ class Place:
 
 
 SPACES = {
-    "core": Place(cm.core(), refused={"rtol": [1, 2, -0.1, True], "gauge": ["balance", 1]}),
+    "core": Place(
+        cm.core(), refused={"rtol": [1, 2, -0.1, True], "gauge": ["balance", 1], "rows": ["all", 1]}
+    ),
     "balanced": Place(cm.core(gauge="balanced"), laws=False),
     "full": Place(cm.full()),
     "knots": Place(cm.knots(), refused={"scaled": [0, "yes"]}, defined=cm.knots(scaled=True)),

@@ -98,3 +98,25 @@ def sce(updates, density):
     agrees = weights * (np.sign(chosen) == np.sign(chosen.sum(0))) * (chosen != 0)
     total = agrees.sum(0)
     return (agrees * chosen).sum(0) / np.where(total > 0, total, 1)
+
+
+def regmean(loras, inputs, ridge, weighting="trace", orthogonalize=False, free=False):
+    """On inputs ``(N, n)`` of each task, in the space of the adapters' rows, or of all rows."""
+    updates = [lora.b @ lora.a for lora in loras]
+    v = np.eye(updates[0].shape[1]) if free else svd(np.vstack([x.a for x in loras]))[2]
+    weights = {
+        "trace": [1 / np.sum((x @ v) ** 2) for x in inputs],
+        "iteris": [
+            np.sum(y**2) / np.sum((x @ y.T) ** 2) for x, y in zip(inputs, updates, strict=True)
+        ],
+        "none": np.ones(len(inputs)),
+    }[weighting]
+    grams = [w * (x @ v).T @ (x @ v) for w, x in zip(weights, inputs, strict=True)]
+    level = ridge * np.trace(sum(grams)) / len(grams[0])
+    targets = sum(y @ v @ k for y, k in zip(updates, grams, strict=True))
+    merged = np.linalg.solve(sum(grams) + level * np.eye(len(grams[0])), targets.T).T
+    if orthogonalize:
+        values, vectors = np.linalg.eigh(sum(u @ u.T for u in (svd(x)[0] for x in updates)))
+        kept = values > 1e-10
+        merged = vectors[:, kept] / np.sqrt(values[kept]) @ vectors[:, kept].T @ merged
+    return merged @ v.T

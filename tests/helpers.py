@@ -48,6 +48,38 @@ def random_adapters(
     ]
 
 
+def random_inputs(
+    adapters: Sequence[cm.Adapter], seed: int = 0, count: int = 40
+) -> list[dict[str, np.ndarray]]:
+    """Inputs ``(count, n)`` of each module, for each adapter that has it."""
+    rng = np.random.default_rng([seed, 1])
+    return [
+        {path: rng.standard_normal((count, lora.shape[1])) for path, lora in adapter.items()}
+        for adapter in adapters
+    ]
+
+
+def statistics_of(
+    adapters: Sequence[cm.Adapter],
+    inputs: Sequence[Mapping[str, np.ndarray]],
+    full: bool = False,
+) -> cm.Statistics:
+    """The statistics of inputs, in NumPy."""
+    grams = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
+        tasks = [t for t, adapter in enumerate(adapters) if path in adapter]
+        a = np.vstack([adapters[t][path].a for t in tasks])
+        z = [inputs[t][path] if full else inputs[t][path] @ a.T for t in tasks]
+        grams[path] = cm.Gram(
+            matrices=np.stack([x.T @ x for x in z]),
+            counts=np.array([float(len(x)) for x in z]),
+            squares=None if full else np.sum(a**2, axis=1),
+            tasks=tuple(tasks),
+            ranks=tuple(adapters[t][path].rank for t in tasks),
+        )
+    return cm.Statistics(grams, [adapter.metadata.name for adapter in adapters])
+
+
 def map_factors(adapters: Sequence[cm.Adapter], fn) -> list[cm.Adapter]:
     """Adapters with ``fn(a, b) -> (a, b)`` applied to each module's factors."""
     return [

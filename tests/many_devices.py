@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from cases import WITHOUT_INPUTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import coremerge_jax as cm
-from coremerge_jax.rules import RULES, chain
+from coremerge_jax.rules import chain
 
 # Neither the number of modules nor m or n can be divided by that of devices.
 SHAPES = {f"layers.{i}.q": (21, 75) for i in range(5)}
 RANKS = (2, 3, 4)
 PARAMETERS = {"cart": {"rank": 2}, "iso_cts": {"common": 3, "specific": 1}}
-CASES = {name: rule(**PARAMETERS.get(name, {})) for name, rule in RULES.items()} | {
+CASES = {name: rule(**PARAMETERS.get(name, {})) for name, rule in WITHOUT_INPUTS.items()} | {
     "dare|ties|isotropize": chain(cm.dare(drop=0.3), cm.ties(), cm.isotropize()),
     "ties of the model": cm.ties(scope="model"),
 }

@@ -140,6 +140,10 @@ def _show_merged(merged: "Merged") -> None:
     say(
         f"merged {_describe(merged.recipe)} in {seconds['open'] + seconds['merge']:.1f} s, of "
         f"which {seconds['compile']:.1f} s went to compiling",
+        *(
+            f"automatic scale of modules of {words}: {scale:.3g} (--scale 1 is the plain rule)"
+            for words, scale in merged.auto_scale.items()
+        ),
         f"wrote {merged.output} ({decimal(merged.bytes)})",
     )
 

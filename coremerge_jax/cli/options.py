@@ -46,16 +46,17 @@ def parse_size(text: str) -> int:
         raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r:.60}") from error
 
 
-def parse_scale(texts: Sequence[str]) -> float | dict[str, float]:
-    """Parses a scale: ``0.9``, or several ``PATTERN=NUMBER``; a bare number is for the rest."""
-    scales: dict[str, float] = {}
+def parse_scale(texts: Sequence[str]) -> float | str | dict[str, float | str]:
+    """Parses a scale: ``0.9`` or ``auto``, or several ``PATTERN=NUMBER``; a bare one is the rest's."""
+    scales: dict[str, float | str] = {}
     for text in texts:
         pattern, _, number = text.rpartition("=")
         try:
-            scale = float(number)
+            scale = number if number == "auto" else float(number)
         except ValueError as error:
             raise RecipeError(
-                f"scale must be a number or PATTERN=NUMBER such as '*.query=0.5', got {text!r:.60}"
+                f"scale must be a number, auto, or PATTERN=NUMBER such as '*.query=0.5', got "
+                f"{text!r:.60}"
             ) from error
         if (pattern or "*") in scales:
             raise RecipeError(f"scale of {pattern or '*'!r} is given twice")
@@ -122,6 +123,7 @@ _PARSED: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
     "adapters": (list[str], tuple),
     "rules": (list[str], tuple),
     "scale": (list[str], parse_scale),
+    "statistics": (list[str], tuple),
     "weights": (str, parse_weights),
 }
 

@@ -18,8 +18,12 @@ from coremerge_jax.merging.base_names import best_name, same_base
 from coremerge_jax.merging.groups import label
 from coremerge_jax.rules import Chain
 from coremerge_jax.rules.chain import validated
+from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import SPACES, Space, core
 from coremerge_jax.text import short
+
+# A number, or "auto"; or such by pattern of module paths.
+Scale = float | str | Mapping[str, float | str]
 
 
 def as_adapters(adapters: Any) -> Sequence[Adapter]:
@@ -107,18 +111,25 @@ def _check_length(found: int, adapters: int, name: str) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """Checks that a scale is a number, or numbers by pattern. They may be traced.
+    """Checks that a scale is a number or ``"auto"``, or such by pattern. Numbers may be traced.
 
     Raises:
         RecipeError: it is not, or not finite.
     """
     if not isinstance(scale, Mapping):
-        check_number("scale", scale, ", or numbers by pattern of module paths")
+        if not is_auto(scale):
+            check_number("scale", scale, ", 'auto', or such by pattern of module paths")
         return
     for pattern, value in scale.items():
         if not isinstance(pattern, str):
             raise RecipeError(f"scale of {pattern!r}: expected a pattern of module paths as text")
-        check_number(f"scale of {pattern!r}", value)
+        if not is_auto(value):
+            check_number(f"scale of {pattern!r}", value, " or 'auto'")
+
+
+def is_auto(scale: Any) -> bool:
+    """Returns True if a scale is ``"auto"``."""
+    return isinstance(scale, str) and scale == AUTO
 
 
 def check_number(name: str, value: Any, more: str = "") -> None:
@@ -290,8 +301,8 @@ def check_common_modules(adapters: Sequence[AdapterSource]) -> None:
             )
 
 
-def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> dict[str, Any]:
-    """Returns the scale of each module, by path.
+def module_scales(paths: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Returns the scale of each module, by path: a number or `AUTO`.
 
     Raises:
         MismatchError: a pattern matches no module.
@@ -299,15 +310,17 @@ def module_scales(paths: Sequence[str], scale: float | Mapping[str, float]) -> d
     """
     check_scale(scale)
     if not isinstance(scale, Mapping):
-        return dict.fromkeys(paths, scale)
+        return dict.fromkeys(paths, AUTO if is_auto(scale) else scale)
     for pattern in scale:
         if not fnmatch.filter(paths, pattern):
             raise MismatchError(
                 f"scale pattern {pattern!r} matches no module; module paths look like {paths[0]!r}"
             )
-    return {
-        path: next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), 1.0) for path in paths
+    found = {
+        path: next((scale[p] for p in scale if fnmatch.fnmatchcase(path, p)), AUTO)
+        for path in paths
     }
+    return {path: AUTO if is_auto(value) else value for path, value in found.items()}
 
 
 def common_metadata(

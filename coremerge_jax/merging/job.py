@@ -19,10 +19,19 @@ from coremerge_jax.merging.groups import Group, Scratch, label
 from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
-from coremerge_jax.merging.program import Decisions, Facts, Inputs, Settings, decide, merge_stack
+from coremerge_jax.merging.program import (
+    Decisions,
+    Facts,
+    Inputs,
+    Settings,
+    decide,
+    measure_stack,
+    merge_stack,
+)
 from coremerge_jax.merging.statistics import Matched, check_rows, row_squares
 from coremerge_jax.merging.trimming import count_stack
 from coremerge_jax.rules import Chain, tsv
+from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Space
 
 
@@ -35,7 +44,7 @@ class Job:
         space: where to merge.
         rule: how to merge; None if adapters are only projected.
         weights: one per adapter that the user gave, or None.
-        scales: by path; None if adapters are only projected.
+        scales: by path, numbers or `AUTO`; None if adapters are only projected.
         statistics: of the modules' inputs; None if there are none.
         key: PRNG key; None for rules that draw no random numbers.
         precision: to compute in, see `computing`.
@@ -86,7 +95,9 @@ class Job:
                 weights = xp.asarray(self.weights, dtype)[tasks]
             if self.scales is not None:
                 rows = [self.scales[path] for path in batch.padded(batch.paths)]
-                scales = xp.stack([xp.asarray(scale, dtype) for scale in rows])
+                # Where the automatic scale is not known yet, it has no effect on what is asked.
+                numbers = [1.0 if scale is AUTO else scale for scale in rows]
+                scales = xp.stack([xp.asarray(number, dtype) for number in numbers])
             # Tasks and names are concrete, inside a user's jit too.
             grams = self._grams(batch, a)
             yield (
@@ -117,9 +128,9 @@ class Job:
 
     def rule_of(self, batch: Group) -> Chain | None:
         """Returns the rule; if it needs inputs and the batch has none, the same with `tsv`."""
-        if self.rule is None or batch.inputs is not None or not self.rule.reducer.needs_inputs:
+        if self.rule is None or batch.inputs is not None:
             return self.rule
-        return dataclasses.replace(self.rule, reducer=tsv())
+        return without_inputs(self.rule)
 
     def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
         """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
@@ -171,6 +182,19 @@ class Job:
             counts, sizes = count_stack(self.rule, inputs, self.key, settings, once, **digit)
             return (counts, sizes) if self.traced else (np.asarray(counts), np.asarray(sizes))
 
+    def measure(self, batch: Group) -> tuple[Array, Array]:
+        """Returns the sums of the squared norms of merged updates and of the adapters' updates."""
+        given = batch.stack(self.present.adapters, self.scratch)
+        with (
+            self.prepared(batch, *given) as (inputs, settings),
+            first_calls("measure", *self._kind(batch, *given), settings),
+        ):
+            once = slice(len(batch.paths))
+            merged, updates = measure_stack(self.rule_of(batch), inputs, self.key, settings)
+            found = jnp.sum(merged[once]), jnp.sum(updates[once])
+            # Waits: the program may still read the scratch memory that the next batch overwrites.
+            return found if self.traced else jax.device_get(found)
+
     def _kind(self, batch: Group, a: Array, b: Array) -> tuple:
         rule = jax.tree.structure(self.rule_of(batch))
         return rule, batch.inputs, a.shape, a.dtype, b.shape, b.dtype
@@ -220,6 +244,11 @@ class Job:
         adapters = (self.present.adapters[t] for t in tasks)
         found = (adapter[path] for adapter in adapters if adapter.in_memory)
         return next(lora for lora in found if not any(map(is_host, (lora.a, lora.b))))
+
+
+def without_inputs(rule: Chain) -> Chain:
+    """Returns the rule for modules without statistics: `tsv` in place of one that needs them."""
+    return dataclasses.replace(rule, reducer=tsv()) if rule.reducer.needs_inputs else rule
 
 
 def overflow(path: str, dtype: np.dtype) -> MismatchError:

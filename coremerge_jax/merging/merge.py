@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter, AdapterSource, Array
 from coremerge_jax.merging.checks import (
+    Scale,
     as_adapters,
     as_space,
     as_weights,
@@ -22,6 +23,7 @@ from coremerge_jax.merging.present import find_present, match_inputs
 from coremerge_jax.merging.statistics import Statistics
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.rules import Rule, as_rule, chain
+from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Space
 
 
@@ -31,7 +33,7 @@ def merge(
     *,
     space: Space | None = None,
     weights: Sequence[float] | Array | None = None,
-    scale: float | Mapping[str, float] = 1.0,
+    scale: Scale = AUTO,
     key: jax.Array | None = None,
     precision: str | None = None,
     extras: str = "error",
@@ -54,8 +56,11 @@ def merge(
             the same in every lossless space and are computed without any.
         weights: one per adapter, multiplies its updates before anything else. An adapter of
             weight 0 counts as absent.
-        scale: multiplies the merged updates. A mapping from patterns (as in `fnmatch`) of module
-            paths to scales takes, for each module, the first pattern that matches, else 1.
+        scale: multiplies the merged updates. ``"auto"`` is a number that falls with the number of
+            adapters, or by which the whole merge gets the norm that it should have
+            (`Rule.auto_scale`, `Rule.auto_norm`); 1 is the rule as it was published. A mapping from
+            patterns (as in `fnmatch`) of module paths to scales takes, for each module, the first
+            pattern that matches, else ``"auto"``.
         key: PRNG key, for rules that draw random numbers.
         precision: ``"float64"`` or ``"float32"`` for the computation. By default float64, except
             on TPU and for traced factors, which keep their precision (at least float32). JAX's
@@ -109,7 +114,7 @@ def merge_stream(
     *,
     space: Space | None = None,
     weights: Sequence[float] | Array | None = None,
-    scale: float | Mapping[str, float] = 1.0,
+    scale: Scale = AUTO,
     key: jax.Array | None = None,
     precision: str | None = None,
     extras: str = "error",

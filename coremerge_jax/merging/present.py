@@ -15,7 +15,7 @@ from coremerge_jax.merging.groups import Group, group_modules
 from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
 from coremerge_jax.rules import Chain
 
-# What to do with modules without statistics.
+# What to do with modules without statistics; also in `recipe`, which does not import JAX.
 MISSING = ("error", "tsv")
 
 

@@ -22,7 +22,7 @@ from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.rule import Cores
+from coremerge_jax.rules.rule import Cores, dense, squared_norms
 from coremerge_jax.spaces import Projection, Space, core
 
 
@@ -197,9 +197,7 @@ def merge_projection(
 def merge_linear(rule: Chain, module: Inputs, settings: Settings) -> LoRA:
     """Merges without a space: multiplies the factors by the rule's coefficients."""
     ranks, dtype = settings.ranks, settings.dtype
-    units = jnp.eye(len(ranks), dtype=dtype)[:, None, :]
-    context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
-    coefficients = rule(units, context=context)[0]
+    coefficients = _coefficients(rule, module, settings)
     if module.weights is not None:
         coefficients = coefficients * module.weights
     a, b = module.a, module.b.astype(dtype) * _by_rank(coefficients, ranks)[None, :]
@@ -210,6 +208,13 @@ def merge_linear(rule: Chain, module: Inputs, settings: Settings) -> LoRA:
     if n <= m:
         return LoRA(a=jnp.eye(n, dtype=dtype), b=update)
     return LoRA(a=update, b=jnp.eye(m, dtype=dtype))
+
+
+def _coefficients(rule: Chain, module: Inputs, settings: Settings) -> Float[Array, " T"]:
+    """Returns the numbers by which a linear rule multiplies the updates."""
+    units = jnp.eye(len(settings.ranks), dtype=settings.dtype)[:, None, :]
+    context = Context(shape=jnp.asarray(units.shape[1:], jnp.int32), tasks=module.tasks)
+    return rule(units, context=context)[0]
 
 
 def finish(b: Float[Array, "m r"], scale: Float[Array, ""], dtype: np.dtype) -> Float[Array, "m r"]:
@@ -281,6 +286,64 @@ def merge_stack(
         inputs,
         settings.devices,
         specs,
+    )
+
+
+@partial(jax.jit, static_argnames="settings")
+def measure_stack(
+    rule: Chain, inputs: Inputs, key: PRNGKeyArray | None, settings: Settings
+) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
+    """Merges modules for their norms alone.
+
+    Args:
+        rule: the merge rule.
+        inputs: the stacked modules.
+        key: PRNG key, for rules that draw random numbers.
+        settings: what the program is compiled for.
+
+    Returns:
+        ``(L,)``, the squared norms of the merged updates before scaling, and ``(L,)``, the sums of
+        the squared norms of the adapters' updates.
+    """
+    decisions = decide(rule, settings)
+
+    def measure_module(
+        rule: Chain, key: jax.Array | None, module: Inputs
+    ) -> tuple[jax.Array, jax.Array]:
+        if decisions.space is None:
+            return _linear_squares(rule, module, settings)
+        elementwise = decisions.basis == "singular"
+        projection = project_module(module, settings, elementwise=elementwise)
+        own_key = module_key(key, module.names)
+        merged = projection.merge_cores(rule, key=own_key, tasks=module.tasks)
+        return jnp.sum(dense(merged) ** 2), jnp.sum(projection.squares)
+
+    return _on_devices(
+        lambda shared, modules: over_modules(partial(measure_module, *shared), modules),
+        (rule, key),
+        inputs,
+        settings.devices,
+        lambda devices: (devices.specs[2], devices.specs[2]),
+    )
+
+
+def _linear_squares(
+    rule: Chain, module: Inputs, settings: Settings
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the squared norms of a linear merge, and of the updates, from Gram matrices."""
+    ranks, dtype = settings.ranks, settings.dtype
+    a, b = module.a.astype(dtype), module.b.astype(dtype)
+    both = matmul(b.T, b), matmul(a, a.T)
+    grams = both if settings.axis is None else jax.lax.psum(both, settings.axis)
+    inner = grams[0] * grams[1]  # entry ij: the inner product of b_i a_i and b_j a_j
+    weights = jnp.ones(len(ranks), dtype) if module.weights is None else module.weights
+    by_rank = _by_rank(weights * _coefficients(rule, module, settings), ranks)
+    owner = np.repeat(np.arange(len(ranks)), ranks)
+    own = jnp.asarray(owner[:, None] == owner[None, :], dtype)
+    given = _by_rank(weights, ranks)
+    return (
+        jnp.sum(inner * by_rank[:, None] * by_rank[None, :]),
+        jnp.sum(inner * own * given[:, None] * given[None, :]),
     )
 
 
@@ -362,6 +425,12 @@ def finish_stack(
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
     b = jax.vmap(partial(finish, dtype=of_b))(b.astype(scales.dtype), scales)
     return a.astype(of_a), b, jnp.max(jnp.abs(b), axis=(1, 2)).astype(jnp.float32)
+
+
+@jax.jit
+def product_squares(a: Float[Array, "L r n"], b: Float[Array, "L m r"]) -> Float[Array, ""]:
+    """Returns the sum of the squared Frobenius norms of updates ``b a``."""
+    return jnp.sum(over_modules(lambda x: squared_norms(LoRA(a=x[0][None], b=x[1][None])), (a, b)))
 
 
 @jax.jit

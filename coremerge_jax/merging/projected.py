@@ -12,6 +12,7 @@ import numpy as np
 from coremerge_jax.errors import MismatchError, RecipeError
 from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA, Metadata
+from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.checks import (
     as_adapters,
     as_space,
@@ -29,15 +30,29 @@ from coremerge_jax.merging.program import (
     finish_stack,
     merge_projected,
     norm_squares,
+    product_squares,
     project_stack,
     split_projected,
 )
 from coremerge_jax.merging.statistics import Statistics, match
-from coremerge_jax.rules import as_rule, chain, ties
+from coremerge_jax.rules import Chain, as_rule, chain, ties
+from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Projection, Space
 
-# The merged A and B of each stack, not yet scaled and rounded: see `Projected.updates`.
-Updates = list[tuple[jax.Array, jax.Array]]
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """Merged updates, not yet scaled and rounded, made by `Projected.updates`.
+
+    Attributes:
+        factors: the merged A ``(L, r, n)`` and B ``(L, m, r)`` of each stack.
+        rule: by which they were merged.
+        weights: ``(L, T)`` of each stack, by which the cores were multiplied; or None.
+    """
+
+    factors: list[tuple[jax.Array, jax.Array]]
+    rule: Chain
+    weights: list[jax.Array | None]
 
 
 @pytree
@@ -105,7 +120,7 @@ class Projected:
         rule: Any,
         *,
         weights: Any = None,
-        scale: Any = 1.0,
+        scale: Any = AUTO,
         key: jax.Array | None = None,
     ) -> Adapter:
         """Merges the adapters. Rules that differ in numbers alone share one compiled program.
@@ -115,7 +130,7 @@ class Projected:
             weights: ``(T,)``, multiply the adapters' cores before the rule; or such weights by
                 path, for some modules. (Those of `project` multiply the adapters before they are
                 projected, which is the same unless the rule is elementwise.)
-            scale: multiplies the merged updates: a number, or numbers by pattern of module paths.
+            scale: multiplies the merged updates; as in `merge`.
             key: PRNG key, for rules that draw random numbers.
 
         Raises:
@@ -133,18 +148,20 @@ class Projected:
             raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
         self._check_weights(weights)
         with self._computing():
-            return [
+            rows = [self._weights(stack, weights) for stack in self.stacks]
+            factors = [
                 merge_projected(
                     parts,
                     key,
                     stack.projection,
                     stack.tasks,
                     stack.names,
-                    self._weights(stack, weights),
+                    row,
                     keep_a=stack.keeps_a,
                 )
-                for stack in self.stacks
+                for stack, row in zip(self.stacks, rows, strict=True)
             ]
+        return Updates(factors, parts, rows)
 
     def pieces(self, rule: Any, *, key: jax.Array | None = None) -> "Projected":
         """Splits merges by a rule into the shares of the adapters, which then are what is merged.
@@ -174,11 +191,18 @@ class Projected:
             ]
         return dataclasses.replace(self, stacks=tuple(stacks))
 
-    def adapter(self, updates: Updates, scale: Any = 1.0) -> Adapter:
+    def adapter(self, updates: Updates, scale: Any = AUTO) -> Adapter:
         """Scales merged updates. The adapter has NumPy factors unless they are traced."""
         scales = module_scales(self.order, scale)
+        if any(number is AUTO for number in scales.values()):
+            auto = self._auto_scales(updates)
+            scales = {
+                path: auto[stack.tasks.shape[1]] if scales[path] is AUTO else scales[path]
+                for stack in self.stacks
+                for path in stack.paths
+            }
         modules: dict[str, LoRA] = {}
-        for stack, update in zip(self.stacks, updates, strict=True):
+        for stack, update in zip(self.stacks, updates.factors, strict=True):
             with self._computing():
                 factors = jnp.stack([jnp.asarray(scales[x], self.dtype) for x in stack.paths])
                 a, b, peaks = finish_stack(*update, factors, stack.dtypes)
@@ -194,6 +218,25 @@ class Projected:
         for path, peak in zip(stack.paths, peaks, strict=True):
             if not np.isfinite(peak):
                 raise overflow(path, stack.dtypes[1])
+
+    def _auto_scales(self, updates: Updates) -> dict[int, Any]:
+        """Returns the automatic scales, by the number of adapters that have a module."""
+        found: dict[int, Any] = {}
+        sums: dict[int, tuple[Any, Any]] = {}
+        with self._computing():
+            for stack, factors, weights in zip(
+                self.stacks, updates.factors, updates.weights, strict=True
+            ):
+                tasks = stack.tasks.shape[1]
+                found[tasks] = given_scale(updates.rule, tasks)
+                if found[tasks] is None:
+                    squares = norm_squares(stack.projection)
+                    own = squares if weights is None else squares * weights**2
+                    merged, given = sums.get(tasks, (0.0, 0.0))
+                    sums[tasks] = merged + product_squares(*factors), given + jnp.sum(own)
+            for tasks, (merged, given) in sums.items():
+                found[tasks] = scale_to_norm(updates.rule, tasks, merged, given)
+        return found
 
     def norms(self) -> np.ndarray:
         """Returns ``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""

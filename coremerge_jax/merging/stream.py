@@ -2,23 +2,27 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from coremerge_jax.lora import Adapter, AdapterSource, LoRA
+from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.batches import map_batches, split_groups
 from coremerge_jax.merging.cost import Cost, cost
 from coremerge_jax.merging.groups import Group
-from coremerge_jax.merging.job import Job
+from coremerge_jax.merging.job import Job, without_inputs
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import Decisions, Facts
 from coremerge_jax.merging.trimming import Counts, find_thresholds
 from coremerge_jax.rules import Chain, ties, ties_above
+from coremerge_jax.rules.rule import AUTO
 
 
 class MergeStream:
@@ -103,7 +107,7 @@ class MergeStream:
 
     def __iter__(self) -> Iterator[dict[str, LoRA]]:
         """Yields the merged modules, some at a time; each exactly once."""
-        job = dataclasses.replace(self._job, rule=self._with_thresholds())
+        job = dataclasses.replace(self._with_thresholds, scales=self.scales)
         self.effects.reset()
         for batch, (a, b, facts) in map_batches(job.merge, self._batches, self._workers):
             if facts is not None:
@@ -112,11 +116,65 @@ class MergeStream:
         if self._shared:
             self.effects.add_up()
 
-    def _with_thresholds(self) -> Chain:
-        """Returns the rule; a `ties` over all modules with the thresholds that these give."""
+    @functools.cached_property
+    def scales(self) -> Mapping[str, Any]:
+        """The scale of each module, by path. Automatic ones may take a first pass over all modules.
+
+        On several processes, all of them have to ask for it.
+        """
+        scales = self._job.scales or {}
+        if not any(scale is AUTO for scale in scales.values()):
+            return scales
+        if self.processes:
+            with failing_together():
+                own = self._share()[0].auto_scales
+        else:
+            own = self.auto_scales
+        return {
+            path: own[_kind(group, self._rule)] if scales[path] is AUTO else scales[path]
+            for group in self._job.present.groups
+            for path in group.paths
+        }
+
+    @property
+    def scales_in_words(self) -> dict[str, float]:
+        """The automatic scales of the modules, by words for the kind of modules."""
+        scales = self._job.scales or {}
+        found: dict[str, float] = {}
+        for group in self._job.present.groups:
+            auto = [path for path in group.paths if scales[path] is AUTO]
+            tasks, missing = _kind(group, self._rule)
+            words = f"{tasks} adapter{'s' * (tasks > 1)}{', no statistics' * missing}"
+            found |= {words: float(self.scales[path]) for path in auto[:1]}
+        return found
+
+    @functools.cached_property
+    def auto_scales(self) -> dict[tuple[int, bool], Any]:
+        """The automatic scales of all kinds of modules, see `_kind`."""
+        job, most = self._with_thresholds, len(self._job.present.adapters)
+        rules = {False: self._rule, True: without_inputs(self._rule)}
+        kinds = list(itertools.product(range(1, most + 1), rules))
+        found = {kind: given_scale(rules[kind[1]], kind[0]) for kind in kinds}
+        sums: dict[tuple[int, bool], Any] = dict.fromkeys(kinds, (0.0, 0.0))
+        unknown = [x for x in self._batches if found[_kind(x, self._rule)] is None]
+        for batch, (merged, updates) in map_batches(job.measure, unknown, self._workers):
+            kind = _kind(batch, self._rule)
+            sums[kind] = sums[kind][0] + merged, sums[kind][1] + updates
+        if self._shared:
+            rows = total(np.asarray([*sums.values()]))[0]
+            sums = dict(zip(kinds, rows.tolist(), strict=True))
+        with computing(job.precision, *job.traced):
+            for kind, scale in found.items():
+                if scale is None:
+                    found[kind] = scale_to_norm(rules[kind[1]], kind[0], *sums[kind])
+        return found
+
+    @functools.cached_property
+    def _with_thresholds(self) -> Job:
+        """The job; with a `ties` over all modules, this rule has the thresholds that these give."""
         job, rule, reducer = self._job, self._rule, self._rule.reducer
         if not isinstance(reducer, ties) or reducer.scope != "model":
-            return rule
+            return job
 
         def passes(known: jax.Array, shift: np.ndarray) -> Iterator[Counts]:
             count = partial(job.count, known=known, shift=shift)
@@ -133,7 +191,8 @@ class MergeStream:
             dtype,
             job.traced,
         )
-        return dataclasses.replace(rule, reducer=ties_above(rule=reducer, thresholds=thresholds))
+        above = ties_above(rule=reducer, thresholds=thresholds)
+        return dataclasses.replace(job, rule=dataclasses.replace(rule, reducer=above))
 
     def collect(self) -> Adapter:
         """Collects the whole merge in memory."""
@@ -162,6 +221,13 @@ class MergeStream:
         Returns:
             A stream of the modules of this process; and the process of each module, by path.
         """
+        job = dataclasses.replace(self._job, scales=self.scales)
+        return self._share(job, together)
+
+    def _share(
+        self, job: Job | None = None, together: Iterable[Sequence[str]] | None = None
+    ) -> "tuple[MergeStream, dict[str, int]]":
+        """Shares a job, by default its own; see `share`."""
         costs: dict[str, float] = {}
         for group in self._job.present.groups:
             one = cost(group, self._rule, self._job.space)
@@ -177,7 +243,7 @@ class MergeStream:
         found = owners([sum(costs[path] for path in unit) for unit in units], rows)
         owner = {path: processes[i] for unit, i in zip(units, found, strict=True) for path in unit}
         present = self._job.present.only(lambda path: owner[path] == jax.process_index())
-        job = dataclasses.replace(self._job, present=present)
+        job = dataclasses.replace(job or self._job, present=present)
         share = MergeStream(job, self._max_memory, shared=True)
         share.effects = self.effects
         return share, owner
@@ -193,6 +259,11 @@ class MergeStream:
             )
             modules |= self._job.present.modules(batch, a, b)
         return self._job.present.adapter(modules)
+
+
+def _kind(group: Group, rule: Chain) -> tuple[int, bool]:
+    """Returns the number of adapters that have modules, and True if their inputs are missing."""
+    return len(group.ranks), rule.needs_inputs and group.inputs is None
 
 
 @dataclasses.dataclass

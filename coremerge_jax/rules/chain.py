@@ -115,6 +115,14 @@ class Chain(Rule):
         """True if any part uses Gram matrices of the modules' inputs."""
         return any(rule.needs_inputs for rule in self.rules)
 
+    def auto_scale(self, tasks: int) -> float | None:
+        """Returns the automatic scale of the rule that merges, if it is the only one."""
+        return None if self.before or self.after else self.reducer.auto_scale(tasks)
+
+    def auto_norm(self, tasks: int) -> float:
+        """Returns the norm that the result of the rule that merges should have."""
+        return self.reducer.auto_norm(tasks)
+
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies all parts in order."""
         merged = self.combine(cores, key=key, context=context)

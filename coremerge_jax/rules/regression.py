@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from coremerge_jax.errors import RecipeError, UnsupportedError
+from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import (
     inverse,
     inverse_definite,
@@ -25,11 +25,10 @@ from coremerge_jax.rules.rule import (
     Equivariance,
     Rule,
     check,
+    check_choice,
     side_by_side,
     thin,
 )
-
-WEIGHTINGS = ("trace", "iteris", "none")
 
 
 @pytree
@@ -66,16 +65,20 @@ class regmean(Rule):
 
     def __post_init__(self) -> None:
         check("ridge", self.ridge, lambda x: x > 0, "a number above 0")
-        if isinstance(self.weighting, str) and self.weighting not in WEIGHTINGS:
-            raise RecipeError(
-                f"weighting={self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}"
-            )
+        check_choice("weighting", self.weighting, ("trace", "iteris", "none"))
+        check_choice("orthogonalize", self.orthogonalize, (False, True))
+
+    def auto_norm(self, tasks: int) -> float:
+        return 1.0
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return total(self.pieces(cores, key=key, context=context))
 
     def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> LoRA:
         """Splits the merge into the terms of the sum over adapters."""
+        if context.tasks.shape[0] == 1:
+            b, a = thin(cores)
+            return LoRA(a=a, b=b)
         if context.inputs is None:
             raise UnsupportedError(
                 f"{self!r} needs inputs of each task: give statistics (cm.collect, "

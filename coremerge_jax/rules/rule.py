@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coremerge_jax.errors import RecipeError, UnsupportedError
-from coremerge_jax.linalg import Factored, pytree
+from coremerge_jax.linalg import Factored, matmul, pytree
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.operations import Operations, Sizes, counted
 from coremerge_jax.text import short
@@ -38,6 +38,12 @@ Cores = Float[Array, "T p q"] | LoRA
 Dense = Float[Array, "p q"]
 Core = Dense | LoRA
 Merged = Dense | Factored
+
+
+AUTO = "auto"
+
+# The automatic scale falls with the number of adapters as this divided by its square root.
+SHRINKAGE = 1.4
 
 
 @pytree
@@ -83,6 +89,15 @@ def thin(cores: Cores) -> tuple[Float[Array, "T p r"], Float[Array, "T r q"]]:
     tasks, p, q = cores.shape
     eye = jnp.broadcast_to(jnp.eye(min(p, q), dtype=cores.dtype), (tasks, min(p, q), min(p, q)))
     return (eye, cores) if p <= q else (cores, eye)
+
+
+def squared_norms(cores: Cores) -> Float[Array, " T"]:
+    """Returns the squared Frobenius norms of cores; of factors, from their Gram matrices."""
+    if not isinstance(cores, LoRA):
+        return jnp.sum(cores**2, axis=(1, 2))
+    b, a = jnp.asarray(cores.b), jnp.asarray(cores.a)
+    left, right = matmul(jnp.swapaxes(b, 1, 2), b), matmul(a, jnp.swapaxes(a, 1, 2))
+    return jnp.sum(left * right, axis=(1, 2))
 
 
 def tasks_in(cores: Cores) -> int:
@@ -156,6 +171,18 @@ class Rule:
             "such rules are mean, task_arithmetic, tsv and regmean"
         )
 
+    def auto_scale(self, tasks: int) -> float | None:
+        """Returns the automatic scale of a merge of so many adapters; None if its norm decides."""
+        return None
+
+    def auto_norm(self, tasks: int) -> float:
+        """Returns the norm that a merge of so many adapters should have.
+
+        As a multiple of √(Σ_t ‖ΔW_t‖²). This default is that at which merges of two, four and
+        eight adapters are near their best (docs/rules.md, "The automatic scale").
+        """
+        return min(1.0, SHRINKAGE / math.sqrt(tasks))
+
     def operations(self, cores: Sizes) -> Operations:
         """Counts operations and memory, from leading terms; here, in the jaxpr of `merge`."""
         return counted(_merge, self, *abstract(cores))
@@ -213,6 +240,18 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> No
 def check_share(name: str, value: Any) -> None:
     """Validates a share of entries, above 0 and at most 1, if it is a plain number."""
     check(name, value, lambda x: 0 < x <= 1, "a share in (0, 1]")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Validates a parameter that is one of a few words.
+
+    Raises:
+        RecipeError: it is another.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise RecipeError(
+            f"{name}={short(value)}: expected {' or '.join(map(repr, choices))}"
+        )
 
 
 def check_weights(weights: Any) -> None:

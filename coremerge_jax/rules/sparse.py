@@ -21,12 +21,12 @@ from coremerge_jax.rules.rule import (
     Equivariance,
     Rule,
     check,
+    check_choice,
     check_share,
     check_weights,
     dense,
     dtype_of,
 )
-from coremerge_jax.text import short
 
 _Scalar = Float[Array, ""]
 
@@ -69,9 +69,7 @@ class ties(Rule):
             ("reduce", ("mean", "sum", "max")),
             ("scope", ("module", "model")),
         ):
-            if getattr(self, name) not in options:
-                value, expected = getattr(self, name), " or ".join(map(repr, options))
-                raise RecipeError(f"{name}={short(value)}: expected {expected}")
+            check_choice(name, getattr(self, name), options)
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         size = context.shape[0] * context.shape[1]

@@ -105,6 +105,10 @@ class tsv(Rule):
         u, v = jax.vmap(polar)(pad_rows(*map(side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])
 
+    def auto_scale(self, tasks: int) -> float:
+        # The norm of the merge is nearly √(Σ ‖M_t‖²), as its singular values are those of the M_t.
+        return self.auto_norm(tasks)
+
     def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> LoRA:
         merged = self.merge(cores, key=key, context=context)
         columns = merged.blocks.shape[0], merged.blocks.shape[1]

@@ -22,6 +22,7 @@ from coremerge_jax.lora import Adapter
 from coremerge_jax.merging.checks import check_function, check_scale
 from coremerge_jax.merging.projected import Projected, Updates, project
 from coremerge_jax.rules import Chain, as_rule, chain
+from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.search.log import Log, identity
 from coremerge_jax.search.methods import Grid, Method, listed
 from coremerge_jax.search.parameters import (
@@ -72,9 +73,9 @@ class Record:
     seconds: float
 
     @property
-    def scale(self) -> float:
-        """The factor of the merged update."""
-        return self.parameters.get(SCALE, 1.0)
+    def scale(self) -> float | str:
+        """The factor of the merged update, or ``"auto"``."""
+        return self.parameters.get(SCALE, AUTO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,8 @@ def sweep(
         rules: a rule; or several, by a name for each.
         evaluate: gets the merged adapter, and returns a number, or numbers by name.
         values: by the name of a parameter (see `parameters`), the values to try; ``"scale"``
-            multiplies the merged update. A rule is searched for the parameters that it has.
+            multiplies the merged update, and is ``"auto"`` if it is not among them. A rule is
+            searched for the parameters that it has.
         method: `grid` (by default), `line` or `random`.
         objective: the metric that decides; by default the first.
         maximize: True if more of it is better.
@@ -357,7 +359,7 @@ class Search:
         return Sweep(tuple(records), objective, self.maximize)
 
     def _run_rule(self, name: str, judge: Judge, known: Log) -> Iterator[Record]:
-        start = {SCALE: 1.0, **parameters(self.rules[name])}
+        start = {SCALE: AUTO, **parameters(self.rules[name])}
         own = {x: choices for x, choices in self.values.items() if x in start}
         proposals, scores = self.method.propose(own), dict[str, float]()
         last: float | None = None

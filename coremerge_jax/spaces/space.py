@@ -17,7 +17,7 @@ from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.rules import Chain, Context, Rule, chain
 from coremerge_jax.rules.linear import scale
 from coremerge_jax.rules.operations import Operations, Sizes, counted
-from coremerge_jax.rules.rule import Cores, Merged, check, dense, tasks_in
+from coremerge_jax.rules.rule import Cores, Merged, check, dense, squared_norms, tasks_in
 from coremerge_jax.text import short
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
@@ -160,7 +160,7 @@ class Projection:
     @property
     def squares(self) -> Float[Array, " T"]:
         """``(T,)``, the squared Frobenius norms of the updates."""
-        return jnp.sum(dense(self._weighed_cores()) ** 2, axis=(1, 2))
+        return squared_norms(self._weighed_cores())
 
     @property
     def u(self) -> Float[Array, "m p"] | None:
@@ -196,9 +196,6 @@ class Projection:
     ) -> LoRA:
         """Merges the cores and lifts the result.
 
-        Steps of the rule behind the merge act on ``gain @ merged``, whose singular values
-        are those of the merged update.
-
         Args:
             rule: the merge rule.
             key: PRNG key, for rules that draw random numbers.
@@ -206,14 +203,28 @@ class Projection:
             keep_a: True if the result has the A factors of the adapters; by default, if
                 `keeps_a`.
         """
+        merged = self.merge_cores(rule, key=key, tasks=tasks)
+        return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
+
+    def merge_cores(
+        self,
+        rule: Rule,
+        *,
+        key: PRNGKeyArray | None = None,
+        tasks: Int[Array, " T"] | None = None,
+    ) -> Merged:
+        """Merges the cores, without lifting the result; ``u`` times it times ``vᵀ`` is the update.
+
+        Steps of the rule behind the merge act on ``gain @ merged``, whose singular values
+        are those of the merged update. The arguments are those of `merge`.
+        """
         if tasks is None:
             tasks = jnp.arange(tasks_in(self.factors), dtype=jnp.int32)
         context = Context(shape=self.shape, tasks=tasks, inputs=self.inputs)
         rule = rule if isinstance(rule, Chain) else chain(rule)
         merged = rule.combine(self.factors, key=key, context=context)
         context = dataclasses.replace(context, cores=self._weighed_cores())
-        merged = rule.finish(self._weigh(merged), key=key, context=context)
-        return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
+        return rule.finish(self._weigh(merged), key=key, context=context)
 
     def lift(self, merged: Float[Array, "p q"]) -> LoRA:
         """Returns the update that a matrix of the merge space stands for.

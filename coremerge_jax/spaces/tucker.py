@@ -78,7 +78,7 @@ class tucker(Space):
 
     def _subspaces(
         self, cores: Float[Array, "T p q"]
-    ) -> tuple[Float[Array, "p k"], Float[Array, "q k"]]:
+    ) -> tuple[Float[Array, "p k"], Float[Array, "q l"]]:
         """Returns P and Q, with columns of zeros where there is nothing left to keep."""
         norms = jnp.sqrt(jnp.sum(cores**2, axis=(1, 2)))
         mean = jnp.mean(norms)

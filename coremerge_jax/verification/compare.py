@@ -1,6 +1,7 @@
 """Compares a merge with the same merge made again, batch by batch."""
 
 import dataclasses
+import functools
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -141,6 +142,11 @@ class Comparison:
     def names(self) -> list[str]:
         """The names of the sources."""
         return [x.metadata.name or f"adapter {t}" for t, x in enumerate(self.adapters)]
+
+    @functools.cached_property
+    def scales(self) -> set[float]:
+        """The scales of the modules, automatic ones as they come out."""
+        return set(self.recipe.resolve().stream(self.adapters).scales.values())
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -81,7 +81,7 @@ def _alike(factors: Mapping[str, float]) -> Iterator[list[str]]:
 
 def _causes(comparison: Comparison) -> Iterator[tuple[str, float]]:
     """Yields mistakes that multiply updates, and their factors."""
-    merged, recipe, tasks = comparison.found.metadata, comparison.recipe, len(comparison.adapters)
+    merged, tasks = comparison.found.metadata, len(comparison.adapters)
     if merged.alpha and merged.rank and merged.alpha != merged.rank:
         yield (
             f"its alpha is {merged.alpha:g} and its rank {merged.rank}, and should be equal",
@@ -97,9 +97,9 @@ def _causes(comparison: Comparison) -> Iterator[tuple[str, float]]:
         yield f"alpha / r in place of alpha / sqrt(r), for r = {rank}", rank**-0.5
     yield "a sum in place of a mean", tasks
     yield "a mean in place of a sum", 1 / tasks
-    if isinstance(recipe.scale, int | float) and recipe.scale:
-        yield "the scale of the recipe counted twice", recipe.scale
-        yield "the scale of the recipe left out", 1 / recipe.scale
+    for scale in comparison.scales - {0}:
+        yield "the scale of the recipe counted twice", scale
+        yield "the scale of the recipe left out", 1 / scale
     yield "the wrong sign", -1
 
 

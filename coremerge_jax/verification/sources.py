@@ -1,10 +1,12 @@
 """Matches the sources of a merge with those in its record."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coremerge_jax.errors import FormatError, MismatchError
 from coremerge_jax.io.formats import hash_source, open_adapter
+from coremerge_jax.io.statistics_files import hash_statistics
 from coremerge_jax.lora import Adapter
 from coremerge_jax.record import MergeRecord, Source
 from coremerge_jax.verification.findings import Finding, some
@@ -66,6 +68,20 @@ def match_sources(
         message = f"the record does not name {some(names)}: merged without it; merge again"
         findings.append(Finding("left-out", message))
     return [adapters[i] for i, _ in ordered], [x for x in findings if x]
+
+
+def changed_statistics(record: MergeRecord) -> list[Finding]:
+    """Returns findings on statistics that are not those of the record.
+
+    Raises:
+        FormatError: they are not where the record says.
+    """
+    found = []
+    for recorded in record.statistics:
+        there = Source(recorded.name, recorded.path, hash_statistics(f"{recorded.path}"))
+        named = dataclasses.replace(recorded, name="statistics")
+        found.append(_changed(named, there))
+    return [finding for finding in found if finding]
 
 
 def _open_recorded(path: str) -> Adapter:

@@ -18,7 +18,12 @@ from coremerge_jax.text import short
 from coremerge_jax.verification.compare import Comparison, Measured
 from coremerge_jax.verification.explain import explain
 from coremerge_jax.verification.findings import Check, Finding, Verification, some
-from coremerge_jax.verification.sources import AdapterOrPath, match_sources, opened
+from coremerge_jax.verification.sources import (
+    AdapterOrPath,
+    changed_statistics,
+    match_sources,
+    opened,
+)
 from coremerge_jax.verification.tolerance import coarser, wide
 
 # Number of merges of slightly moved sources that measure rounding inside a merge, and the factor
@@ -74,6 +79,8 @@ def verify(
     else:
         made = Recipe.from_dict({**record.recipe.to_dict(), **fields})
         adapters, findings = match_sources(record, sources)
+        if made.statistics == record.recipe.statistics:
+            findings += changed_statistics(record)
     stored = _dtype(found)
     comparison = Comparison(
         found,

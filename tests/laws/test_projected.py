@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import WITHOUT_INPUTS
 from helpers import KEY, assert_same, distance, narrow, random_adapters
 
 import coremerge_jax as cm
 
 SHAPES = {"a.q": (16, 12), "b.q": (16, 12)}
 RANKS = (2, 4, 3)
-RULES = {name: make() for name, make in cm.rules.RULES.items()} | {
+RULES = {name: make() for name, make in WITHOUT_INPUTS.items()} | {
     "ties|isotropize": cm.chain(cm.ties(), cm.isotropize()),
     "dare|tsv": cm.chain(cm.dare(), cm.tsv()),
 }

@@ -1,0 +1,343 @@
+"""RegMean, and statistics of inputs: definitions, invariants, and what is refused."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from definitions import regmean
+from helpers import (
+    assert_same,
+    dense,
+    map_factors,
+    orthogonal,
+    random_adapters,
+    random_inputs,
+    statistics_of,
+)
+from many_devices import mesh
+
+import coremerge_jax as cm
+
+SHAPES = {"a.q": (16, 24), "b.q": (16, 24)}
+FEW = {"wide": (7, 40), "tall": (40, 7)}  # fewer rows or columns than ranks
+RANKS = (2, 4, 3)
+WAYS = list(itertools.product(("trace", "iteris", "none"), (False, True)))
+
+
+@pytest.fixture
+def adapters():
+    """The second lacks a module."""
+    first, second, third = random_adapters(SHAPES, RANKS)
+    some = {path: lora for path, lora in second.items() if path != "b.q"}
+    return [first, second.replace(modules=some), third]
+
+
+@pytest.fixture
+def inputs(adapters):
+    return random_inputs(adapters)
+
+
+@pytest.fixture
+def statistics(adapters, inputs):
+    return statistics_of(adapters, inputs)
+
+
+def by_definition(adapters, inputs, free=False, **options):
+    """The merge in NumPy."""
+    found = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
+        tasks = [t for t, adapter in enumerate(adapters) if path in adapter]
+        loras, x = [adapters[t][path] for t in tasks], [inputs[t][path] for t in tasks]
+        found[path] = regmean(loras, x, 0.03, free=free, **options)
+    return found
+
+
+@pytest.mark.parametrize(("weighting", "orthogonalize"), WAYS)
+def test_definition(adapters, inputs, weighting, orthogonalize):
+    options = {"weighting": weighting, "orthogonalize": orthogonalize}
+    rule, expected = cm.regmean(**options), by_definition(adapters, inputs, **options)
+    for full in (False, True):
+        statistics = statistics_of(adapters, inputs, full)
+        merged = cm.merge(adapters, rule, statistics=statistics, scale=1.0)
+        assert_same(merged, expected, 1e-9)
+    projected = cm.project(adapters, statistics=statistics)
+    assert_same(projected.merge(rule, scale=1.0), expected, 1e-9)
+
+
+def test_definition_where_ranks_exceed_rows_or_columns():
+    adapters = random_adapters(FEW, RANKS)
+    inputs = random_inputs(adapters)
+    merged = cm.merge(
+        adapters,
+        cm.regmean(orthogonalize=True),
+        statistics=statistics_of(adapters, inputs, full=True),
+        scale=1.0,
+    )
+    assert_same(merged, by_definition(adapters, inputs, orthogonalize=True), 1e-9)
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_definition_of_free_rows(adapters, inputs, orthogonalize):
+    """The result has no more rank than the adapters together."""
+    rule = cm.regmean(orthogonalize=orthogonalize)
+    expected = by_definition(adapters, inputs, free=True, orthogonalize=orthogonalize)
+    statistics = statistics_of(adapters, inputs, full=True)
+    for space in (cm.core(rows="free"), cm.full()):
+        merged = cm.merge(adapters, rule, space=space, statistics=statistics, scale=1.0)
+        assert_same(merged, expected, 1e-9)
+    merged = cm.merge(adapters, rule, space=cm.core(rows="free"), statistics=statistics)
+    assert all(lora.rank <= sum(RANKS) for lora in merged.values())
+
+
+@pytest.mark.wide
+def test_free_rows_change_nothing_for_rules_without_inputs(adapters):
+    merged = cm.merge(adapters, cm.tsv(), space=cm.core(rows="free"))
+    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-9)
+
+
+@pytest.mark.wide
+def test_other_spaces(adapters, statistics):
+    """KnOTS space has the same rows; Tucker space of as many dimensions as core space is that."""
+    rule = cm.regmean()
+    expected = cm.merge(adapters, rule, statistics=statistics)
+    for space in (cm.knots(), cm.tucker(rank=sum(RANKS))):
+        assert_same(cm.merge(adapters, rule, space=space, statistics=statistics), expected, 1e-8)
+
+
+def test_its_outputs_are_nearest_to_the_adapters(adapters, inputs, statistics):
+    """Every other update with these rows is farther on the inputs, as the ridge is small."""
+    rule = cm.regmean(ridge=1e-9, weighting="none")
+    merged = cm.merge(adapters, rule, statistics=statistics, scale=1.0)
+
+    def error(updates, path):
+        having = [t for t, adapter in enumerate(adapters) if path in adapter]
+        outputs = [inputs[t][path] @ (updates[path] - dense(adapters[t][path])).T for t in having]
+        return sum(np.sum(x**2) for x in outputs)
+
+    best = {path: dense(lora) for path, lora in merged.items()}
+    others = [cm.merge(adapters, x, scale=1.0) for x in (cm.tsv(), cm.mean())]
+    for path in SHAPES:
+        least = error(best, path)
+        assert all(least < error({p: dense(y) for p, y in x.items()}, path) for x in others)
+        moved = dense(cm.merge(adapters, cm.task_arithmetic(), scale=1.0)[path])
+        assert least <= error({path: best[path] + 1e-3 * moved}, path) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_order_gauge_and_turns(adapters, inputs, statistics, orthogonalize, seed):
+    rule = cm.regmean(orthogonalize=orthogonalize)
+    merged = cm.merge(adapters, rule, statistics=statistics)
+    turned = [adapters[i] for i in (2, 0, 1)]
+    # By name: these are the statistics of the adapters in their first order.
+    assert_same(cm.merge(turned, rule, statistics=statistics), merged, 1e-9)
+    rng = np.random.default_rng(seed)
+
+    def regauge(a, b):
+        g = rng.standard_normal((len(a), len(a))) + 3 * np.eye(len(a))
+        return np.linalg.solve(g, a), b @ g
+
+    other = map_factors(adapters, regauge)
+    assert_same(cm.merge(other, rule, statistics=statistics_of(other, inputs)), merged, 1e-9)
+    q = {path: orthogonal(rng, n) for path, (_, n) in SHAPES.items()}
+    rows = [
+        adapter.replace(
+            modules={p: dataclasses.replace(x, a=x.a @ q[p]) for p, x in adapter.items()}
+        )
+        for adapter in adapters
+    ]
+    moved = [{path: x @ q[path] for path, x in of_task.items()} for of_task in inputs]
+    expected = {path: dense(lora) @ q[path] for path, lora in merged.items()}
+    assert_same(cm.merge(rows, rule, statistics=statistics_of(rows, moved)), expected, 1e-9)
+
+
+def test_more_of_the_same_inputs_change_nothing(adapters, inputs, statistics):
+    """Also in parts that are added up."""
+    halves = [
+        statistics_of(adapters, [{p: x[part] for p, x in of_task.items()} for of_task in inputs])
+        for part in (slice(None, 15), slice(15, None))
+    ]
+    merged = cm.merge(adapters, cm.regmean(), statistics=statistics)
+    for more in (sum(halves), statistics + statistics):
+        assert_same(cm.merge(adapters, cm.regmean(), statistics=more), merged, 1e-9)
+    np.testing.assert_array_equal((statistics + statistics).counts, 2 * statistics.counts)
+
+
+def test_sums_over_devices(adapters, inputs, statistics):
+    """As each device has some of the inputs."""
+    halves = [
+        statistics_of(adapters, [{p: x[part] for p, x in of_task.items()} for of_task in inputs])
+        for part in (slice(None, 20), slice(20, None))
+    ]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *halves)
+    found = jax.vmap(lambda x: x.psum("hosts"), axis_name="hosts")(both)
+    for path, gram in statistics.items():
+        for whole in found[path].matrices:
+            np.testing.assert_allclose(whole, gram.matrices, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(found[path].counts[0], gram.counts)
+
+
+def test_some_of_the_adapters(adapters, inputs, statistics):
+    """Statistics of many adapters do for merges of a few of them."""
+    rule, few = cm.regmean(orthogonalize=True), [0, 2]
+    some = [adapters[t] for t in few]
+    expected = cm.merge(some, rule, statistics=statistics_of(some, [inputs[t] for t in few]))
+    assert_same(cm.merge(some, rule, statistics=statistics), expected, 1e-9)
+    found = cm.merge(adapters, rule, statistics=statistics, weights=[1, 0, 1])
+    assert_same(found, expected, 1e-9)
+
+
+def test_one_adapter_comes_back(adapters, inputs):
+    one = adapters[:1]
+    statistics = statistics_of(one, inputs[:1])
+    for rule in (cm.regmean(), cm.regmean(orthogonalize=True)):
+        assert_same(cm.merge(one, rule, statistics=statistics), dict(one[0]), 1e-9)
+
+
+def test_copies_of_one_adapter(adapters):
+    """Their mean is exact on all inputs."""
+    one = adapters[0]
+    same = [one.replace(metadata=cm.Metadata(name=name)) for name in "xyz"]
+    statistics = statistics_of(same, random_inputs(same, seed=3))
+    merged = cm.merge(same, cm.regmean(ridge=1e-6), statistics=statistics, scale=1.0)
+    assert_same(merged, dict(one), 1e-4)
+
+
+def test_chains_and_float32(adapters, statistics):
+    rule = cm.chain(cm.flatten(), cm.regmean(), cm.isotropize())
+    merged = cm.merge(adapters, rule, statistics=statistics)
+    coarse = cm.merge(adapters, rule, statistics=statistics, precision="float32")
+    assert_same(coarse, {path: dense(lora) for path, lora in merged.items()}, 1e-3)
+
+
+@pytest.mark.wide
+@pytest.mark.usefixtures("all_devices")
+def test_on_several_devices(adapters, statistics):
+    rule = cm.regmean(orthogonalize=True)
+    expected = cm.merge(adapters, rule, statistics=statistics)
+    for there in (mesh(8), mesh(4, 2)):
+        assert_same(cm.merge(adapters, rule, statistics=statistics, mesh=there), expected, 1e-6)
+
+
+@pytest.mark.wide
+@pytest.mark.usefixtures("all_devices")
+def test_inputs_themselves_cannot_be_spread(adapters, inputs):
+    statistics = statistics_of(adapters, inputs, full=True)
+    with pytest.raises(cm.UnsupportedError, match="cannot be spread over devices"):
+        cm.merge(adapters, cm.regmean(), statistics=statistics, mesh=mesh(4, 2))
+
+
+def test_part_by_part(adapters, statistics):
+    rule = cm.regmean()
+    stream = cm.merge_stream(adapters, rule, statistics=statistics)
+    parts = {path: lora for part in stream for path, lora in part.items()}
+    assert_same(parts, cm.merge(adapters, rule, statistics=statistics), 1e-12)
+
+
+def test_derivatives(adapters, statistics):
+    """Of the factors, the ridge and the Gram matrices, inside jit."""
+    some = {"a.q"}
+    adapters = [x.replace(modules={p: y for p, y in x.items() if p in some}) for x in adapters]
+    statistics = cm.Statistics({p: statistics[p] for p in some}, statistics.adapters)
+    rng = np.random.default_rng(0)
+
+    def loss(point):
+        ridge, adapters, statistics = point
+        rule = cm.regmean(ridge=ridge, weighting="iteris", orthogonalize=True)
+        merged = cm.merge(adapters, rule, statistics=statistics)
+        return sum(jnp.vdot(target[path], lora.dense()) for path, lora in merged.items())
+
+    with jax.enable_x64(True):
+        target = {path: rng.standard_normal(SHAPES[path]) for path in sorted(some)}
+        point = jax.tree.map(jnp.asarray, (0.05, adapters, statistics))
+        change = jax.tree.map(lambda x: 1e-6 * rng.standard_normal(x.shape) * jnp.abs(x), point)
+        slope = jax.jit(jax.grad(loss))(point)
+        expected = sum(
+            float(jnp.vdot(x, y))
+            for x, y in zip(*map(jax.tree.leaves, (slope, change)), strict=True)
+        )
+        ahead, back = (
+            float(jax.jit(loss)(jax.tree.map(lambda x, d, s=s: x + s * d, point, change)))
+            for s in (1, -1)
+        )
+    np.testing.assert_allclose((ahead - back) / 2, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [cm.tsv(), cm.mean(), cm.regmean(orthogonalize=True)], ids=str)
+def test_a_merge_is_the_sum_of_its_pieces(adapters, statistics, rule):
+    projected = cm.project(adapters, statistics=statistics)
+    pieces, whole = projected.pieces(rule), projected.merge(rule, scale=1.0)
+    assert_same(pieces.merge(cm.task_arithmetic(), scale=1.0), whole, 1e-9)
+    alone = [pieces.merge(cm.task_arithmetic(), weights=np.eye(3)[t], scale=1.0) for t in range(3)]
+    added = {path: sum(dense(x[path]) for x in alone) for path in SHAPES}
+    assert_same(whole, added, 1e-9)
+
+
+@pytest.mark.wide
+def test_rules_that_are_no_sums_have_no_pieces(adapters):
+    projected = cm.project(adapters)
+    for rule in (cm.ties(), cm.chain(cm.tsv(), cm.isotropize()), cm.chain(cm.pico(), cm.tsv())):
+        with pytest.raises(cm.UnsupportedError, match="no sum of the adapters' shares"):
+            projected.pieces(rule)
+
+
+# --- Refusals ---------------------------------------------------------------------------------
+
+
+def test_what_is_missing(adapters, statistics):
+    with pytest.raises(cm.UnsupportedError, match="needs inputs of each task: collect statistics"):
+        cm.merge(adapters, cm.regmean())
+    some = cm.Statistics({p: x for p, x in statistics.items() if p != "b.q"}, statistics.adapters)
+    with pytest.raises(cm.MismatchError, match=r"no statistics of module 'b\.q'"):
+        cm.merge(adapters, cm.regmean(), statistics=some)
+    merged = cm.merge(adapters, cm.regmean(), statistics=some, missing_statistics="tsv")
+    assert_same({"b.q": merged["b.q"]}, {"b.q": cm.merge(adapters, cm.tsv())["b.q"]}, 1e-9)
+    with pytest.raises(cm.RecipeError, match="missing_statistics 'ties'"):
+        cm.merge(adapters, cm.regmean(), statistics=some, missing_statistics="ties")
+
+
+def test_a_module_that_no_input_has_reached(adapters, statistics):
+    """Such as an expert."""
+    gram = statistics["b.q"]
+    empty = dataclasses.replace(gram, matrices=0 * gram.matrices, counts=0 * gram.counts)
+    some = cm.Statistics({**statistics, "b.q": empty}, statistics.adapters)
+    with pytest.raises(cm.MismatchError, match="no input has reached it"):
+        cm.merge(adapters, cm.regmean(), statistics=some)
+
+
+def test_statistics_of_other_adapters(adapters, statistics):
+    renamed = [x.replace(metadata=cm.Metadata(name=f"new{t}")) for t, x in enumerate(adapters)]
+    with pytest.raises(cm.MismatchError, match=r"no inputs of adapter 'new0'.*task0, task1"):
+        cm.merge(renamed, cm.regmean(), statistics=statistics)
+    changed = map_factors(adapters, lambda a, b: (a[::-1] * 1.1, b))
+    with pytest.raises(cm.MismatchError, match=r"'a.q'.* other A factors than the adapters have"):
+        cm.merge(changed, cm.regmean(), statistics=statistics)
+    nameless = [x.replace(metadata=cm.Metadata()) for x in adapters]
+    unknown = cm.Statistics(dict(statistics), [None] * 3)
+    assert_same(
+        cm.merge(nameless, cm.regmean(), statistics=unknown),
+        cm.merge(adapters, cm.regmean(), statistics=statistics),
+        1e-12,
+    )
+    with pytest.raises(cm.MismatchError, match="names do not say which are which"):
+        cm.merge(nameless[:2], cm.regmean(), statistics=unknown)
+    with pytest.raises(cm.MismatchError, match="expected those of the inputs themselves"):
+        cm.merge(adapters, cm.regmean(), space=cm.full(), statistics=statistics)
+    with pytest.raises(cm.RecipeError, match="expected Statistics, got dict"):
+        cm.merge(adapters, cm.regmean(), statistics=dict(statistics))
+
+
+def test_sums_of_different_statistics_are_refused(adapters, inputs, statistics):
+    others = map_factors(adapters, lambda a, b: (2 * a, b))
+    for other, message in (
+        (statistics_of(others, inputs), "the adapters' A are not the same"),
+        (statistics_of(adapters[:2], inputs[:2]), "with adapters"),
+        (statistics_of(adapters, inputs, full=True), "not of the same adapters"),
+        (cm.Statistics(dict(statistics), statistics.adapters, source="base"), "with source own"),
+    ):
+        with pytest.raises(cm.MismatchError, match=message):
+            statistics + other
+    with pytest.raises(cm.RecipeError, match="source='mine'"):
+        cm.Statistics({}, [], source="mine")
