@@ -1,5 +1,6 @@
 """Random adapters, and dense NumPy counterparts of what the library computes."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -9,6 +10,10 @@ from threadpoolctl import threadpool_limits
 import coremerge_jax as cm
 
 KEY = jax.random.key(0)
+
+# Rules as they are published: at scale 1.
+plain_merge = functools.partial(cm.merge, scale=1.0)
+plain_stream = functools.partial(cm.merge_stream, scale=1.0)
 
 
 def modules(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:

@@ -34,7 +34,7 @@ class Exam:
 
     def __init__(self, folder: Path, tasks: Sequence[tuple[Task, Mapping[str, Split]]]) -> None:
         self._graph, self.state = nnx.split(load(folder))
-        self._embed = jax.jit(self._forward)
+        self._embed = jax.jit(self.embed)
         tokens = Tokens(folder)
         self.heads, self.tokens, self.labels = {}, {}, {}
         for task, splits in tasks:
@@ -43,7 +43,8 @@ class Exam:
             self.tokens[task.name] = {x: tokens(split.texts) for x, split in splits.items()}
             self.labels[task.name] = {x: np.asarray(split.labels) for x, split in splits.items()}
 
-    def _forward(self, state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def embed(self, state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the embeddings ``(N, d)`` of a model with these parameters."""
         return nnx.merge(self._graph, state)(tokens, mask)
 
     def _embeddings(self, state: nnx.State, tokens: Sequence[np.ndarray]) -> np.ndarray:
@@ -59,7 +60,7 @@ class Exam:
         self, state: nnx.State, merged: cm.Adapter, tokens: jax.Array, mask: jax.Array
     ) -> jax.Array:
         """Embeddings ``(N, d)`` of the model with an adapter; JAX can differentiate it."""
-        return self._forward(cm.fold_tree(state, merged), tokens, mask)
+        return self.embed(cm.fold_tree(state, merged), tokens, mask)
 
     def correct(
         self, adapter: cm.Adapter | None, split: str, tasks: Sequence[str] | None = None

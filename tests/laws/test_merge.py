@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, dense, random_adapters
+from helpers import assert_same, dense, plain_merge, random_adapters
 
 import coremerge_jax as cm
 from coremerge_jax.errors import CoreMergeWarning
@@ -24,7 +24,7 @@ def test_gradients_in_parameters_while_the_adapters_are_constants(build):
 
     def loss(x):
         rule, options = build(x)
-        merged = cm.merge(adapters, rule, **options)
+        merged = plain_merge(adapters, rule, **options)
         return sum(jnp.sum(lora.dense() ** 2) for lora in merged.values())
 
     x = jnp.asarray([0.8, 1.1, 0.9])
@@ -59,7 +59,7 @@ def paper_tsv_isotropize(updates, ranks):
 @pytest.mark.parametrize(("shape", "ranks"), [((60, 40), (8, 8, 8)), ((32, 48), (2, 9, 5))])
 def test_equals_the_papers_equations(shape, ranks):
     adapters = random_adapters({"q": shape}, ranks, dtype="float32")
-    merged = cm.merge(adapters, cm.chain(cm.tsv(), cm.isotropize()), scale=0.9)
+    merged = plain_merge(adapters, cm.chain(cm.tsv(), cm.isotropize()), scale=0.9)
     updates = [
         (np.asarray(x["q"].a, np.float64), np.asarray(x["q"].b, np.float64)) for x in adapters
     ]
@@ -72,7 +72,7 @@ def test_modules_that_only_some_adapters_have():
     second = second.replace(modules={path: second[path] for path in ("v", "o")})
     third = third.replace(modules={"v": third["v"]})
     for rule in (cm.mean(), cm.tsv(), cm.ties(density=0.5)):
-        merged = cm.merge([first, second, third], rule)
+        merged = plain_merge([first, second, third], rule)
         assert list(merged) == ["q", "v", "o"]
         for path, owners in {
             "q": [first],
@@ -80,13 +80,13 @@ def test_modules_that_only_some_adapters_have():
             "o": [first, second],
         }.items():
             alone = [adapter.replace(modules={path: adapter[path]}) for adapter in owners]
-            assert_same(cm.merge(alone, rule), {path: merged[path]}, 1e-12)
+            assert_same(plain_merge(alone, rule), {path: merged[path]}, 1e-12)
 
 
 def test_weights_of_a_rule_follow_their_adapter():
     first, second = random_adapters({"q": (8, 6), "v": (6, 6)}, (2, 3))
     first = first.replace(modules={"q": first["q"]})
-    merged = cm.merge([first, second], cm.task_arithmetic(weights=(2.0, 5.0)))
+    merged = plain_merge([first, second], cm.task_arithmetic(weights=(2.0, 5.0)))
     assert_same(
         merged,
         {"q": 2 * dense(first["q"]) + 5 * dense(second["q"]), "v": 5 * dense(second["v"])},
@@ -96,8 +96,8 @@ def test_weights_of_a_rule_follow_their_adapter():
 
 def test_the_first_scale_pattern_that_matches_counts():
     adapters = random_adapters({"l.q": (8, 6), "l.v": (8, 6), "o": (8, 6)}, (2, 3))
-    scaled = cm.merge(adapters, cm.mean(), scale={"*.q": 0.5, "l.*": 3.0})
-    plain = cm.merge(adapters, cm.mean())
+    scaled = plain_merge(adapters, cm.mean(), scale={"*.q": 0.5, "l.*": 3.0})
+    plain = plain_merge(adapters, cm.mean())
     expected = {p: f * dense(plain[p]) for p, f in {"l.q": 0.5, "l.v": 3, "o": 1}.items()}
     assert_same(scaled, expected, 1e-12)
 
@@ -116,7 +116,7 @@ def test_what_the_sources_agree_on_is_kept():
         {"base_model": "org/base/", "task_type": "SEQ_CLS"},
     )
     with pytest.warns(CoreMergeWarning, match="task types CAUSAL_LM, SEQ_CLS"):
-        metadata = cm.merge(adapters, cm.mean()).metadata
+        metadata = plain_merge(adapters, cm.mean()).metadata
     assert (metadata.base_model, metadata.task_type) == ("org/base", None)
 
 
@@ -168,7 +168,7 @@ EXTRAS = [ADAPTERS[0], ADAPTERS[1].replace(extras={"head.weight": np.ones(3)})]
 )  # fmt: skip
 def test_refuses_by_name(error, message, adapters, rule, options):
     with pytest.raises(error, match=message):
-        cm.merge(adapters, rule, **options)
+        plain_merge(adapters, rule, **options)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_rules_refuse_impossible_parameters(build):
 
 
 def test_mismatch_may_be_allowed():
-    assert set(cm.merge(BASES, cm.mean(), allow_other_base=True)) == {"q", "v"}
+    assert set(plain_merge(BASES, cm.mean(), allow_other_base=True)) == {"q", "v"}
     apart = [ADAPTERS[0], *random_adapters({"z": (8, 6)}, (2,))]
-    assert set(cm.merge(apart, cm.mean(), allow_disjoint=True)) == {"q", "v", "z"}
+    assert set(plain_merge(apart, cm.mean(), allow_disjoint=True)) == {"q", "v", "z"}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_mismatch_may_be_allowed():
     [("first", 1.0), ("mean", 2.0), ("keep=task1", 3.0), ("keep=2", 3.0)],
 )
 def test_extras_follow_the_policy(policy, expected):
-    merged = cm.merge(with_extras([1, 1], [3, 3]), cm.mean(), extras=policy)
+    merged = plain_merge(with_extras([1, 1], [3, 3]), cm.mean(), extras=policy)
     np.testing.assert_array_equal(merged.extras["head"], np.full(2, expected, np.float32))
 
 
@@ -215,21 +215,21 @@ def test_weights_in_other_files_need_a_decision(tmp_path):
         (tmp_path / name / "optimizer.pt").touch()
         adapters.append(cm.open_peft(tmp_path / name))
     with pytest.raises(cm.UnsupportedError, match=r"\(value_head.safetensors\); choose what"):
-        cm.merge(adapters, cm.mean())
+        plain_merge(adapters, cm.mean())
     with pytest.raises(cm.UnsupportedError, match=r"'math' .*which are not read"):
-        cm.merge(adapters, cm.mean(), extras="mean")
+        plain_merge(adapters, cm.mean(), extras="mean")
     for policy, expected in (("first", "math"), ("keep=code", "code"), ("drop", None)):
-        cm.save_peft(cm.merge(adapters, cm.mean(), extras=policy), out := tmp_path / policy)
+        cm.save_peft(plain_merge(adapters, cm.mean(), extras=policy), out := tmp_path / policy)
         file = out / "value_head.safetensors"
         assert (file.read_text() if file.exists() else None) == expected
 
 
 def test_equal_extras_need_no_decision_and_others_may_be_dropped():
-    merged = cm.merge(with_extras([1, 2], [1, 2]), cm.mean())
+    merged = plain_merge(with_extras([1, 2], [1, 2]), cm.mean())
     np.testing.assert_array_equal(merged.extras["head"], [1, 2])
-    assert not cm.merge(with_extras([1, 2], [1, 3]), cm.mean(), extras="drop").extras
+    assert not plain_merge(with_extras([1, 2], [1, 3]), cm.mean(), extras="drop").extras
     with pytest.raises(cm.UnsupportedError, match="choose what to do"):
-        cm.merge(with_extras([1, 2], [1, 3]), cm.mean())
+        plain_merge(with_extras([1, 2], [1, 3]), cm.mean())
 
 
 def test_the_mean_of_heads_looks_at_names_and_shapes_alone():
@@ -238,7 +238,7 @@ def test_the_mean_of_heads_looks_at_names_and_shapes_alone():
         {"config": {"modules_to_save": ["norm", "score"], "revision": "main"}},
         {"config": {"modules_to_save": ["score", "norm"], "bias": "none"}},
     )
-    merged = cm.merge(adapters, cm.mean(), extras="mean")
+    merged = plain_merge(adapters, cm.mean(), extras="mean")
     assert merged.extras["head"] == [2]
     assert merged.metadata.config == {"modules_to_save": ["norm", "score"]}
 
@@ -252,10 +252,10 @@ def test_an_adapter_to_keep_is_named_by_its_folder_or_number(tmp_path):
         sources.append(folder)
     opened = [cm.open_peft(folder) for folder in sources]
     for name in (str(sources[1]), f"{tmp_path}/code/../math/final/", "2"):
-        kept = cm.merge(opened, cm.mean(), weights=[0, 1, 1], extras=f"keep={name}")
+        kept = plain_merge(opened, cm.mean(), weights=[0, 1, 1], extras=f"keep={name}")
         assert set(np.asarray(kept.extras["lm_head.weight"])) == {2}
     with pytest.raises(cm.MismatchError, match=r"several adapters are named .*2: 'final'"):
-        cm.merge(opened, cm.mean(), extras="keep=final")
+        plain_merge(opened, cm.mean(), extras="keep=final")
 
 
 def test_steps_have_their_place_in_a_chain():
@@ -283,7 +283,7 @@ def test_a_sum_is_the_sum_of_updates_however_the_ranks_fit(equivariance, space, 
     """Ranks that add up to less or more than m, n or both; through the space, as a function."""
     adapters = random_adapters({"q": shape}, (4, 6))
     rule = cm.from_function(lambda cores: cores.sum(axis=0), equivariance)
-    merged = cm.merge(adapters, rule, space=space)
+    merged = plain_merge(adapters, rule, space=space)
     assert_same(merged, {"q": sum(dense(adapter["q"]) for adapter in adapters)}, 1e-9)
     if not isinstance(space, type(cm.full())):
         assert merged["q"].rank <= min(*shape, 10)

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import dense, distance
+from helpers import dense, distance, plain_merge
 
 import coremerge_jax as cm
 
@@ -56,7 +56,7 @@ def deltas(model, name):
 def test_task_arithmetic_is_pefts_concatenation(trained):
     model, folders = trained
     model.add_weighted_adapter(list(RANKS), list(WEIGHTS), "cat", combination_type="cat")
-    merged = cm.merge([cm.load_peft(f) for f in folders], cm.task_arithmetic(), weights=WEIGHTS)
+    merged = plain_merge([cm.load_peft(f) for f in folders], cm.task_arithmetic(), weights=WEIGHTS)
     expected = deltas(model, "cat")
     assert set(expected) == set(merged) == {"0", "2"}
     for path, update in expected.items():
@@ -67,7 +67,7 @@ def test_task_arithmetic_is_pefts_concatenation(trained):
 def test_peft_computes_with_the_merged_adapter(trained, energy, tmp_path):
     """Its output is that of the base model with our updates, also where ranks differ."""
     model, folders = trained
-    merged = cm.merge([cm.load_peft(f) for f in folders], cm.tsv(), space=cm.core())
+    merged = plain_merge([cm.load_peft(f) for f in folders], cm.tsv(), space=cm.core())
     if energy:
         merged, _ = cm.truncate(merged, energy=energy)
     cm.save_peft(merged, tmp_path / "merged")

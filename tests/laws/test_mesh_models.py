@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp0
 import pytest
 from flax import nnx
-from helpers import assert_same, random_adapters
+from helpers import assert_same, plain_merge, random_adapters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -103,7 +103,7 @@ def test_factors_that_are_sharded_too(adapter, mode, spec):
 
 
 def test_a_merge_is_folded_where_the_model_is(adapter):
-    merged = cm.merge([adapter, adapter], cm.mean())
+    merged = plain_merge([adapter, adapter], cm.mean())
     params = put(layers(), NamedSharding(mesh(), SPECS["both"]))
     folded, expected = cm.fold_tree(params, merged), cm.fold_tree(layers(), adapter)
     np.testing.assert_allclose(kernel_of(folded), kernel_of(expected), rtol=1e-4, atol=1e-5)

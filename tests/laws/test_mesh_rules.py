@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, dense, distance, random_adapters
+from helpers import KEY, assert_same, dense, distance, plain_merge, plain_stream, random_adapters
 from jax.sharding import AxisType
 from many_devices import CASES, RANKS, SHAPES, mesh
 
@@ -33,9 +33,9 @@ def small():
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_one_device(adapters, name):
-    expected = cm.merge(adapters, CASES[name], key=KEY)
+    expected = plain_merge(adapters, CASES[name], key=KEY)
     for there in MESHES.values():
-        merged = cm.merge(adapters, CASES[name], key=KEY, mesh=there)
+        merged = plain_merge(adapters, CASES[name], key=KEY, mesh=there)
         assert_same(merged, expected, 1e-6)
         for path, lora in merged.items():
             assert isinstance(lora.a, np.ndarray)
@@ -46,19 +46,19 @@ def test_same_as_one_device(adapters, name):
 @pytest.mark.parametrize("name", ["ties", "tsv"])
 def test_all_modules_of_a_device_at_once(adapters, monkeypatch, name):
     """As on accelerators."""
-    expected = cm.merge(adapters, CASES[name])
+    expected = plain_merge(adapters, CASES[name])
     jax.clear_caches()
     monkeypatch.setattr(program, "over_modules", lambda fn, arrays: jax.vmap(fn)(arrays))
     for there in MESHES.values():
-        assert_same(cm.merge(adapters, CASES[name], mesh=there), expected, 1e-6)
+        assert_same(plain_merge(adapters, CASES[name], mesh=there), expected, 1e-6)
     jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", ["mean", "ties", "tsv"])
 @every_mesh
 def test_more_ranks_than_rows(small, name, there):
-    expected = cm.merge(small, CASES[name])["head"]
-    lora = cm.merge(small, CASES[name], mesh=there)["head"]
+    expected = plain_merge(small, CASES[name])["head"]
+    lora = plain_merge(small, CASES[name], mesh=there)["head"]
     assert distance(dense(lora), dense(expected)) < 1e-6
     assert lora.rank == 7
 
@@ -66,7 +66,7 @@ def test_more_ranks_than_rows(small, name, there):
 @every_mesh
 def test_masks_are_the_same(adapters, there):
     rule = cm.dare(drop=0.5)
-    one, many = (cm.merge(adapters[:1], rule, key=KEY, mesh=m) for m in (None, there))
+    one, many = (plain_merge(adapters[:1], rule, key=KEY, mesh=m) for m in (None, there))
     shares = []
     for path, lora in adapters[0].items():
         u, v = (np.linalg.svd(x)[0][:, :2] for x in (lora.b, lora.a.T))
@@ -81,28 +81,28 @@ def test_masks_are_the_same(adapters, there):
 @every_mesh
 def test_spaces(adapters, there, space):
     rule = cm.tsv() if isinstance(space, cm.knots) else cm.ties()
-    expected = cm.merge(adapters, rule, space=space)
-    assert_same(cm.merge(adapters, rule, space=space, mesh=there), expected, 1e-6)
+    expected = plain_merge(adapters, rule, space=space)
+    assert_same(plain_merge(adapters, rule, space=space, mesh=there), expected, 1e-6)
 
 
 @pytest.mark.parametrize("space", [cm.full(), cm.knots()])
 def test_spaces_as_large_as_a_module(adapters, space):
-    expected = cm.merge(adapters, cm.ties(), space=space)
-    assert_same(cm.merge(adapters, cm.ties(), space=space, mesh=mesh(8)), expected, 1e-6)
+    expected = plain_merge(adapters, cm.ties(), space=space)
+    assert_same(plain_merge(adapters, cm.ties(), space=space, mesh=mesh(8)), expected, 1e-6)
     with pytest.raises(cm.UnsupportedError, match="merge in core space, or spread modules alone"):
-        cm.merge(adapters, cm.ties(), space=space, mesh=mesh(4, 2))
+        plain_merge(adapters, cm.ties(), space=space, mesh=mesh(4, 2))
 
 
 @every_mesh
 def test_batches_change_nothing(there):
     adapters = random_adapters({f"q.{i}": (7, 10) for i in range(19)}, RANKS, dtype="float32")
-    whole = cm.merge(adapters, cm.tsv(), mesh=there)
+    whole = plain_merge(adapters, cm.tsv(), mesh=there)
     with pytest.raises(MemoryError, match="are allowed"):
-        cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=1)
-    rows, workers = len(there.devices), cm.merge_stream(adapters, cm.tsv(), mesh=there).workers
+        plain_stream(adapters, cm.tsv(), mesh=there, max_memory=1)
+    rows, workers = len(there.devices), plain_stream(adapters, cm.tsv(), mesh=there).workers
     one = cost(group_modules(adapters)[0], cm.chain(cm.tsv()), cm.core())
     room = (workers + 1) * rows * (one.held + one.work)
-    stream = cm.merge_stream(adapters, cm.tsv(), mesh=there, max_memory=room)
+    stream = plain_stream(adapters, cm.tsv(), mesh=there, max_memory=room)
     assert len(stream) == -(-19 // rows)
     assert stream.memory <= room
     assert_same(stream.collect(), whole, 1e-12)
@@ -112,4 +112,4 @@ def test_batches_change_nothing(there):
 def test_meshes_that_are_refused(adapters):
     three = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
     with pytest.raises(cm.UnsupportedError, match=r"'a', 'b', 'c'.*expected one, for modules"):
-        cm.merge(adapters, cm.tsv(), mesh=three)
+        plain_merge(adapters, cm.tsv(), mesh=three)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, distance, random_adapters
+from helpers import KEY, assert_same, distance, plain_merge, plain_stream, random_adapters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from many_devices import CASES, RANKS, SHAPES, mesh, put
@@ -43,7 +43,7 @@ def mesh_of(adapters):
 
 def collectives(adapters, rule, there):
     """What devices tell each other in the compiled program of each stack: kinds and shapes."""
-    stream = cm.merge_stream(adapters, rule, mesh=there, key=KEY)
+    stream = plain_stream(adapters, rule, mesh=there, key=KEY)
     job, found = stream._job, []
     for batch in stream._batches:
         given = batch.stack(job.present.adapters)
@@ -72,9 +72,9 @@ def test_spread_modules_tell_each_other_their_gram_matrices(rule):
 @every_mode
 @every_mesh
 def test_factors_that_are_sharded_come_back_so(adapters, there, mode):
-    expected = cm.merge(adapters, cm.tsv())
+    expected = plain_merge(adapters, cm.tsv())
     sharded = put(adapters, mesh(*there.devices.shape, mode=mode))
-    merged = cm.merge(sharded, cm.tsv(), mesh=mesh_of(sharded))
+    merged = plain_merge(sharded, cm.tsv(), mesh=mesh_of(sharded))
     assert_same(merged, expected, 1e-6)
     for path, lora in merged.items():
         for x, like in ((lora.a, sharded[0][path].a), (lora.b, sharded[0][path].b)):
@@ -86,8 +86,8 @@ def test_factors_that_are_sharded_come_back_so(adapters, there, mode):
 def test_inside_jit(adapters, there, mode):
     sharded = put(adapters, mesh(*there.devices.shape, mode=mode))
     same = mesh_of(sharded)
-    merge = jax.jit(lambda adapters: cm.merge(adapters, cm.tsv(), mesh=same))
-    expected = cm.merge(adapters, cm.tsv())
+    merge = jax.jit(lambda adapters: plain_merge(adapters, cm.tsv(), mesh=same))
+    expected = plain_merge(adapters, cm.tsv())
     assert_same(merge(sharded), expected, 1e-5)
     with jax.set_mesh(same):
         assert_same(merge(sharded), expected, 1e-5)
@@ -106,8 +106,8 @@ def test_stacks_go_from_each_device_to_where_they_belong(adapters):
 
 def test_arrays_of_one_device_come_back_there(adapters):
     on_one = jax.device_put(adapters, jax.devices()[3])
-    merged = cm.merge(on_one, cm.tsv(), mesh=mesh(4, 2))
-    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-6)
+    merged = plain_merge(on_one, cm.tsv(), mesh=mesh(4, 2))
+    assert_same(merged, plain_merge(adapters, cm.tsv()), 1e-6)
     assert {x.device for x in jax.tree.leaves(merged)} == {jax.devices()[3]}
 
 
@@ -117,8 +117,8 @@ def test_explicitly_sharded_factors_need_a_mesh(adapters):
         with pytest.raises(cm.UnsupportedError, match="say with mesh= which devices"):
             merge(sharded, cm.mean())
     alone = jax.make_mesh((1,), ("modules",), axis_types=(AxisType.Explicit,))
-    merged = cm.merge(put(adapters, alone), cm.tsv(), mesh=alone)
-    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-6)
+    merged = plain_merge(put(adapters, alone), cm.tsv(), mesh=alone)
+    assert_same(merged, plain_merge(adapters, cm.tsv()), 1e-6)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -133,7 +133,9 @@ def test_products_of_factors_whose_types_say_where_they_are(traced):
 def test_all_else_takes_factors_whose_types_say_where_they_are():
     adapters = random_adapters({"q": (16, 24)}, RANKS)
     sharded = put(adapters, mesh(2, 4, mode=AxisType.Explicit))
-    assert_same(cm.project(sharded).merge(cm.mean()), cm.merge(adapters, cm.mean()), 1e-6)
+    assert_same(
+        cm.project(sharded).merge(cm.mean(), scale=1.0), plain_merge(adapters, cm.mean()), 1e-6
+    )
     cut, _ = cm.truncate(sharded[0], rank=1)
     assert_same(cut, cm.truncate(adapters[0], rank=1)[0], 1e-5)
     for x, like in ((cut["q"].a, sharded[0]["q"].a), (cut["q"].b, sharded[0]["q"].b)):
@@ -157,7 +159,7 @@ def test_functions_under_shard_map(name):
 
     def merge(a, b):
         projected = cm.core().project(a, b, RANKS, elementwise=elementwise)
-        return projected.merge(rule, key=KEY).dense()
+        return projected.merge(rule, key=KEY, scale=1.0).dense()
 
     many = jax.shard_map(
         jax.vmap(merge), mesh=mesh(8), in_specs=(P("modules"), P("modules")), out_specs=P("modules")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import WITHOUT_INPUTS
-from helpers import KEY, assert_same, distance, narrow, random_adapters
+from helpers import KEY, assert_same, distance, narrow, plain_merge, random_adapters
 
 import coremerge_jax as cm
 
@@ -38,7 +38,7 @@ def test_every_rule_as_merge(name):
     projected = cm.project(adapters)
     scale = {"a.*": 0.5, "*": 2.0}
     merged = projected.merge(RULES[name], scale=scale, key=KEY)
-    expected = cm.merge(adapters, RULES[name], scale=scale, key=KEY)
+    expected = plain_merge(adapters, RULES[name], scale=scale, key=KEY)
     assert list(merged) == list(expected)
     assert_same(merged, expected, 1e-12)
 
@@ -46,32 +46,35 @@ def test_every_rule_as_merge(name):
 @pytest.mark.parametrize("space", narrow(SPACES, ("core", "tucker")))
 def test_every_space_as_merge(adapters, space):
     rule = cm.chain(cm.dare(), cm.ties(density=0.5))
-    merged = cm.project(adapters, space=SPACES[space]).merge(rule, key=KEY)
-    assert_same(merged, cm.merge(adapters, rule, space=SPACES[space], key=KEY), 1e-12)
+    merged = cm.project(adapters, space=SPACES[space]).merge(rule, key=KEY, scale=1.0)
+    assert_same(merged, plain_merge(adapters, rule, space=SPACES[space], key=KEY), 1e-12)
 
 
 @pytest.mark.wide
 def test_weights_of_the_projection_are_those_of_merge(adapters):
     for weights in ([1.0, 0.5, 2.0], [0.0, 1.0, 2.0]):
         rule = cm.chain(cm.dare(), cm.ties(density=0.5))
-        merged = cm.project(adapters, weights=weights).merge(rule, key=KEY)
-        assert_same(merged, cm.merge(adapters, rule, weights=weights, key=KEY), 1e-12)
+        merged = cm.project(adapters, weights=weights).merge(rule, key=KEY, scale=1.0)
+        assert_same(merged, plain_merge(adapters, rule, weights=weights, key=KEY), 1e-12)
 
 
 @pytest.mark.wide
 def test_weights_of_a_merge_multiply_the_cores(adapters):
     weights = np.array([1.0, 0.5, 2.0])
     projected = cm.project(adapters)
-    merged = projected.merge(cm.tsv(), weights=weights)
-    assert_same(merged, cm.merge(adapters, cm.tsv(), weights=weights), 1e-9)
-    some = projected.merge(cm.tsv(), weights={"a.q": weights})
-    mixed = {path: (merged if path == "a.q" else projected.merge(cm.tsv()))[path] for path in some}
+    merged = projected.merge(cm.tsv(), weights=weights, scale=1.0)
+    assert_same(merged, plain_merge(adapters, cm.tsv(), weights=weights), 1e-9)
+    some = projected.merge(cm.tsv(), weights={"a.q": weights}, scale=1.0)
+    mixed = {
+        path: (merged if path == "a.q" else projected.merge(cm.tsv(), scale=1.0))[path]
+        for path in some
+    }
     assert_same(some, mixed, 1e-12)
 
 
 def test_factors_keep_their_dtypes_and_origin():
     adapters = random_adapters(SHAPES, RANKS, dtype="float32")
-    for lora in cm.project(adapters).merge(cm.tsv()).values():
+    for lora in cm.project(adapters).merge(cm.tsv(), scale=1.0).values():
         assert isinstance(lora.a, np.ndarray)
         assert lora.a.dtype == lora.b.dtype == np.float32
 
@@ -82,19 +85,19 @@ def test_single_precision_inside_a_users_program(adapters):
 
     @jax.jit
     def merged(projected, density):
-        return projected.merge(cm.ties(density=density))["a.q"].dense()
+        return projected.merge(cm.ties(density=density), scale=1.0)["a.q"].dense()
 
-    expected = cm.merge(adapters, cm.ties(density=0.5))["a.q"].dense()
+    expected = plain_merge(adapters, cm.ties(density=0.5))["a.q"].dense()
     assert distance(np.asarray(merged(projected, 0.5)), expected) < 1e-5
 
 
 def test_a_grid_of_parameters_is_one_program(adapters):
     projected = cm.project(adapters)
     densities = jnp.asarray([0.2, 0.5, 0.9])
-    grid = jax.vmap(lambda density: projected.merge(cm.ties(density=density)))(densities)
+    grid = jax.vmap(lambda density: projected.merge(cm.ties(density=density), scale=1.0))(densities)
     for i, density in enumerate(densities):
         one = jax.tree.map(lambda x, i=i: x[i], grid)
-        assert_same(one, projected.merge(cm.ties(density=density)), 1e-6)
+        assert_same(one, projected.merge(cm.ties(density=density), scale=1.0), 1e-6)
 
 
 @pytest.mark.wide
@@ -114,7 +117,9 @@ def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
 @pytest.mark.wide
 def test_gradients_of_weights_by_module(adapters):
     def norm(weights):
-        merged = cm.project(adapters, precision="float32").merge(cm.tsv(), weights=weights)
+        merged = cm.project(adapters, precision="float32").merge(
+            cm.tsv(), weights=weights, scale=1.0
+        )
         return sum(jnp.sum(lora.dense() ** 2) for lora in merged.values())
 
     ones = {path: jnp.ones(3) for path in SHAPES}

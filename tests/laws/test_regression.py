@@ -13,6 +13,8 @@ from helpers import (
     dense,
     map_factors,
     orthogonal,
+    plain_merge,
+    plain_stream,
     random_adapters,
     random_inputs,
     statistics_of,
@@ -61,7 +63,7 @@ def test_definition(adapters, inputs, weighting, orthogonalize):
     rule, expected = cm.regmean(**options), by_definition(adapters, inputs, **options)
     for full in (False, True):
         statistics = statistics_of(adapters, inputs, full)
-        merged = cm.merge(adapters, rule, statistics=statistics, scale=1.0)
+        merged = plain_merge(adapters, rule, statistics=statistics)
         assert_same(merged, expected, 1e-9)
     projected = cm.project(adapters, statistics=statistics)
     assert_same(projected.merge(rule, scale=1.0), expected, 1e-9)
@@ -70,7 +72,7 @@ def test_definition(adapters, inputs, weighting, orthogonalize):
 def test_definition_where_ranks_exceed_rows_or_columns():
     adapters = random_adapters(FEW, RANKS)
     inputs = random_inputs(adapters)
-    merged = cm.merge(
+    merged = plain_merge(
         adapters,
         cm.regmean(orthogonalize=True),
         statistics=statistics_of(adapters, inputs, full=True),
@@ -86,31 +88,31 @@ def test_definition_of_free_rows(adapters, inputs, orthogonalize):
     expected = by_definition(adapters, inputs, free=True, orthogonalize=orthogonalize)
     statistics = statistics_of(adapters, inputs, full=True)
     for space in (cm.core(rows="free"), cm.full()):
-        merged = cm.merge(adapters, rule, space=space, statistics=statistics, scale=1.0)
+        merged = plain_merge(adapters, rule, space=space, statistics=statistics)
         assert_same(merged, expected, 1e-9)
-    merged = cm.merge(adapters, rule, space=cm.core(rows="free"), statistics=statistics)
+    merged = plain_merge(adapters, rule, space=cm.core(rows="free"), statistics=statistics)
     assert all(lora.rank <= sum(RANKS) for lora in merged.values())
 
 
 @pytest.mark.wide
 def test_free_rows_change_nothing_for_rules_without_inputs(adapters):
-    merged = cm.merge(adapters, cm.tsv(), space=cm.core(rows="free"))
-    assert_same(merged, cm.merge(adapters, cm.tsv()), 1e-9)
+    merged = plain_merge(adapters, cm.tsv(), space=cm.core(rows="free"))
+    assert_same(merged, plain_merge(adapters, cm.tsv()), 1e-9)
 
 
 @pytest.mark.wide
 def test_other_spaces(adapters, statistics):
     """KnOTS space has the same rows; Tucker space of as many dimensions as core space is that."""
     rule = cm.regmean()
-    expected = cm.merge(adapters, rule, statistics=statistics)
+    expected = plain_merge(adapters, rule, statistics=statistics)
     for space in (cm.knots(), cm.tucker(rank=sum(RANKS))):
-        assert_same(cm.merge(adapters, rule, space=space, statistics=statistics), expected, 1e-8)
+        assert_same(plain_merge(adapters, rule, space=space, statistics=statistics), expected, 1e-8)
 
 
 def test_its_outputs_are_nearest_to_the_adapters(adapters, inputs, statistics):
     """Every other update with these rows is farther on the inputs, as the ridge is small."""
     rule = cm.regmean(ridge=1e-9, weighting="none")
-    merged = cm.merge(adapters, rule, statistics=statistics, scale=1.0)
+    merged = plain_merge(adapters, rule, statistics=statistics)
 
     def error(updates, path):
         having = [t for t, adapter in enumerate(adapters) if path in adapter]
@@ -118,21 +120,21 @@ def test_its_outputs_are_nearest_to_the_adapters(adapters, inputs, statistics):
         return sum(np.sum(x**2) for x in outputs)
 
     best = {path: dense(lora) for path, lora in merged.items()}
-    others = [cm.merge(adapters, x, scale=1.0) for x in (cm.tsv(), cm.mean())]
+    others = [plain_merge(adapters, x) for x in (cm.tsv(), cm.mean())]
     for path in SHAPES:
         least = error(best, path)
         assert all(least < error({p: dense(y) for p, y in x.items()}, path) for x in others)
-        moved = dense(cm.merge(adapters, cm.task_arithmetic(), scale=1.0)[path])
+        moved = dense(plain_merge(adapters, cm.task_arithmetic())[path])
         assert least <= error({path: best[path] + 1e-3 * moved}, path) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_order_gauge_and_turns(adapters, inputs, statistics, orthogonalize, seed):
     rule = cm.regmean(orthogonalize=orthogonalize)
-    merged = cm.merge(adapters, rule, statistics=statistics)
+    merged = plain_merge(adapters, rule, statistics=statistics)
     turned = [adapters[i] for i in (2, 0, 1)]
     # By name: these are the statistics of the adapters in their first order.
-    assert_same(cm.merge(turned, rule, statistics=statistics), merged, 1e-9)
+    assert_same(plain_merge(turned, rule, statistics=statistics), merged, 1e-9)
     rng = np.random.default_rng(seed)
 
     def regauge(a, b):
@@ -140,7 +142,7 @@ def test_order_gauge_and_turns(adapters, inputs, statistics, orthogonalize, seed
         return np.linalg.solve(g, a), b @ g
 
     other = map_factors(adapters, regauge)
-    assert_same(cm.merge(other, rule, statistics=statistics_of(other, inputs)), merged, 1e-9)
+    assert_same(plain_merge(other, rule, statistics=statistics_of(other, inputs)), merged, 1e-9)
     q = {path: orthogonal(rng, n) for path, (_, n) in SHAPES.items()}
     rows = [
         adapter.replace(
@@ -150,7 +152,7 @@ def test_order_gauge_and_turns(adapters, inputs, statistics, orthogonalize, seed
     ]
     moved = [{path: x @ q[path] for path, x in of_task.items()} for of_task in inputs]
     expected = {path: dense(lora) @ q[path] for path, lora in merged.items()}
-    assert_same(cm.merge(rows, rule, statistics=statistics_of(rows, moved)), expected, 1e-9)
+    assert_same(plain_merge(rows, rule, statistics=statistics_of(rows, moved)), expected, 1e-9)
 
 
 def test_more_of_the_same_inputs_change_nothing(adapters, inputs, statistics):
@@ -159,9 +161,9 @@ def test_more_of_the_same_inputs_change_nothing(adapters, inputs, statistics):
         statistics_of(adapters, [{p: x[part] for p, x in of_task.items()} for of_task in inputs])
         for part in (slice(None, 15), slice(15, None))
     ]
-    merged = cm.merge(adapters, cm.regmean(), statistics=statistics)
+    merged = plain_merge(adapters, cm.regmean(), statistics=statistics)
     for more in (sum(halves), statistics + statistics):
-        assert_same(cm.merge(adapters, cm.regmean(), statistics=more), merged, 1e-9)
+        assert_same(plain_merge(adapters, cm.regmean(), statistics=more), merged, 1e-9)
     np.testing.assert_array_equal((statistics + statistics).counts, 2 * statistics.counts)
 
 
@@ -183,9 +185,9 @@ def test_some_of_the_adapters(adapters, inputs, statistics):
     """Statistics of many adapters do for merges of a few of them."""
     rule, few = cm.regmean(orthogonalize=True), [0, 2]
     some = [adapters[t] for t in few]
-    expected = cm.merge(some, rule, statistics=statistics_of(some, [inputs[t] for t in few]))
-    assert_same(cm.merge(some, rule, statistics=statistics), expected, 1e-9)
-    found = cm.merge(adapters, rule, statistics=statistics, weights=[1, 0, 1])
+    expected = plain_merge(some, rule, statistics=statistics_of(some, [inputs[t] for t in few]))
+    assert_same(plain_merge(some, rule, statistics=statistics), expected, 1e-9)
+    found = plain_merge(adapters, rule, statistics=statistics, weights=[1, 0, 1])
     assert_same(found, expected, 1e-9)
 
 
@@ -193,7 +195,7 @@ def test_one_adapter_comes_back(adapters, inputs):
     one = adapters[:1]
     statistics = statistics_of(one, inputs[:1])
     for rule in (cm.regmean(), cm.regmean(orthogonalize=True)):
-        assert_same(cm.merge(one, rule, statistics=statistics), dict(one[0]), 1e-9)
+        assert_same(plain_merge(one, rule, statistics=statistics), dict(one[0]), 1e-9)
 
 
 def test_copies_of_one_adapter(adapters):
@@ -201,14 +203,14 @@ def test_copies_of_one_adapter(adapters):
     one = adapters[0]
     same = [one.replace(metadata=cm.Metadata(name=name)) for name in "xyz"]
     statistics = statistics_of(same, random_inputs(same, seed=3))
-    merged = cm.merge(same, cm.regmean(ridge=1e-6), statistics=statistics, scale=1.0)
+    merged = plain_merge(same, cm.regmean(ridge=1e-6), statistics=statistics)
     assert_same(merged, dict(one), 1e-4)
 
 
 def test_chains_and_float32(adapters, statistics):
     rule = cm.chain(cm.flatten(), cm.regmean(), cm.isotropize())
-    merged = cm.merge(adapters, rule, statistics=statistics)
-    coarse = cm.merge(adapters, rule, statistics=statistics, precision="float32")
+    merged = plain_merge(adapters, rule, statistics=statistics)
+    coarse = plain_merge(adapters, rule, statistics=statistics, precision="float32")
     assert_same(coarse, {path: dense(lora) for path, lora in merged.items()}, 1e-3)
 
 
@@ -216,9 +218,9 @@ def test_chains_and_float32(adapters, statistics):
 @pytest.mark.usefixtures("all_devices")
 def test_on_several_devices(adapters, statistics):
     rule = cm.regmean(orthogonalize=True)
-    expected = cm.merge(adapters, rule, statistics=statistics)
+    expected = plain_merge(adapters, rule, statistics=statistics)
     for there in (mesh(8), mesh(4, 2)):
-        assert_same(cm.merge(adapters, rule, statistics=statistics, mesh=there), expected, 1e-6)
+        assert_same(plain_merge(adapters, rule, statistics=statistics, mesh=there), expected, 1e-6)
 
 
 @pytest.mark.wide
@@ -226,14 +228,14 @@ def test_on_several_devices(adapters, statistics):
 def test_inputs_themselves_cannot_be_spread(adapters, inputs):
     statistics = statistics_of(adapters, inputs, full=True)
     with pytest.raises(cm.UnsupportedError, match="cannot be spread over devices"):
-        cm.merge(adapters, cm.regmean(), statistics=statistics, mesh=mesh(4, 2))
+        plain_merge(adapters, cm.regmean(), statistics=statistics, mesh=mesh(4, 2))
 
 
 def test_part_by_part(adapters, statistics):
     rule = cm.regmean()
-    stream = cm.merge_stream(adapters, rule, statistics=statistics)
+    stream = plain_stream(adapters, rule, statistics=statistics)
     parts = {path: lora for part in stream for path, lora in part.items()}
-    assert_same(parts, cm.merge(adapters, rule, statistics=statistics), 1e-12)
+    assert_same(parts, plain_merge(adapters, rule, statistics=statistics), 1e-12)
 
 
 def test_derivatives(adapters, statistics):
@@ -246,7 +248,7 @@ def test_derivatives(adapters, statistics):
     def loss(point):
         ridge, adapters, statistics = point
         rule = cm.regmean(ridge=ridge, weighting="iteris", orthogonalize=True)
-        merged = cm.merge(adapters, rule, statistics=statistics)
+        merged = plain_merge(adapters, rule, statistics=statistics)
         return sum(jnp.vdot(target[path], lora.dense()) for path, lora in merged.items())
 
     with jax.enable_x64(True):
@@ -288,14 +290,14 @@ def test_rules_that_are_no_sums_have_no_pieces(adapters):
 
 def test_what_is_missing(adapters, statistics):
     with pytest.raises(cm.UnsupportedError, match="needs inputs of each task: collect statistics"):
-        cm.merge(adapters, cm.regmean())
+        plain_merge(adapters, cm.regmean())
     some = cm.Statistics({p: x for p, x in statistics.items() if p != "b.q"}, statistics.adapters)
     with pytest.raises(cm.MismatchError, match=r"no statistics of module 'b\.q'"):
-        cm.merge(adapters, cm.regmean(), statistics=some)
-    merged = cm.merge(adapters, cm.regmean(), statistics=some, missing_statistics="tsv")
-    assert_same({"b.q": merged["b.q"]}, {"b.q": cm.merge(adapters, cm.tsv())["b.q"]}, 1e-9)
+        plain_merge(adapters, cm.regmean(), statistics=some)
+    merged = plain_merge(adapters, cm.regmean(), statistics=some, missing_statistics="tsv")
+    assert_same({"b.q": merged["b.q"]}, {"b.q": plain_merge(adapters, cm.tsv())["b.q"]}, 1e-9)
     with pytest.raises(cm.RecipeError, match="missing_statistics 'ties'"):
-        cm.merge(adapters, cm.regmean(), statistics=some, missing_statistics="ties")
+        plain_merge(adapters, cm.regmean(), statistics=some, missing_statistics="ties")
 
 
 def test_a_module_that_no_input_has_reached(adapters, statistics):
@@ -304,29 +306,29 @@ def test_a_module_that_no_input_has_reached(adapters, statistics):
     empty = dataclasses.replace(gram, matrices=0 * gram.matrices, counts=0 * gram.counts)
     some = cm.Statistics({**statistics, "b.q": empty}, statistics.adapters)
     with pytest.raises(cm.MismatchError, match="no input has reached it"):
-        cm.merge(adapters, cm.regmean(), statistics=some)
+        plain_merge(adapters, cm.regmean(), statistics=some)
 
 
 def test_statistics_of_other_adapters(adapters, statistics):
     renamed = [x.replace(metadata=cm.Metadata(name=f"new{t}")) for t, x in enumerate(adapters)]
     with pytest.raises(cm.MismatchError, match=r"no inputs of adapter 'new0'.*task0, task1"):
-        cm.merge(renamed, cm.regmean(), statistics=statistics)
+        plain_merge(renamed, cm.regmean(), statistics=statistics)
     changed = map_factors(adapters, lambda a, b: (a[::-1] * 1.1, b))
     with pytest.raises(cm.MismatchError, match=r"'a.q'.* other A factors than the adapters have"):
-        cm.merge(changed, cm.regmean(), statistics=statistics)
+        plain_merge(changed, cm.regmean(), statistics=statistics)
     nameless = [x.replace(metadata=cm.Metadata()) for x in adapters]
     unknown = cm.Statistics(dict(statistics), [None] * 3)
     assert_same(
-        cm.merge(nameless, cm.regmean(), statistics=unknown),
-        cm.merge(adapters, cm.regmean(), statistics=statistics),
+        plain_merge(nameless, cm.regmean(), statistics=unknown),
+        plain_merge(adapters, cm.regmean(), statistics=statistics),
         1e-12,
     )
     with pytest.raises(cm.MismatchError, match="names do not say which are which"):
-        cm.merge(nameless[:2], cm.regmean(), statistics=unknown)
+        plain_merge(nameless[:2], cm.regmean(), statistics=unknown)
     with pytest.raises(cm.MismatchError, match="expected those of the inputs themselves"):
-        cm.merge(adapters, cm.regmean(), space=cm.full(), statistics=statistics)
+        plain_merge(adapters, cm.regmean(), space=cm.full(), statistics=statistics)
     with pytest.raises(cm.RecipeError, match="expected Statistics, got dict"):
-        cm.merge(adapters, cm.regmean(), statistics=dict(statistics))
+        plain_merge(adapters, cm.regmean(), statistics=dict(statistics))
 
 
 def test_sums_of_different_statistics_are_refused(adapters, inputs, statistics):

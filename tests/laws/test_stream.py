@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import WITHOUT_INPUTS
-from helpers import assert_same, dense, narrow, random_adapters
+from helpers import assert_same, dense, narrow, plain_merge, plain_stream, random_adapters
 from threadpoolctl import ThreadpoolController
 
 import coremerge_jax as cm
@@ -33,19 +33,19 @@ def adapters():
 def needed(adapters, rule):
     """The least memory that a stream says it needs."""
     with pytest.raises(MemoryError, match=r"module .* needs .* MiB") as error:
-        cm.merge_stream(adapters, rule, key=KEY, max_memory=1)
+        plain_stream(adapters, rule, key=KEY, max_memory=1)
     assert "are allowed" in str(error.value)
     chained = cm.chain(rule)
     costs = [cost(group, chained, cm.core()) for group in group_modules(adapters)]
-    workers = cm.merge_stream(adapters, rule, key=KEY).workers
+    workers = plain_stream(adapters, rule, key=KEY).workers
     return (workers + 1) * max(one.held + one.work for one in costs)
 
 
 @pytest.mark.parametrize("name", narrow(RULES, ["dare, ties"]))
 def test_batches_change_nothing(adapters, name):
     rule = RULES[name]
-    whole = cm.merge(adapters, rule, key=KEY)
-    stream = cm.merge_stream(adapters, rule, key=KEY, max_memory=needed(adapters, rule))
+    whole = plain_merge(adapters, rule, key=KEY)
+    stream = plain_stream(adapters, rule, key=KEY, max_memory=needed(adapters, rule))
     parts = list(stream)
     assert len(parts) == len(stream) == len(MODULES)
     assert sorted(path for part in parts for path in part) == sorted(MODULES)
@@ -56,12 +56,12 @@ def test_batches_change_nothing(adapters, name):
 @pytest.mark.wide
 def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
-    whole = cm.merge(adapters, rule)
+    whole = plain_merge(adapters, rule)
     monkeypatch.setattr(batches, "count_workers", lambda _: 4)
     least = needed(adapters, rule)
     for workers in (1, 2, 3, 4):
         limit = least * (workers + 1) // 5
-        stream = cm.merge_stream(adapters, rule, max_memory=limit)
+        stream = plain_stream(adapters, rule, max_memory=limit)
         assert stream.workers == workers
         assert stream.memory <= limit
         assert_same(whole, stream.collect(), 1e-6)
@@ -70,8 +70,8 @@ def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
 @pytest.mark.wide
 def test_the_outline_is_that_of_the_result(adapters):
     for rule in RULES.values():
-        outline = cm.merge_stream(adapters, rule, key=KEY).outline
-        merged = cm.merge(adapters, rule, key=KEY)
+        outline = plain_stream(adapters, rule, key=KEY).outline
+        merged = plain_merge(adapters, rule, key=KEY)
         assert list(outline) == list(merged)
         for path in merged:
             for found, expected in zip(
@@ -85,13 +85,13 @@ def test_a_stream_goes_from_file_to_file(adapters, tmp_path):
     for adapter, path in zip(adapters, paths, strict=True):
         cm.save_peft(adapter, path)
     rule = RULES["tsv, isotropize"]
-    cm.save_peft(cm.merge_stream([cm.open_peft(path) for path in paths], rule), tmp_path / "out")
-    expected = cm.merge([cm.load_peft(path) for path in paths], rule)
+    cm.save_peft(plain_stream([cm.open_peft(path) for path in paths], rule), tmp_path / "out")
+    expected = plain_merge([cm.load_peft(path) for path in paths], rule)
     assert_same(cm.load_peft(tmp_path / "out"), {p: dense(x) for p, x in expected.items()}, 1e-6)
 
 
 def test_an_abandoned_stream_ends(adapters):
-    for part in cm.merge_stream(adapters, cm.mean()):
+    for part in plain_stream(adapters, cm.mean()):
         assert part
         break
 
@@ -141,7 +141,7 @@ def test_memory_is_not_underestimated(rule, space, shape):
     """Against what XLA says that the compiled program takes."""
     adapters = random_adapters({"q": shape}, (16,) * 6, dtype="float32")
     (group,) = group_modules(adapters)
-    stream = cm.merge_stream(adapters, rule, space=space, key=KEY)
+    stream = plain_stream(adapters, rule, space=space, key=KEY)
     with stream._job.prepared(group, *group.stack(adapters)) as (arrays, settings):
         lowered = merge_stack.lower(stream._job.rule, arrays, KEY, settings)
         used = lowered.compile().memory_analysis()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import SPECTRAL, Case, of_updates
-from helpers import KEY, dense, random_adapters
+from helpers import KEY, dense, plain_stream, random_adapters
 from test_invariants import PLACES, RANKS, laws_of
 
 import coremerge_jax as cm
@@ -70,7 +70,7 @@ def test_the_command_line_has_it(tmp_path, capsys):
 
 def test_it_has_a_cost_and_is_projected():
     adapters = random_adapters({"q": (8, 6)}, (2, 3))
-    (cost,) = cm.merge_stream(adapters, TOY.rule).costs()
+    (cost,) = plain_stream(adapters, TOY.rule).costs()
     assert cost.work > 0
     merged = cm.project(adapters).merge(TOY.rule, key=KEY)
     np.testing.assert_allclose(dense(merged["q"]), TOY.definition([x["q"] for x in adapters]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, random_adapters
+from helpers import KEY, assert_same, plain_merge, plain_stream, random_adapters
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -52,10 +52,10 @@ def near(merged):
 # with one, and those that look beyond their module: at its name, and at all others.
 @pytest.mark.parametrize("name", ["mean", "tsv", "dare|ties|isotropize", "ties of the model"])
 def test_shares_of_what_is_on_the_host(adapters, name):
-    merged = cm.merge(adapters, CASES[name], key=KEY, mesh=mesh(4))
+    merged = plain_merge(adapters, CASES[name], key=KEY, mesh=mesh(4))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(merged))
     if MINE == 0:
-        assert_same(merged, cm.merge(adapters, CASES[name], key=KEY), 1e-6)
+        assert_same(merged, plain_merge(adapters, CASES[name], key=KEY), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_shares_of_what_is_on_the_host(adapters, name):
 def test_arrays_of_all_processes(adapters, shape, mode):
     there = mesh(*shape, mode=mode)
     sharded = put(adapters, there)
-    merged = cm.merge(sharded, cm.tsv(), mesh=there)
+    merged = plain_merge(sharded, cm.tsv(), mesh=there)
     x, like = (adapter["layers.0.q"].a for adapter in (merged, sharded[0]))
     assert x.sharding.is_equivalent_to(like.sharding, 2)
-    assert_same(near(merged), cm.merge(adapters, cm.tsv()), 1e-6)
+    assert_same(near(merged), plain_merge(adapters, cm.tsv()), 1e-6)
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
@@ -97,21 +97,23 @@ def test_factors_of_a_model_stay_where_they_are(mode):
 @pytest.mark.parametrize("name", ["dare|ties|isotropize", "ties of the model"])
 def test_modules_across_processes(adapters, name):
     there = mesh(1, 4)
-    merged = cm.merge(put(adapters, there), CASES[name], key=KEY, mesh=there)
-    assert_same(near(merged), cm.merge(adapters, CASES[name], key=KEY), 1e-6)
+    merged = plain_merge(put(adapters, there), CASES[name], key=KEY, mesh=there)
+    assert_same(near(merged), plain_merge(adapters, CASES[name], key=KEY), 1e-6)
 
 
 def test_modules_across_processes_are_not_read_by_any(adapters):
     with pytest.raises(cm.UnsupportedError, match="from one process to another"):
-        cm.merge(adapters, cm.tsv(), mesh=mesh(1, 4))
+        plain_merge(adapters, cm.tsv(), mesh=mesh(1, 4))
 
 
 def test_meshes_have_devices_of_one_process_or_of_all(adapters):
     alone = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("modules",))
-    assert_same(cm.merge(adapters, cm.mean(), mesh=alone), cm.merge(adapters, cm.mean()), 1e-6)
+    assert_same(
+        plain_merge(adapters, cm.mean(), mesh=alone), plain_merge(adapters, cm.mean()), 1e-6
+    )
     other = [device for device in jax.devices() if device.process_index != MINE]
     with pytest.raises(cm.UnsupportedError, match="expected devices of this process, or of all"):
-        cm.merge(adapters, cm.mean(), mesh=jax.sharding.Mesh(np.asarray(other), ("modules",)))
+        plain_merge(adapters, cm.mean(), mesh=jax.sharding.Mesh(np.asarray(other), ("modules",)))
 
 
 @pytest.mark.parametrize("rule", [cm.tsv(), cm.ties(scope="model")], ids=str)
@@ -125,7 +127,7 @@ def test_each_process_reads_and_writes_its_part(folders, monkeypatch, rule):
         return original(file, paths)
 
     monkeypatch.setattr(kind, "read", recorded)
-    stream = cm.merge_stream(opened, rule, mesh=mesh(4))
+    stream = plain_stream(opened, rule, mesh=mesh(4))
     kept = cm.save_peft(stream, FOLDER / "merged", rank=5, force=True)
     one, other = map(set, exchange(sorted(read)))
     assert one | other == set(SHAPES)
@@ -133,7 +135,7 @@ def test_each_process_reads_and_writes_its_part(folders, monkeypatch, rule):
     assert abs(len(one) - len(other)) == 1
 
     whole = FOLDER / f"whole{MINE}"
-    assert cm.save_peft(cm.merge_stream(opened, rule), whole, rank=5, force=True) == kept
+    assert cm.save_peft(plain_stream(opened, rule), whole, rank=5, force=True) == kept
     files = sorted(file.name for file in whole.iterdir())
     assert sorted(file.name for file in (FOLDER / "merged").iterdir()) == files
     for name in files:
@@ -143,18 +145,18 @@ def test_each_process_reads_and_writes_its_part(folders, monkeypatch, rule):
 def test_more_processes_than_modules(adapters):
     single = [adapter.replace(modules={"q": adapter["layers.0.q"]}) for adapter in adapters]
     for rule in (cm.tsv(), cm.ties(scope="model")):
-        merged = cm.merge(single, rule, mesh=mesh(4))
-        assert_same(merged, cm.merge(single, rule), 1e-6)
-        cm.save_peft(cm.merge_stream(single, rule, mesh=mesh(4)), FOLDER / "single", force=True)
+        merged = plain_merge(single, rule, mesh=mesh(4))
+        assert_same(merged, plain_merge(single, rule), 1e-6)
+        cm.save_peft(plain_stream(single, rule, mesh=mesh(4)), FOLDER / "single", force=True)
         assert_same(cm.load_peft(FOLDER / "single"), merged, 1e-7)
 
 
 def test_checkpoints(adapters):
-    expected = cm.merge(adapters, cm.tsv())
+    expected = plain_merge(adapters, cm.tsv())
     there = mesh(2, 2)
     for merged in (
-        cm.merge(adapters, cm.tsv(), mesh=there),
-        cm.merge(put(adapters, there), cm.tsv(), mesh=there),
+        plain_merge(adapters, cm.tsv(), mesh=there),
+        plain_merge(put(adapters, there), cm.tsv(), mesh=there),
     ):
         cm.save_orbax(merged, FOLDER / "orbax", force=True)
         opened = cm.open_orbax(FOLDER / "orbax")
@@ -166,8 +168,8 @@ def test_checkpoints(adapters):
 
 def test_what_is_spread_is_written_as_peft(adapters):
     there = mesh(2, 2)
-    expected = cm.truncate(cm.merge(adapters, cm.tsv()), rank=3)[0]
-    stream = cm.merge_stream(put(adapters, there), cm.tsv(), mesh=there)
+    expected = cm.truncate(plain_merge(adapters, cm.tsv()), rank=3)[0]
+    stream = plain_stream(put(adapters, there), cm.tsv(), mesh=there)
     for source in (stream, stream.collect()):
         kept = cm.save_peft(source, FOLDER / "spread", rank=3, force=True)
         assert set(kept) == set(SHAPES)
@@ -185,7 +187,7 @@ def test_one_fails_and_all_do(folders):
         content[-75 * 4 :] = np.full(75, np.nan, np.float32).tobytes()
         file.write_bytes(content)
     exchange()
-    stream = cm.merge_stream([cm.open_peft(bad), cm.open_peft(folders[1])], cm.tsv(), mesh=mesh(4))
+    stream = plain_stream([cm.open_peft(bad), cm.open_peft(folders[1])], cm.tsv(), mesh=mesh(4))
     with pytest.raises(cm.CoreMergeError) as error:
         cm.save_peft(stream, FOLDER / "never")
     failed = exchange(isinstance(error.value, cm.FormatError))

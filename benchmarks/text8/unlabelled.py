@@ -1,0 +1,185 @@
+"""Merges with unlabelled inputs: statistics, distilled coefficients, and choices by agreement."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import coremerge_jax as cm
+from coremerge_jax.demo.evaluation import parse_chain
+from text8.methods import SCALES
+from text8.minilm import pad
+from text8.study import Study, digest
+from text8.training import logits
+
+BATCH = 16
+"""Texts that the model reads at once for statistics."""
+SHARE = 8
+"""Texts of each task in a step that learns coefficients."""
+INPUTS, LEARNED = 64, 80
+"""Texts of each task for statistics, and for coefficients."""
+COUNTS = (8, 16, 32, 64, 128, 256)
+REGMEAN = "regmean"
+ORTHOGONAL = "regmean:orthogonalize=true"
+
+
+@dataclasses.dataclass
+class Unlabelled:
+    """Merges of some adapters with unlabelled training texts of their tasks.
+
+    No label, validation text or test text decides anything here.
+
+    Attributes:
+        study: has the adapters and texts.
+        ranks: the tasks, and the rank of the adapter of each.
+    """
+
+    study: Study
+    ranks: Mapping[str, int]
+
+    @functools.cached_property
+    def adapters(self) -> list[cm.Adapter]:
+        """Returns the adapters."""
+        return [cm.load_peft(self.study.adapter(name, rank)) for name, rank in self.ranks.items()]
+
+    def texts(self, name: str, count: int) -> list[np.ndarray]:
+        """Returns the tokens of the first training texts of a task."""
+        return self.study.exam.tokens[name]["train"][:count]
+
+    def statistics(
+        self, count: int, source: str | cm.Adapter = "own", shift: int = 0
+    ) -> cm.Statistics:
+        """Returns statistics of so many texts a task.
+
+        Args:
+            count: texts of each task.
+            source: see `coremerge_jax.collect`.
+            shift: task t gets the texts of task t + shift, for a control.
+        """
+        names = list(self.ranks)
+        read = [names[(t + shift) % len(names)] for t in range(len(names))]
+        return cm.collect(
+            self.study.exam.state,
+            self.adapters,
+            [self._batches(name, count) for name in read],
+            lambda state, batch: self.study.exam.embed(state, *batch),
+            source=source,
+            mask=lambda batch: batch[1],
+        )
+
+    def _batches(self, name: str, count: int) -> list[tuple]:
+        tokens = self.texts(name, count)
+        starts = range(0, len(tokens), BATCH)
+        return [pad(tokens[i : i + BATCH], full=True) for i in starts]
+
+    # --- Ways to merge -------------------------------------------------------------------------
+    def merge(
+        self, rules: str, count: int = INPUTS, source: str | cm.Adapter = "own", shift: int = 0
+    ) -> tuple[cm.Adapter, dict[str, float]]:
+        """Merges at the automatic scale; returns the merge and the seconds of each step."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "statistics"):
+            statistics = self.statistics(count, source, shift)
+        with _timed(seconds, "merge"):
+            merged = cm.merge(self.adapters, parse_chain(rules), statistics=statistics)
+        return merged, seconds
+
+    def again(self, rules: str, passes: int) -> tuple[cm.Adapter, dict[str, float]]:
+        """Merges, and again with the inputs that the merge itself reads."""
+        merged, seconds = self.merge(rules)
+        for _ in range(passes):
+            merged, more = self.merge(rules, source=merged)
+            seconds = {name: value + more[name] for name, value in seconds.items()}
+        return merged, seconds
+
+    def distill(self, rules: str, per: str = "module") -> tuple[cm.Adapter, dict[str, float]]:
+        """Learns coefficients from the adapters' own predictions on `LEARNED` texts a task."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "statistics"):
+            needs = parse_chain(rules).needs_inputs
+            statistics = self.statistics(LEARNED) if needs else None
+        with _timed(seconds, "learn"):
+            fitted = cm.search.distill(
+                self._predict,
+                cm.project(self.adapters, statistics=statistics),
+                parse_chain(rules),
+                self._lessons(LEARNED),
+                params=self.study.exam.state,
+                per=per,
+            )
+        return fitted.adapter, seconds
+
+    def choose(self, rules: str) -> tuple[cm.Adapter, dict[str, float]]:
+        """Chooses the scale by agreement with the adapters' own predictions."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "choose"):
+            judge = cm.search.agreement(
+                self._predict,
+                self.adapters,
+                self._lessons(INPUTS),
+                params=self.study.exam.state,
+            )
+            swept = cm.search.sweep(
+                self.adapters,
+                parse_chain(rules),
+                judge,
+                {"scale": SCALES},
+                method=cm.search.line(),
+            )
+        best = swept.best
+        return cm.merge(self.adapters, best.rule, scale=best.scale), seconds
+
+    def _predict(self, state: Any, adapter: cm.Adapter, batch: tuple) -> jax.Array:
+        """Returns the logits of a batch; labels that only fill up the head get none."""
+        tokens, mask, head, used = batch
+        found = logits(self.study.exam.forward(state, adapter, tokens, mask), head)
+        return jnp.where(used[None, :], found, -1e9)
+
+    def _lessons(self, count: int) -> list[list[tuple]]:
+        """Returns batches of each task, all of one shape: tokens, mask, head and its labels."""
+        heads = [self.study.exam.heads[name] for name in self.ranks]
+        size = max(map(len, heads))
+        found = []
+        for name, head in zip(self.ranks, heads, strict=True):
+            tokens = self.texts(name, count)
+            used = np.arange(size) < len(head)
+            full = np.pad(head, ((0, size - len(head)), (0, 0)))
+            starts = range(0, len(tokens) - SHARE + 1, SHARE)
+            found.append([(*pad(tokens[i : i + SHARE], full=True), full, used) for i in starts])
+        return found
+
+    # --- Results -------------------------------------------------------------------------------
+    def measure(
+        self, name: str, make: Callable[[], tuple[cm.Adapter, Mapping[str, float]]]
+    ) -> dict[str, Any]:
+        """Returns the test answers of a merge and the seconds of its steps; kept under a name."""
+        paths = [self.study.adapter(task, rank) for task, rank in self.ranks.items()]
+
+        def found() -> dict[str, Any]:
+            merged, seconds = make()
+            self.study.say(f"{name}: {', '.join(f'{x} {s:.1f} s' for x, s in seconds.items())}")
+            return {
+                "seconds": dict(seconds),
+                "rank": max(lora.rank for lora in merged.values()),
+                "correct": self.study.test(merged, list(self.ranks)),
+            }
+
+        return self.study.tested(f"unlabelled-{name}-{digest(paths)}", found)
+
+
+class _timed:
+    """A context that adds its seconds to a mapping, under a name."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = time.perf_counter() - self._start
