@@ -21,10 +21,13 @@ import typer
 from coremerge_jax import __version__
 from coremerge_jax.cli.apply_command import EPILOG as APPLY_EPILOG
 from coremerge_jax.cli.apply_command import apply
+from coremerge_jax.cli.collect_command import EPILOG as COLLECT_EPILOG
+from coremerge_jax.cli.collect_command import collect
 from coremerge_jax.cli.console import say
 from coremerge_jax.cli.convert_command import EPILOG as CONVERT_EPILOG
 from coremerge_jax.cli.convert_command import convert
 from coremerge_jax.cli.demo_command import demo
+from coremerge_jax.cli.inputs import TakesInputs
 from coremerge_jax.cli.inspect_command import inspect
 from coremerge_jax.cli.merge_command import EPILOG, merge
 from coremerge_jax.cli.report_command import EPILOG as REPORT_EPILOG
@@ -45,7 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EPILOG)(merge)
-app.command(epilog=SWEEP_EPILOG)(sweep)
+app.command(epilog=SWEEP_EPILOG, cls=TakesInputs)(sweep)
+app.command(epilog=COLLECT_EPILOG, cls=TakesInputs)(collect)
 app.command(epilog=APPLY_EPILOG)(apply)
 app.command(epilog=VERIFY_EPILOG)(verify)
 app.command()(inspect)

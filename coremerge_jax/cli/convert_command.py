@@ -19,7 +19,7 @@ from coremerge_jax.cli.console import (
     print_table,
     say,
 )
-from coremerge_jax.cli.options import BASE_CONFIG
+from coremerge_jax.cli.options import BASE_CONFIG, parse_count
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.formats import all_targets, described, find_target, open_adapter
 from coremerge_jax.io.orbax.orbax_folder import FAMILIES
@@ -104,6 +104,22 @@ def convert(
             "to the fewest directions that keep it.",
         ),
     ] = None,
+    budget: Annotated[
+        float | None,
+        _target(
+            metavar="N",
+            min=1,
+            help="Mean rank of the modules; each gets the rank that is best for the energy of all "
+            "together.",
+        ),
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        _target(
+            metavar="N[k|M|B]",
+            help="Number of entries of all factors, such as 2.5M; like --budget.",
+        ),
+    ] = None,
     uniform_rank: Annotated[
         bool,
         _target(
@@ -170,6 +186,8 @@ def convert(
         "dtype": dtype,
         "rank": rank,
         "energy": energy,
+        "budget": budget,
+        "parameters": parse_count(parameters) if parameters else None,
         "uniform_rank": uniform_rank or None,
         "base_config": base_config,
     }

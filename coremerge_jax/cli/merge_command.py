@@ -44,6 +44,8 @@ coremerge merge adapters/* -o merged --scale 0.9 --scale '*.q_proj=0.5' --dry-ru
 
 coremerge merge --recipe recipe.yaml -o merged --rank 32
 
+coremerge merge adapters/* -o merged --budget 16 --statistics statistics
+
 coremerge merge adapters/* -o merged --to gguf --base-config models/llama
 
 A recipe is a YAML file with the same content, by the keys {", ".join(OPTIONS)}. Paths of adapters \
@@ -140,6 +142,7 @@ def _show_merged(merged: "Merged") -> None:
     say(
         f"merged {_describe(merged.recipe)} in {seconds['open'] + seconds['merge']:.1f} s, of "
         f"which {seconds['compile']:.1f} s went to compiling",
+        *_cut_by(merged.cut_by),
         *(
             f"automatic scale of modules of {words}: {scale:.3g} (--scale 1 is the plain rule)"
             for words, scale in merged.auto_scale.items()
@@ -170,6 +173,7 @@ def _show_plan(plan: "MergePlan") -> None:
         "from an earlier merge are not compiled again",
         f"computes in {decisions['precision']}, in {decisions['batches']} batches, "
         f"{decisions['at_once']} at once",
+        *_cut_by(decisions["cut_by"]),
         *(
             f"merges modules {paths} {words}"
             for words, paths in _by_words(decisions["groups"]).items()
@@ -177,6 +181,10 @@ def _show_plan(plan: "MergePlan") -> None:
         f"would merge {_describe(plan.recipe)}, and write at most {decimal(plan.bytes)}; nothing "
         "was written",
     )
+
+
+def _cut_by(words: str | None) -> list[str]:
+    return [f"cut by {words}"] if words else []
 
 
 def _by_words(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -46,6 +46,15 @@ def parse_size(text: str) -> int:
         raise RecipeError(f"size must be like 2GiB or 800MB, got {text!r:.60}") from error
 
 
+def parse_count(text: str) -> int:
+    """Returns the number that ``2.5M``, ``800k`` or ``1_000_000`` describes."""
+    found = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)\s*", text, re.IGNORECASE)
+    if not found:
+        raise RecipeError(f"a number of parameters must be like 2.5M or 800k, got {text!r:.60}")
+    number, prefix = found.groups()
+    return int(Decimal(number) * 1000 ** " kmb".index(prefix.lower() or " "))
+
+
 def parse_scale(texts: Sequence[str]) -> float | str | dict[str, float | str]:
     """Parses a scale: ``0.9`` or ``auto``, or several ``PATTERN=NUMBER``; a bare one is the rest's."""
     scales: dict[str, float | str] = {}
@@ -121,6 +130,7 @@ def _parse_list(text: str, listed: str) -> list[Any]:
 # Type on the command line and parser of the fields that have a text form of their own.
 _PARSED: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
     "adapters": (list[str], tuple),
+    "parameters": (str, parse_count),
     "rules": (list[str], tuple),
     "scale": (list[str], parse_scale),
     "statistics": (list[str], tuple),
@@ -193,7 +203,7 @@ def _parameter(field: dataclasses.Field, helps: Mapping[str, str]) -> inspect.Pa
     if name == "adapters":
         argument = typer.Argument(metavar=option.metavar, help=text, show_default=False)
         return _keyword(name, Annotated[list[str] | None, argument], None)
-    is_flag, flag = field.type is bool, _flag(option.flag or name)
+    is_flag, flag = field.type in (bool, bool | None), _flag(option.flag or name)
     if not is_flag:
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         text += f" Default: {option.unset or default}."

@@ -6,6 +6,18 @@ from typing import Annotated
 import typer
 
 from coremerge_jax.cli.console import print_json, say, show
+from coremerge_jax.cli.inputs import (
+    AllowMissing,
+    BatchSize,
+    Device,
+    Field,
+    Inputs,
+    Length,
+    Reading,
+    Tokens,
+    inputs_option,
+    load_agreement,
+)
 from coremerge_jax.cli.judge import load_judge
 from coremerge_jax.cli.options import Given, Json, parse_values, search_option, takes_recipe
 from coremerge_jax.errors import RecipeError
@@ -18,6 +30,9 @@ coremerge sweep adapters/* -o tuned --values scale=0.1:3:0.1 --evaluate my_task.
 
 coremerge sweep adapters/* -o tuned --rule ties --values ties.density=0.1,0.2,0.5 \
 --evaluate my_task.py:accuracy --method line
+
+coremerge sweep adapters/math adapters/code -o tuned --values scale=0.2:2:0.2 --base models/llama \
+--inputs math.jsonl code.jsonl
 
 The function of --evaluate gets the merged adapter (a mapping from module path to factors a and \
 b) and returns a number, or numbers by name."""
@@ -66,6 +81,23 @@ def sweep(
     minimize: Annotated[
         bool, search_option("--minimize", help="Smaller numbers are better.")
     ] = False,
+    inputs: Inputs = None,
+    base: Annotated[
+        str | None,
+        inputs_option(
+            "--base",
+            metavar="MODEL",
+            help="With --inputs, in place of --evaluate: the base model, a folder or Hugging Face "
+            "id. Merges are judged by 'agreement', the share of tokens or labels that they predict "
+            "as the task's own adapter does; and by 'kl', the divergence from it.",
+        ),
+    ] = None,
+    field: Field = None,
+    tokens: Tokens = None,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    allow_missing: AllowMissing = False,
     *,
     given: Given,
     as_json: Json = False,
@@ -74,15 +106,21 @@ def sweep(
     recipe = given.recipe()
     if output is None:
         raise RecipeError("no output: give -o OUT")
+    if bool(inputs) != bool(base) or (inputs and evaluate):
+        raise RecipeError("merges are judged by --evaluate, or by --inputs and --base together")
     tried = parse_values(values or ())
+    resolved, judge = recipe.resolve(), load_judge(evaluate) if evaluate else None
+    if inputs and base:
+        reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)
+        judge = load_agreement(reading, recipe.adapters)
 
     from coremerge_jax.run import run_sweep
 
     result = run_sweep(
-        recipe.resolve(),
+        resolved,
         output,
         tried,
-        evaluate=load_judge(evaluate) if evaluate else None,
+        evaluate=judge,
         method=method,
         objective=objective,
         maximize=not minimize,

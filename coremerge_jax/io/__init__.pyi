@@ -4,12 +4,14 @@ from .orbax.orbax_adapter import open_orbax, save_orbax
 from .peft.dora import open_dora
 from .peft.reader import load_peft, open_peft
 from .peft.writer import save_peft
+from .statistics_files import load_statistics, save_statistics
 
 __all__ = [
     "Format",
     "apply_adapter",
     "hash_source",
     "load_peft",
+    "load_statistics",
     "open_adapter",
     "open_dora",
     "open_orbax",
@@ -17,4 +19,5 @@ __all__ = [
     "register_format",
     "save_orbax",
     "save_peft",
+    "save_statistics",
 ]

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ from coremerge_jax.lora import DTYPES, Adapter, Array, LoRA, ModuleStream, wides
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.merging.processes import exchange
 
+if TYPE_CHECKING:
+    from coremerge_jax.merging.metric import InputMetric
+    from coremerge_jax.merging.truncation import Cut
+
 # Ranks with more digits than any rank has; each is another, so none can be left out as a default.
 _LONGEST_RANK = 10**9
 
@@ -39,7 +43,7 @@ class Written:
     Attributes:
         ranks: rank of each module in the file, by path.
         least_rank: the lowest rank of a group of modules, before zeros filled it up.
-        kept: share of ``||ΔW||_F^2`` that each module kept, by path; empty if nothing was cut.
+        kept: share of energy that each module kept, by path; empty if nothing was to be cut.
     """
 
     ranks: Mapping[str, int]
@@ -56,6 +60,9 @@ def write_adapter(
     dtype: str = "float32",
     rank: int | None = None,
     energy: float | None = None,
+    budget: float | None = None,
+    parameters: int | None = None,
+    metric: "InputMetric | None" = None,
     uniform_rank: bool = False,
     force: bool = False,
     card: Mapping[str, Any] | None = None,
@@ -66,7 +73,8 @@ def write_adapter(
 
     The folder appears whole or not at all; one that is replaced is deleted last. Modules are
     written as they come. Memory holds one part of the stream, and the modules that wait for others
-    of their group.
+    of their group. A limit of the whole model iterates over the stream twice: its first pass finds
+    the energies of all modules.
 
     If several processes share a merge, each writes its modules into a folder that all of them see,
     and process 0 joins the files.
@@ -78,7 +86,11 @@ def write_adapter(
         kind: name of the format, for messages and coremerge.json.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         rank: cut every module to this rank first.
-        energy: cut every module to the lowest rank that keeps this fraction of ``||ΔW||_F^2``.
+        energy: cut every module to the lowest rank that keeps this share of energy.
+        budget: cut the whole model to this mean rank, see `truncate`.
+        parameters: cut the whole model to so many entries of factors. Zeros that fill up ranks,
+            as of modules of one group, are not counted.
+        metric: of the modules' inputs, to cut by; by default, the Frobenius norm counts.
         uniform_rank: give all modules the largest rank among them, filled up with zeros.
         force: replace a folder that is already there, if it is of this kind and coremerge wrote
             all that is in it.
@@ -101,7 +113,9 @@ def write_adapter(
         raise FormatError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     outline = adapter.outline
     weights = layout.weights or f"{_name(out)}.safetensors"
-    job = _Job(layout, outline, weights, jnp.dtype(dtype), rank, energy, uniform_rank)
+    limits = {"rank": rank, "energy": energy, "budget": budget, "parameters": parameters}
+    cut = _cut(limits, metric)
+    job = _Job(layout, outline, weights, jnp.dtype(dtype), cut, uniform_rank)
     stream = _Parts(adapter, layout.groups.values()) if isinstance(adapter, Adapter) else adapter
     together = bool(stream.processes or stream.spread)
     write = _write_share if stream.processes else _write_spread if stream.spread else _write_all
@@ -129,6 +143,15 @@ def write_adapter(
     in_order = {path: kept[path] for path in outline} if kept else {}
     ordered = {path: by_module[path] for path in outline}
     return Written(ordered, min(own.values()), in_order)
+
+
+def _cut(limits: Mapping[str, Any], metric: "InputMetric | None") -> "Cut | None":
+    """Returns the cut by some limits; None if there are none."""
+    if all(value is None for value in limits.values()):
+        return None
+    from coremerge_jax.merging.truncation import Cut, checked_limit
+
+    return Cut(checked_limit(**limits), metric)
 
 
 def _tell_dropped(outline: Adapter, written: Mapping[str, str]) -> None:
@@ -169,29 +192,53 @@ class _Job:
     outline: Adapter
     file: str
     dtype: np.dtype
-    rank: int | None
-    energy: float | None
+    cut: "Cut | None"
     uniform: bool
 
-    def cut(self, parts: Parts, kept: dict[str, float]) -> Parts:
-        """Yields the parts, cut if `rank` or `energy` is given; puts kept shares into `kept`."""
-        if self.rank is None and self.energy is None:
+    @property
+    def passes(self) -> int:
+        """The number of times that modules are read."""
+        return 2 if self.cut is not None and self.cut.limit.whole_model else 1
+
+    def planned(self, parts: Parts, shared: bool = False) -> "_Job":
+        """Returns the job with the rank of each module, if that depends on all of them.
+
+        Args:
+            parts: the modules, which are then read again.
+            shared: True if other processes write others.
+        """
+        if self.cut is None or self.passes == 1:
+            return self
+        found = self.cut.energies(map(Adapter, filter(None, parts)))
+        if shared:
+            lists = exchange({path: x.tolist() for path, x in found.items()})
+            found = {path: np.asarray(x) for each in lists for path, x in each.items()}
+        return dataclasses.replace(self, cut=self.cut.with_energies(found, self.outline))
+
+    def shorten(self, parts: Parts, kept: dict[str, float]) -> Parts:
+        """Yields the parts, cut if they are to be; puts kept shares into `kept`."""
+        if self.cut is None:
             return iter(parts)
-        from coremerge_jax.merging.truncation import truncate
+        cut = self.cut
 
-        def cut(part: Mapping[str, LoRA]) -> Mapping[str, LoRA]:
-            shorter, shares = truncate(Adapter(part), rank=self.rank, energy=self.energy)
+        def shorter(part: Mapping[str, LoRA]) -> Mapping[str, LoRA]:
+            modules, shares = cut(Adapter(part))
             kept.update(shares)
-            return shorter
+            return modules
 
-        return map(cut, filter(None, parts))
+        return map(shorter, filter(None, parts))
 
     @property
-    def largest_rank(self) -> int:
-        """The largest rank of all modules, if none is cut by its energy."""
-        if self.rank is None:
+    def largest_rank(self) -> int | None:
+        """The largest rank of all modules; None if that is known only when all are cut."""
+        if self.cut is None:
             return max(lora.rank for lora in self.outline.values())
-        return max(min(self.rank, lora.rank, *lora.shape) for lora in self.outline.values())
+        if self.cut.ranks is not None:
+            return max(self.cut.ranks.values())
+        if self.cut.limit.energy is not None or self.cut.limit.rank is None:
+            return None
+        most = self.cut.limit.rank
+        return max(min(most, lora.rank, *lora.shape) for lora in self.outline.values())
 
     def weights(self, folder: Path) -> contextlib.AbstractContextManager[TensorWriter]:
         """Returns a writer for the file with all factors and extras."""
@@ -229,19 +276,31 @@ def _filled(ranks: Mapping[str, int], least: int) -> dict[str, int]:
 
 def _write_spread(stream: ModuleStream, job: _Job, folder: Path) -> _Found:
     """Gathers factors from the devices of all processes; process 0 writes them."""
-    near = (multihost_utils.process_allgather(dict(part), tiled=True) for part in stream)
+    near = _Near(stream)
     if jax.process_index() == 0:
         return exchange(_write_all(near, job, folder))[0]
-    for _ in near:
-        pass
+    for _ in range(job.passes):
+        for _ in near:
+            pass
     return exchange()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Near:
+    """The parts of a stream, gathered from the devices of all processes, which all iterate."""
+
+    stream: ModuleStream
+
+    def __iter__(self) -> Iterator[Mapping[str, LoRA]]:
+        for part in self.stream:
+            yield multihost_utils.process_allgather(dict(part), tiled=True)
 
 
 def _write_all(parts: Parts, job: _Job, folder: Path) -> _Found:
     kept: dict[str, float] = {}
-    groups = list(job.layout.groups)
+    groups, job = list(job.layout.groups), job.planned(parts)
     with (
-        _ranked(job.cut(parts, kept), job, groups, folder / "cut") as (cut, least),
+        _ranked(job.shorten(parts, kept), job, groups, folder / "cut") as (cut, least),
         job.weights(folder) as file,
     ):
         ranks = _write_groups(file, job, groups, cut, least)
@@ -256,7 +315,8 @@ def _write_share(stream: ModuleStream, job: _Job, folder: Path) -> _Found:
     share, owner = stream.share(layout.groups.values())
     own = [group for group, paths in layout.groups.items() if owner[paths[0]] == index]
     files = [folder / f"{i}.part" for i in range(jax.process_count())]
-    parts = job.cut(share, kept)
+    job = job.planned(share, shared=True)
+    parts = job.shorten(share, kept)
     with (
         _ranked(parts, job, own, folder / f"{index}.cut", shared=True) as (cut, least),
         TensorWriter(files[index], layout.keys(own)) as file,
@@ -313,8 +373,9 @@ def _ranked(
         file: the temporary file.
         shared: True if other processes write others.
     """
-    if not job.uniform or job.energy is None:
-        yield parts, job.largest_rank if job.uniform else 1
+    least = job.largest_rank if job.uniform else 1
+    if least is not None:
+        yield parts, least
         return
     paths = [path for group in groups for path in job.layout.groups[group]]
     ranks = _store(_complete(parts, paths), paths, job.outline, file)

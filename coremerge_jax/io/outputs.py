@@ -31,9 +31,19 @@ ADAPTER = "PEFT adapter"
 CHECKPOINT = "orbax adapter"
 GGUF = "GGUF adapter"
 MODEL = "model"
+STATISTICS = "statistics"
 
 # Options of `adapter_writer.write_adapter` that the `save` of a format hands on.
-WRITER_OPTIONS = ("dtype", "rank", "energy", "uniform_rank", "card")
+WRITER_OPTIONS = (
+    "dtype",
+    "rank",
+    "energy",
+    "budget",
+    "parameters",
+    "metric",
+    "uniform_rank",
+    "card",
+)
 
 
 def check_output(
