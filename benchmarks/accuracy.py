@@ -180,7 +180,7 @@ def _merge(inputs: Sequence[Factors], rule: cm.rules.Rule, precision: str) -> li
         cm.Adapter({str(i): cm.LoRA(*factors[t]) for i, factors in enumerate(inputs)})
         for t in range(len(inputs[0]))
     ]
-    merged = cm.merge(adapters, rule, precision=precision)
+    merged = cm.merge(adapters, rule, scale=1.0, precision=precision)
     loras = [merged[str(i)] for i in range(len(inputs))]
     return [np.asarray(x.b, float) @ np.asarray(x.a, float) for x in loras]
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from common import machine
 from common.publish import Sheet, digits, publish, script
 from common.shapes import SHAPES
@@ -34,7 +35,8 @@ arrays in memory, before and after. *compile*: first call less the median. *prod
 operations in the cost model, in matrix products and in everything else; *model*: the seconds that
 it expects from them and from the machine's rates; *memory*: the most that it expects all batches
 in flight to take. A chain is applied from left to right; if no part of it merges, adapters are
-summed. Linear rules need no space."""
+summed. Linear rules need no space. RegMean is given random statistics, and merges at
+the automatic scale, which takes two passes; all others merge at scale 1."""
 
 
 class Entry(NamedTuple):
@@ -43,6 +45,7 @@ class Entry(NamedTuple):
     rule: Chain
     space: Space = cm.core()
     space_name: str = "core"
+    scale: float | str = 1.0
 
 
 def entries() -> dict[str, Entry]:
@@ -60,6 +63,9 @@ def entries() -> dict[str, Entry]:
     }
     return {
         **{name: Entry(cm.chain(make())) for name, make in RULES.items()},
+        # Their plain results are too small to be of use.
+        "regmean": Entry(cm.chain(cm.regmean()), scale="auto"),
+        "regmean, orthogonalized": Entry(cm.chain(cm.regmean(orthogonalize=True)), scale="auto"),
         **{name: Entry(rule) for name, rule in chains.items()},
         **{
             f"ties in {name}": Entry(cm.chain(cm.ties()), space, name)
@@ -73,7 +79,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measures the entries; returns a row of the table for each."""
     rates = Machine.measure(machine.cores())
-    runners = {name: _runner(name, entry, adapters) for name, entry in some.items()}
+    needed = any(entry.rule.needs_inputs for entry in some.values())
+    inputs = random_statistics(adapters) if needed else None
+
+    def stream(entry: Entry) -> cm.MergeStream:
+        return cm.merge_stream(
+            adapters,
+            entry.rule,
+            space=entry.space,
+            scale=entry.scale,
+            key=jax.random.key(0),
+            statistics=inputs,
+        )
+
+    runners = {
+        name: Runner(name, lambda entry=entry: stream(entry).collect())
+        for name, entry in some.items()
+    }
     for name, runner in runners.items():
         runner.warm_up()
         runner.merged = None
@@ -88,7 +110,7 @@ def measure(
             "name": name,
             "rule": repr(entry.rule),
             "space": entry.space_name,
-            **_expected(entry, adapters, rates),
+            **_expected(stream(entry), entry.rule, rates),
             "times": times[name],
             "over": {
                 base: times[name]["seconds"] / times[base]["seconds"]
@@ -100,23 +122,28 @@ def measure(
     ]
 
 
-def _stream(entry: Entry, adapters: Sequence[cm.Adapter]) -> cm.MergeStream:
-    return cm.merge_stream(adapters, entry.rule, space=entry.space, key=jax.random.key(0))
+def random_statistics(adapters: Sequence[cm.Adapter]) -> cm.Statistics:
+    """Returns seeded statistics of as many Gaussian inputs as the stacks have rows."""
+    rng = np.random.default_rng(0)
+    grams = {}
+    for path in adapters[0]:
+        squares = np.concatenate([np.sum(np.square(x[path].a), axis=1) for x in adapters])
+        z = rng.standard_normal((len(adapters), len(squares), len(squares)), np.float32)
+        z *= np.sqrt(squares)
+        ranks = tuple(x[path].rank for x in adapters)
+        counts, tasks = np.full(len(adapters), len(squares)), tuple(range(len(adapters)))
+        grams[path] = cm.Gram(np.swapaxes(z, 1, 2) @ z, counts, squares, tasks, ranks)
+    return cm.Statistics(grams, [adapter.metadata.name for adapter in adapters])
 
 
-def _runner(name: str, entry: Entry, adapters: Sequence[cm.Adapter]) -> Runner:
-    return Runner(name, lambda: _stream(entry, adapters).collect())
-
-
-def _expected(entry: Entry, adapters: Sequence[cm.Adapter], rates: Machine) -> dict[str, Any]:
+def _expected(stream: cm.MergeStream, rule: Chain, rates: Machine) -> dict[str, Any]:
     """Returns the estimates of the cost model, without compiling and files."""
-    stream = _stream(entry, adapters)
     costs = stream.costs()
     return {
         "products": sum(one.products for one in costs),
         "core": sum(one.core for one in costs),
         "memory": stream.memory,
-        "model": model_seconds(stream, entry.rule, rates),
+        "model": model_seconds(stream, rule, rates),
     }
 
 

@@ -135,18 +135,20 @@ def cases() -> Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]:
 
 def merged(name: str, rule: str, **options: Any) -> cm.Adapter:
     """Returns the merge of a set."""
-    return cm.merge(random_adapters(name), RULES[rule], key=KEY, **options)
+    return cm.merge(random_adapters(name), RULES[rule], key=KEY, **{"scale": 1.0, **options})
 
 
 def streamed(rule: str) -> dict[str, Any]:
     """Returns a merge in batches as small as memory of 64 KiB makes them."""
-    stream = cm.merge_stream(random_adapters("mixed"), RULES[rule], key=KEY, max_memory=2**16)
+    stream = cm.merge_stream(
+        random_adapters("mixed"), RULES[rule], key=KEY, scale=1.0, max_memory=2**16
+    )
     return {path: lora for part in stream for path, lora in part.items()}
 
 
 def projected(rule: str) -> cm.Adapter:
     """Returns the merge of a projection."""
-    return cm.project(random_adapters("mixed")).merge(RULES[rule], key=KEY)
+    return cm.project(random_adapters("mixed")).merge(RULES[rule], key=KEY, scale=1.0)
 
 
 def mesh(shape: tuple[int, ...]) -> Mesh:
@@ -161,7 +163,7 @@ def through_peft(**options: Any) -> cm.Adapter:
         sources = [Path(folder) / str(i) for i in range(3)]
         for adapter, path in zip(random_adapters("mixed"), sources, strict=True):
             cm.save_peft(adapter, path)
-        stream = cm.merge_stream([cm.open_peft(path) for path in sources], cm.tsv())
+        stream = cm.merge_stream([cm.open_peft(path) for path in sources], cm.tsv(), scale=1.0)
         cm.save_peft(stream, Path(folder) / "out", **options)
         return cm.load_peft(Path(folder) / "out")
 
@@ -177,7 +179,7 @@ def through_orbax() -> dict[str, Any]:
 def through_a_tree() -> dict[str, Any]:
     """Returns the leaves of merged trees."""
     trees = [layers(rank, seed) for seed, rank in enumerate((2, 4))]
-    adapter = cm.merge([cm.from_tree(tree) for tree in trees], cm.tsv())
+    adapter = cm.merge([cm.from_tree(tree) for tree in trees], cm.tsv(), scale=1.0)
     leaves = jax.tree_util.tree_leaves_with_path(cm.to_tree(adapter, like=trees[0]))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

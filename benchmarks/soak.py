@@ -139,7 +139,7 @@ def steps(quick: bool) -> list[Step]:
 
 def _plain(shape: Signature, rule: cm.rules.Rule, space: Any = None) -> Step:
     name = f"{rule} in {space or cm.core()} of {shape}"
-    return Step(name, lambda: cm.merge(shape.adapters(), rule, space=space, key=KEY))
+    return Step(name, lambda: cm.merge(shape.adapters(), rule, space=space, scale=1.0, key=KEY))
 
 
 def _in_jit(shape: Signature, rule: cm.rules.Rule) -> Step:
@@ -149,7 +149,7 @@ def _in_jit(shape: Signature, rule: cm.rules.Rule) -> Step:
     def program(adapters: Sequence[cm.Adapter], x: jax.Array) -> tuple:
         square = matmul(x, x.T)
         values = [jnp.linalg.eigh(square + i)[0] for i in range(3)]
-        merged = cm.merge(adapters, rule)
+        merged = cm.merge(adapters, rule, scale=1.0)
         return merged, values, functools.reduce(matmul, [square / len(x)] * 8)
 
     x = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
@@ -179,7 +179,7 @@ def _gradient(shape: Signature, rule: cm.rules.Rule) -> Step:
     @jax.jit
     @jax.grad
     def program(weights: jax.Array, adapters: Sequence[cm.Adapter]) -> jax.Array:
-        merged = cm.merge(adapters, rule, weights=weights)
+        merged = cm.merge(adapters, rule, weights=weights, scale=1.0)
         return sum(jnp.sum(jnp.square(matmul(x.b, x.a))) for x in merged.values())
 
     weights = np.linspace(0.5, 1, len(shape.ranks), dtype=np.float32)

@@ -110,7 +110,7 @@ def measure(shape: Shape, plan: Plan, repeat: int) -> list[dict[str, Any]]:
 
 def _expected(rule: str, adapters: Sequence[cm.Adapter], rates: Machine) -> float:
     """Returns the seconds that the cost model expects of our merge."""
-    stream = cm.merge_stream(adapters, RULES[rule])
+    stream = cm.merge_stream(adapters, RULES[rule], scale=1.0)
     return model_seconds(stream, cm.chain(RULES[rule]), rates)
 
 

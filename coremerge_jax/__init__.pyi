@@ -1,5 +1,6 @@
 # `__all__` is what users write. What is imported with `as` is public too, but a namespace, the type
 # of a result, or an error that `CoreMergeError` covers.
+from . import collecting as collecting
 from . import demo as demo
 from . import diagnosis as diagnosis
 from . import errors as errors
@@ -11,6 +12,7 @@ from . import search as search
 from . import spaces as spaces
 from . import trees as trees
 from . import verification as verification
+from .collecting import collect
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import diagnose
 from .errors import CoreMergeError
@@ -22,11 +24,13 @@ from .errors import UnsupportedError as UnsupportedError
 from .io import (
     apply_adapter,
     load_peft,
+    load_statistics,
     open_adapter,
     open_orbax,
     open_peft,
     save_orbax,
     save_peft,
+    save_statistics,
 )
 from .lora import Adapter, Kind, LoRA, Metadata
 from .merging.merge import merge, merge_stream
@@ -83,6 +87,7 @@ __all__ = [
     "apply_adapter",
     "cart",
     "chain",
+    "collect",
     "core",
     "dare",
     "dc_merge",
@@ -98,6 +103,7 @@ __all__ = [
     "isotropize",
     "knots",
     "load_peft",
+    "load_statistics",
     "mean",
     "merge",
     "merge_stream",
@@ -110,6 +116,7 @@ __all__ = [
     "regmean",
     "save_orbax",
     "save_peft",
+    "save_statistics",
     "sce",
     "svc",
     "task_arithmetic",

@@ -56,7 +56,7 @@ class Contender(NamedTuple):
 
 def ours(rule: str, adapters: Sequence[cm.Adapter]) -> Call:
     """Prepares this library."""
-    return lambda: cm.merge(adapters, RULES[rule])
+    return lambda: cm.merge(adapters, RULES[rule], scale=1.0)
 
 
 def torch_core(rule: str, adapters: Sequence[cm.Adapter]) -> Call:

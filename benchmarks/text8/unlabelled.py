@@ -1,5 +1,6 @@
 """Merges with unlabelled inputs: statistics, distilled coefficients, and choices by agreement."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -26,6 +27,12 @@ INPUTS, LEARNED = 64, 80
 COUNTS = (8, 16, 32, 64, 128, 256)
 REGMEAN = "regmean"
 ORTHOGONAL = "regmean:orthogonalize=true"
+CUT = 16
+"""Rank of cut merges, and mean rank of those with a budget."""
+
+Made = tuple[cm.Adapter, Mapping[str, float]]
+"""A merge, and the seconds of its steps."""
+Make = Callable[[], Made]
 
 
 @dataclasses.dataclass
@@ -153,10 +160,18 @@ class Unlabelled:
             found.append([(*pad(tokens[i : i + SHARE], full=True), full, used) for i in starts])
         return found
 
+    def cut(
+        self, merged: cm.Adapter, metric: bool, **limit: int
+    ) -> tuple[cm.Adapter, dict[str, float]]:
+        """Cuts a merge to a rank or a budget, plainly or in the metric of the inputs."""
+        seconds: dict[str, float] = {}
+        statistics = self.statistics(INPUTS) if metric else None
+        with _timed(seconds, "cut"):
+            small, _ = cm.truncate(merged, statistics=statistics, sources=self.adapters, **limit)
+        return small, seconds
+
     # --- Results -------------------------------------------------------------------------------
-    def measure(
-        self, name: str, make: Callable[[], tuple[cm.Adapter, Mapping[str, float]]]
-    ) -> dict[str, Any]:
+    def measure(self, name: str, make: Make) -> dict[str, Any]:
         """Returns the test answers of a merge and the seconds of its steps; kept under a name."""
         paths = [self.study.adapter(task, rank) for task, rank in self.ranks.items()]
 
@@ -169,17 +184,51 @@ class Unlabelled:
                 "correct": self.study.test(merged, list(self.ranks)),
             }
 
-        return self.study.tested(f"unlabelled-{name}-{digest(paths)}", found)
+        return self.study.tested(f"unlabelled-{_slug(name)}-{digest(paths)}", found)
+
+    def rows(self) -> dict[str, dict[str, Make]]:
+        """Returns the merges to measure, by section and name."""
+        return {
+            "merges": {
+                "tsv, automatic scale": lambda: (cm.merge(self.adapters, cm.tsv()), {}),
+                "tsv, scale by agreement": lambda: self.choose("tsv"),
+                "regmean": lambda: self.merge(REGMEAN),
+                "regmean, orthogonalized": lambda: self.merge(ORTHOGONAL),
+                "task_arithmetic, distilled": lambda: self.distill("task_arithmetic"),
+                "tsv, distilled": lambda: self.distill("tsv"),
+                "regmean, orthogonalized, distilled": lambda: self.distill(ORTHOGONAL),
+            },
+            "variants": {
+                "weights of IterIS": lambda: self.merge(f"{ORTHOGONAL},weighting=iteris"),
+                "inputs of the base model": lambda: self.merge(ORTHOGONAL, source="base"),
+                "inputs of the merge, in a second pass": lambda: self.again(ORTHOGONAL, 1),
+                "inputs of another task": lambda: self.merge(ORTHOGONAL, shift=1),
+            },
+            "curve": {f"{n} inputs": functools.partial(self.merge, ORTHOGONAL, n) for n in COUNTS},
+            "cuts": {
+                f"{name}, {words}": functools.partial(self._cut, rules, metric, limit)
+                for name, rules in (("tsv", "tsv"), ("regmean, orthogonalized", ORTHOGONAL))
+                for words, metric, limit in (
+                    (f"rank {CUT}", False, {"rank": CUT}),
+                    (f"rank {CUT}, in the metric of inputs", True, {"rank": CUT}),
+                    (f"budget {CUT}", False, {"budget": CUT}),
+                    (f"budget {CUT}, in the metric of inputs", True, {"budget": CUT}),
+                )
+            },
+        }
+
+    def _cut(self, rules: str, metric: bool, limit: Mapping[str, int]) -> Made:
+        merged, _ = self.merge(rules)
+        return self.cut(merged, metric, **limit)
 
 
-class _timed:
-    """A context that adds its seconds to a mapping, under a name."""
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
 
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = time.perf_counter() - self._start
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that it takes to a mapping, under a name."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

@@ -21,10 +21,12 @@ from coremerge_jax.demo.data import adapters, base, images, questions
 from coremerge_jax.demo.evaluation import METHODS, Score, evaluate, merge, run, table
 from coremerge_jax.demo.model import fold, forward
 from coremerge_jax.demo.tasks import TASKS
+from coremerge_jax.demo.unlabelled import WITH_INPUTS, inputs, predict, statistics
 
 __all__ = [
     "METHODS",
     "TASKS",
+    "WITH_INPUTS",
     "Score",
     "adapters",
     "base",
@@ -32,8 +34,11 @@ __all__ = [
     "fold",
     "forward",
     "images",
+    "inputs",
     "merge",
+    "predict",
     "questions",
     "run",
+    "statistics",
     "table",
 ]

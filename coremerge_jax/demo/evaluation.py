@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import coremerge_jax as cm
 from coremerge_jax.demo.data import DATA, adapters, base, questions
 from coremerge_jax.demo.model import accuracy, fold
 from coremerge_jax.demo.tasks import TASKS
+from coremerge_jax.demo.unlabelled import WITH_INPUTS
 from coremerge_jax.recipe import parse_rule, parse_space
 
 METHODS: tuple[tuple[str, str], ...] = (
@@ -40,7 +41,8 @@ class Score:
     Attributes:
         name: the rule; or ``"base model"``, or ``"one adapter per task"``.
         space: the merge space; None if nothing is merged.
-        scale: factor of the merged update, chosen on the validation images.
+        scale: factor of the merged update, chosen on the validation images; None if no label has
+            chosen anything.
         accuracy: test accuracy by task.
         normalized: mean over tasks of the accuracy relative to the task's own adapter.
     """
@@ -82,6 +84,7 @@ def merge(rule: str, space: str, folder: Path = DATA) -> cm.Adapter:
         [cm.load_peft(path) for path in adapters(folder)],
         parse_chain(rule),
         space=parse_space(space),
+        scale=1.0,
         key=jax.random.key(0),
     )
 
@@ -89,15 +92,18 @@ def merge(rule: str, space: str, folder: Path = DATA) -> cm.Adapter:
 def run(
     methods: Sequence[tuple[str, str]] = METHODS,
     progress: Callable[[str], object] | None = None,
+    *,
+    with_inputs: Iterable[str] = (),
 ) -> list[Score]:
     """Measures the base model, each task's own adapter, and the merged adapters.
 
     Args:
         methods: pairs of rule and space, see `METHODS`; those not listed there get scale 1.
         progress: function that is called with the name of each score as it comes.
+        with_inputs: names of merges with unlabelled inputs, see `unlabelled.WITH_INPUTS`.
 
     Returns:
-        One score of the base model, one of the adapters on their own tasks, one per method.
+        One score of the base model, one of the adapters on their own tasks, one per merge.
     """
     records: list[Score] = []
     alone = {path.name: evaluate(cm.load_peft(path))[path.name] for path in adapters()}
@@ -114,6 +120,8 @@ def run(
     for rule, space in methods:
         scale = scales.get(f"{rule} in {space}", 1.0)
         add(rule, space, scale, evaluate(merge(rule, space), scale=scale))
+    for name in with_inputs:
+        add(name, "core", None, evaluate(WITH_INPUTS[name]()))
     return records
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 from helpers import distance
-from jax.sharding import NamedSharding
+from jax.extend import core
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from many_devices import mesh
 
@@ -18,6 +19,7 @@ from coremerge_jax.collecting import collector
 
 WIDTH, LAYERS, BATCH, LENGTH = 12, 2, 4, 3
 RANKS = (2, 3, 1)
+EXPLICIT = AxisType.Explicit
 SHAPES = {"up": (2 * WIDTH, WIDTH), "down": (WIDTH, 2 * WIDTH)}
 
 # Inputs by name of a kind of module, in the order of calls: those that are not traced.
@@ -421,7 +423,53 @@ def test_experts_that_no_input_reaches():
         cm.collect(*given, ragged, source="base", mask=lambda x: jnp.ones(len(x)))
 
 
+def products(program):
+    """The number of products in a program, with those of the programs in it."""
+    count = 0
+    for eqn in program.eqns:
+        inner = [x for x in eqn.params.values() if isinstance(x, core.ClosedJaxpr | core.Jaxpr)]
+        count += eqn.primitive.name == "dot_general"
+        count += sum(products(getattr(x, "jaxpr", x)) for x in inner)
+    return count
+
+
+def test_models_run_once(model):
+    """One program for all batches, with two products a module more than the model has."""
+    adapters, calls = model_adapters(), []
+
+    def forward(model, x):
+        calls.append(x)
+        return model(x)
+
+    cm.collect(model, adapters, batches_of(BATCH, WIDTH), forward)
+    assert len(calls) == 1
+    made = collector(model, adapters, run)
+    alone, x = made.parameters(0), jnp.ones((BATCH, WIDTH))
+    before = products(jax.make_jaxpr(made.plan.forward)(alone, x).jaxpr)
+    after = products(jax.make_jaxpr(made.plan.sums)(alone, made.stacks, x).jaxpr)
+    assert after == before + 2 * len(made.squares)
+
+
 # --- Devices and transformations -----------------------------------------------------------------
+
+
+def explicit(adapters, batches, there=None):
+    """Statistics of the first layer, whose inputs may have explicit axes."""
+    (adapter,) = adapters[:1]
+    module = {"blocks.0.up": adapter["blocks.0.up"]}
+    (x, *_), *_ = batches
+    w = jnp.ones((WIDTH, 2 * WIDTH))
+    if there is not None:
+        x, w = (
+            jax.device_put(y, NamedSharding(there, P(*p))) for y, p in ((x, ["modules"]), (w, []))
+        )
+    given = {"blocks": {"0": {"up": {"kernel": w}}}}, [adapter.replace(modules=module)], [[x]]
+    return cm.collect(
+        *given,
+        lambda p, x: jnp.tanh(x) @ p["blocks"]["0"]["up"]["kernel"],
+        source="base",
+        mask=lambda x: jnp.ones(x.shape[:2]),
+    )
 
 
 @pytest.mark.usefixtures("all_devices")
@@ -434,7 +482,8 @@ def test_shared_batches(model):
         for several in batches
     ]
     assert_equal(cm.collect(model, adapters, spread, run), expected)
-    made = collector(model, adapters, run)
+    assert_equal(explicit(adapters, batches), explicit(adapters, batches, mesh(2, mode=EXPLICIT)))
+    made = collector(Scanned(model), adapters, run)
     one = [several[0] for several in batches]
     assert_equal(jax.jit(lambda made, one: made(one))(made, one), expected)
     part = jax.shard_map(
@@ -479,6 +528,50 @@ def test_the_demo():
     for path, gram in statistics.items():
         change = distance(gram.matrices, alone[path].matrices)
         assert (change < 1e-5) == (path in [f"blocks.0.{x}_proj" for x in "qkv"])
+
+
+class Heads(nnx.Module):
+    """Layers that qwix splits in different ways."""
+
+    def __init__(self, rngs):
+        self.q_proj = nnx.Einsum("BD,DNH->BNH", (WIDTH, N, H), rngs=rngs)
+        self.o_proj = nnx.Einsum("BNH,NHD->BD", (N, H, WIDTH), rngs=rngs)
+        self.shared = nnx.Einsum("EBD,EDF->EBF", (E, WIDTH, 7), rngs=rngs)
+        self.moe = nnx.LinearGeneral(WIDTH, 7, batch_axis={0: E}, rngs=rngs)
+
+    def __call__(self, x):
+        tokens = jnp.stack([jnp.roll(x, i, 0) for i in range(E)])
+        o = self.o_proj(jnp.tanh(self.q_proj(x)))
+        return o, self.shared(tokens), self.moe(tokens)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_of_qwix():
+    qwix = pytest.importorskip("qwix")
+    x = batches_of(BATCH, WIDTH, count=1, tasks=1)[0][0]
+    base = Heads(nnx.Rngs(0))
+    provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=6.0)
+    model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(1))
+    adapters = adapters_of(
+        {path: lora.shape for path, lora in cm.from_nnx(model, alpha=6.0).items()}
+    )
+    found = cm.collect(model, adapters, [[x]] * 3, run, alpha=6.0)
+    rows = np.asarray(x, np.float64)
+    kernel = np.asarray(base.q_proj.kernel[...], np.float64).reshape(WIDTH, N * H)
+    tokens = [np.roll(rows, i, 0) for i in range(E)]
+    expected = {}
+    for t, adapter in enumerate(adapters):
+        q = adapter["q_proj"].dense().T if "q_proj" in adapter else 0.0
+        inputs = {
+            "q_proj": rows,
+            "o_proj": np.tanh(rows @ (kernel + q)),
+            # One update for all experts: each one's inputs are a part of the module's.
+            "shared": np.concatenate([np.kron(np.eye(E)[i], tokens[i]) for i in range(E)]),
+            **{f"moe[{i}]": tokens[i] for i in range(E)},
+        }
+        expected |= {(path, t): inputs[path] for path in adapter}
+    assert_inputs(found, adapters, expected)
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -545,6 +638,24 @@ def test_weights_whose_inputs_are_not_known(forward, error, message):
 def test_arguments_that_do_not_fit(options, error, message):
     with pytest.raises(error, match=message):
         collect_small(used, **options)
+
+
+def test_a_merge_with_more_modules():
+    """What reads the inputs may have modules that no adapter has."""
+    rng = np.random.default_rng(8)
+    params = {x: {"kernel": jnp.asarray(random(rng, WIDTH, WIDTH))} for x in ("one", "two")}
+    x = random(rng, 4, WIDTH)
+    merge, _, alone = adapters_of({"one": (WIDTH, WIDTH), "two": (WIDTH, WIDTH)})
+    alone = alone.replace(modules={"one": alone["one"]})
+    found = cm.collect(
+        params,
+        [alone],
+        [[x]],
+        lambda params, x: x @ params["two"]["kernel"] @ params["one"]["kernel"],
+        source=merge,
+    )
+    kernel = np.asarray(params["two"]["kernel"]) + merge["two"].dense().T
+    assert_inputs(found, [alone], {("one", 0): x @ kernel})
 
 
 def test_adapters_that_do_not_fit(model):
