@@ -12,6 +12,8 @@ from coremerge_jax.text import display
 
 _LEAST_SPAN = 1e-4  # of the largest number
 
+_LOSSES = ("loss", "validation", "kl")  # of the history of a fit; all in one panel
+
 # Marks a file as a figure of ours, which may be replaced. No date: equal figures are equal files.
 _CREATOR = "coremerge-jax"
 
@@ -95,22 +97,26 @@ def _draw_rule(
 
 @style()
 def draw_fit(history: Sequence[Mapping[str, float]], kept: int) -> Figure:
-    """Draws the losses by step, and the step that was kept."""
-    figure, (panel,) = _panels(1)
-    for name in ("loss", "validation"):
-        shown = [(row["step"], row[name]) for row in history if name in row]
-        if shown:
-            panel.plot(*zip(*shown, strict=True), label=name)
-    panel.axvline(kept, color=MUTED, linestyle=":", label="kept")
-    panel.set_xlabel("step")
-    panel.set_ylabel("loss")
-    panel.legend()
+    """Draws losses by step, other numbers beside them, and the step that was kept."""
+    names = list(dict.fromkeys(name for row in history for name in row if name != "step"))
+    losses = [name for name in _LOSSES if name in names]
+    others = [name for name in names if name not in _LOSSES]
+    shown = {name: group for name, group in (("loss", losses), ("metric", others)) if group}
+    figure, panels = _panels(len(shown), sharey=False)
+    for panel, (label, group) in zip(panels, shown.items(), strict=True):
+        for name in group:
+            points = [(row["step"], row[name]) for row in history if name in row]
+            panel.plot(*zip(*points, strict=True), label=_label(name))
+        panel.axvline(kept, color=MUTED, linestyle=":", label="kept")
+        panel.set_xlabel("step")
+        panel.set_ylabel(label)
+        panel.legend()
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
-    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
 def _label(name: str) -> str:

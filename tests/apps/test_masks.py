@@ -82,7 +82,7 @@ def test_the_seed_decides(adapters):
     projected = cm.project(adapters)
     given = projected, cm.mean(), near(projected.merge(cm.mean(), weights=[1, 0, 1], scale=1.0))
     first, again, other = (
-        search.masks(*given, budget=30, seed=seed, per="module") for seed in (0, 0, 1)
+        search.masks(*given, budget=30, seed=seed, per="module", scale=1.0) for seed in (0, 0, 1)
     )
     assert first.history == again.history != other.history
     assert len(first.history) <= 30
@@ -104,7 +104,7 @@ def test_masks_of_pieces_take_away_shares_alone(adapters):
     pieces = cm.project(adapters).pieces(cm.tsv())
     rule = cm.task_arithmetic()
     target = pieces.merge(rule, weights={"layers.0.q": [0, 1, 1]}, scale=1.0)
-    found = search.masks(pieces, rule, near(target), per=["layers.0.q"], budget=40)
+    found = search.masks(pieces, rule, near(target), per=["layers.0.q"], scale=1.0, budget=40)
     assert found.groups["layers.0.q"].tolist() == [0, 1, 1]
     assert found.groups["*"].tolist() == [1, 1, 1]
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import coremerge_jax as cm
 from coremerge_jax.io.orbax.orbax_adapter import save_orbax
+from coremerge_jax.io.peft.writer import write_peft
 from coremerge_jax.recipe import Recipe
 from coremerge_jax.record import describe_sources, provenance
 from coremerge_jax.verification.compare import Comparison
@@ -44,9 +45,10 @@ def write_merge(sources, out, **fields):
     recipe = Recipe(adapters=tuple(map(str, sources)), **fields)
     adapters = [cm.open_peft(path) for path in sources]
     resolved = recipe.resolve()
-    card = provenance(resolved, describe_sources(recipe, adapters))
-    how = {"dtype": recipe.dtype, "rank": recipe.rank, "energy": recipe.energy}
-    cm.save_peft(resolved.stream(adapters), out, card=card, force=True, **how)
+    stream = resolved.stream(adapters)
+    card = provenance(resolved, describe_sources(recipe, adapters), stream.scales_in_words)
+    how = {**resolved.arguments_of("save_peft"), "uniform_rank": False}
+    write_peft(stream, out, card=card, force=True, metric=resolved.metric(adapters), **how)
     return out
 
 
@@ -117,6 +119,9 @@ RIGHT = [
     {"rules": ("tsv", "isotropize"), "scale": 0.9},
     {"rules": ("tsv", "isotropize"), "rank": 4},  # all singular values are equal
     {"rules": ("tsv", "isotropize"), "energy": 0.5},
+    {"rules": ("tsv",), "budget": 2.5, "dtype": "bfloat16"},
+    {"rules": ("tsv", "isotropize"), "budget": 3},
+    {"rules": ("tsv",), "parameters": 400},
     {"rules": ("cart",), "energy": 0.9, "dtype": "float16"},
     {"rules": ("iso_cts",)},
     {"rules": ("ties:density=0.5",)},
@@ -331,8 +336,9 @@ def test_two_adapters_of_which_one_is_left_out(sources, tmp_path):
 
 
 def test_another_weight(sources, tmp_path):
-    out = write_merge(sources, tmp_path / "out", rules=("mean",))
-    other = write_merge(sources, tmp_path / "other", rules=("mean",), weights=(1, 0.25, 1))
+    out = write_merge(sources, tmp_path / "out", rules=("mean",), scale=1.0)
+    weights = (1, 0.25, 1)
+    other = write_merge(sources, tmp_path / "other", rules=("mean",), scale=1.0, weights=weights)
     shutil.copy(other / WEIGHTS, out / WEIGHTS)
     (finding,) = cm.verify(out).defects
     assert (finding.kind, finding.modules) == ("weight", PATHS)
