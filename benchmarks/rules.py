@@ -63,9 +63,9 @@ def entries() -> dict[str, Entry]:
     }
     return {
         **{name: Entry(cm.chain(make())) for name, make in RULES.items()},
-        # Their plain results are too small to be of use.
+        # At scale 1, their results are too small to be of use.
         "regmean": Entry(cm.chain(cm.regmean()), scale="auto"),
-        "regmean, orthogonalized": Entry(cm.chain(cm.regmean(orthogonalize=True)), scale="auto"),
+        "regmean, plain": Entry(cm.chain(cm.regmean(orthogonalize=False)), scale="auto"),
         **{name: Entry(rule) for name, rule in chains.items()},
         **{
             f"ties in {name}": Entry(cm.chain(cm.ties()), space, name)

@@ -19,6 +19,21 @@ def cut(x, rank):
     return u * s @ v.T
 
 
+def weighed(x, inputs, ridge):
+    """The update in coordinates in which norms are those of outputs, and left vectors of it."""
+    _, _, v = svd(x)
+    coordinates = [z @ v for z in inputs]
+    grams = [z.T @ z / np.sum(z**2) for z in coordinates if z.any()]
+    mean = sum(grams) * v.shape[1] / len(grams)
+    values, turn = np.linalg.eigh((mean + ridge * np.eye(len(mean))) / (1 + ridge))
+    return x @ v @ (turn * values**0.5) @ turn.T
+
+
+def cut_by_outputs(x, inputs, rank, ridge):
+    u, _, _ = np.linalg.svd(weighed(x, inputs, ridge), full_matrices=False)
+    return u[:, :rank] @ u[:, :rank].T @ x
+
+
 def tsv(updates, rank=None):
     us, ss, vs = zip(*(svd(x, rank) for x in updates), strict=True)
     return polar(np.hstack(us)) * np.concatenate(ss) @ polar(np.hstack(vs)).T

@@ -60,8 +60,8 @@ def unlabelled_sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
     """Returns the tables of merges with unlabelled inputs, and of the automatic scale."""
     titles = {
         "merges": "Merges with unlabelled inputs",
-        "variants": "Variants of regmean, orthogonalized",
-        "curve": "Regmean, orthogonalized, by the number of inputs of each task",
+        "variants": "Variants of regmean",
+        "curve": "Regmean, by the number of inputs of each task",
         "cuts": "Cut merges",
     }
     return [

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ INPUTS, LEARNED = 64, 80
 """Texts of each task for statistics, and for coefficients."""
 COUNTS = (8, 16, 32, 64, 128, 256)
 REGMEAN = "regmean"
-ORTHOGONAL = "regmean:orthogonalize=true"
+PLAIN = "regmean:orthogonalize=false"
 CUT = 16
 """Rank of cut merges, and mean rank of those with a budget."""
 
@@ -193,21 +193,21 @@ class Unlabelled:
                 "tsv, automatic scale": lambda: (cm.merge(self.adapters, cm.tsv()), {}),
                 "tsv, scale by agreement": lambda: self.choose("tsv"),
                 "regmean": lambda: self.merge(REGMEAN),
-                "regmean, orthogonalized": lambda: self.merge(ORTHOGONAL),
+                "regmean, not orthogonalized": lambda: self.merge(PLAIN),
                 "task_arithmetic, distilled": lambda: self.distill("task_arithmetic"),
                 "tsv, distilled": lambda: self.distill("tsv"),
-                "regmean, orthogonalized, distilled": lambda: self.distill(ORTHOGONAL),
+                "regmean, distilled": lambda: self.distill(REGMEAN),
             },
             "variants": {
-                "weights of IterIS": lambda: self.merge(f"{ORTHOGONAL},weighting=iteris"),
-                "inputs of the base model": lambda: self.merge(ORTHOGONAL, source="base"),
-                "inputs of the merge, in a second pass": lambda: self.again(ORTHOGONAL, 1),
-                "inputs of another task": lambda: self.merge(ORTHOGONAL, shift=1),
+                "inputs weighted by their trace": lambda: self.merge(f"{REGMEAN}:weighting=trace"),
+                "inputs of the base model": lambda: self.merge(REGMEAN, source="base"),
+                "inputs of the merge, in a second pass": lambda: self.again(REGMEAN, 1),
+                "inputs of another task": lambda: self.merge(REGMEAN, shift=1),
             },
-            "curve": {f"{n} inputs": functools.partial(self.merge, ORTHOGONAL, n) for n in COUNTS},
+            "curve": {f"{n} inputs": functools.partial(self.merge, REGMEAN, n) for n in COUNTS},
             "cuts": {
                 f"{name}, {words}": functools.partial(self._cut, rules, metric, limit)
-                for name, rules in (("tsv", "tsv"), ("regmean, orthogonalized", ORTHOGONAL))
+                for name, rules in (("tsv", "tsv"), ("regmean", REGMEAN))
                 for words, metric, limit in (
                     (f"rank {CUT}", False, {"rank": CUT}),
                     (f"rank {CUT}, in the metric of inputs", True, {"rank": CUT}),

@@ -1,5 +1,6 @@
 """Statistics of modules' inputs, collected while a model reads unlabelled examples."""
 
-from coremerge_jax.collecting.collection import Collector, collect, collector
+import lazy_loader
 
-__all__ = ["Collector", "collect", "collector"]
+# Those for PyTorch are imported when they are asked for, as it is an optional library.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

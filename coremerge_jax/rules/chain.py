@@ -120,8 +120,9 @@ class Chain(Rule):
         return None if self.before or self.after else self.reducer.auto_scale(tasks)
 
     def auto_norm(self, tasks: int) -> float:
-        """Returns the norm that the result of the rule that merges should have."""
-        return self.reducer.auto_norm(tasks)
+        """Returns the norm that the result should have: that of a flat one, or of the reducer."""
+        parts = (*reversed(self.after), self.reducer)
+        return next((part for part in parts if part.flat), self.reducer).auto_norm(tasks)
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies all parts in order."""

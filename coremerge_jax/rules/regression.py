@@ -46,20 +46,22 @@ class regmean(Rule):
     updates with the adapters' rows: no n × n matrix is needed. With ``core(rows="free")`` and Gram
     matrices (n, n), rows are free, as in the paper.
 
-    Its result has less than the right norm: merge it with ``scale="auto"``.
+    By default it is then multiplied from the left by P^{-1/2}, P = Σ_t U_t U_tᵀ with orthonormal
+    U_t of the columns of M_t, as `tsv` does on both sides. That is our own.
+
+    The norm of the result is too small by about two: merge with ``scale="auto"``.
 
     Attributes:
         ridge: above 0; with few inputs, S does not have full rank.
-        weighting: λ_t. ``"trace"``: 1 / tr K_t, so that tasks with many or large inputs do not
-            count for more. ``"iteris"``: ‖M_t‖² / tr(M_t K_t M_tᵀ) (Chen et al., IterIS, arXiv
-            2411.15231). ``"none"``: 1, as in RegMean's paper.
-        orthogonalize: multiply from the left by P^{-1/2}, P = Σ_t U_t U_tᵀ with orthonormal U_t of
-            the columns of M_t, as `tsv` does on both sides; our own.
+        weighting: λ_t. ``"iteris"``: ‖M_t‖² / tr(M_t K_t M_tᵀ) (Chen et al., IterIS, arXiv
+            2411.15231). ``"trace"``: 1 / tr K_t. With both, tasks with many or large inputs do not
+            count for more. ``"none"``: 1, as in RegMean's paper.
+        orthogonalize: False for the solution itself, as in RegMean's paper.
     """
 
     ridge: float | jax.Array = 0.03
-    weighting: str = field(default="trace", metadata={"static": True})
-    orthogonalize: bool = field(default=False, metadata={"static": True})
+    weighting: str = field(default="iteris", metadata={"static": True})
+    orthogonalize: bool = field(default=True, metadata={"static": True})
     equivariance = Equivariance.ORTHOGONAL
     needs_inputs = True
 
@@ -69,7 +71,7 @@ class regmean(Rule):
         check_choice("orthogonalize", self.orthogonalize, (False, True))
 
     def auto_norm(self, tasks: int) -> float:
-        return 1.0
+        return 1.0 if self.orthogonalize else 0.75
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return total(self.pieces(cores, key=key, context=context))

@@ -204,6 +204,8 @@ class isotropize(_Spectrum):
     depend on rounding errors.) By itself it merges the sum of the cores, which is Iso-C.
     """
 
+    flat = True
+
     def apply(self, matrix: Merged, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return isotropic(matrix)
 

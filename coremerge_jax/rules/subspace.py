@@ -69,6 +69,7 @@ class iso_cts(Rule):
     common: float | int | jax.Array = 0.8
     specific: int | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
+    flat = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.common, int | np.integer)
@@ -153,6 +154,7 @@ class dc_merge(Rule):
     density: float | jax.Array = 0.001
     rho: float | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
+    flat = True
     factored = True
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ def test_finds_the_coefficients_of_a_merge(adapters, name):
     rule = RULES[name]
     projected = cm.project(adapters)
     weights = {path: np.asarray(x) for path, x in TRUE.items()}
-    target = projected.merge(rule, weights=weights, key=KEY)
+    target = projected.merge(rule, weights=weights, scale=1.0, key=KEY)
     found = search.fit(
         loss_to(target),
         projected,
@@ -65,7 +65,8 @@ def test_finds_the_coefficients_of_a_merge(adapters, name):
     assert found.step == 300
     assert found.history[-1]["loss"] < 1e-3 * found.history[1]["loss"]
     assert_same(found.adapter, target, 0.05)
-    assert_same(projected.merge(rule, weights=found.weights, key=KEY), found.adapter, 1e-6)
+    expected = projected.merge(rule, weights=found.weights, scale=1.0, key=KEY)
+    assert_same(expected, found.adapter, 1e-6)
     if name != "tsv|isotropize":  # of which some coefficients hardly matter
         for path, expected in TRUE.items():
             np.testing.assert_allclose(found.weights[path], expected, atol=0.05)
@@ -87,7 +88,7 @@ def test_stops_early_and_keeps_the_best(adapters):
     """The batches lead away from where the validation batches are best."""
     projected = cm.project(adapters)
     rule = cm.task_arithmetic()
-    best = projected.merge(rule, weights=[0.9, 0.9, 0.9])
+    best = projected.merge(rule, weights=[0.9, 0.9, 0.9], scale=1.0)
 
     def loss(merged, batch):
         sign = batch["sign"]

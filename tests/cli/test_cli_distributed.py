@@ -41,9 +41,11 @@ def finish(processes):
     return [process.returncode for process in processes], told
 
 
-def test_as_one_process_does(coremerge, adapters, tmp_path):
-    options = ["--rule", "dare:drop=0.3", "--rule", "ties:scope=model"]
-    options += ["--energy", "0.99", "--uniform-rank"]
+@pytest.mark.parametrize(
+    "limit", [["--energy", "0.99"], pytest.param(["--budget", "3"], marks=pytest.mark.wide)]
+)
+def test_as_one_process_does(coremerge, adapters, tmp_path, limit):
+    options = ["--rule", "dare:drop=0.3", "--rule", "ties:scope=model", *limit, "--uniform-rank"]
     assert coremerge("merge", *adapters, "-o", tmp_path / "one", *options).code == 0
     codes, told = finish(start(*adapters, "-o", tmp_path / "two", "--json", *options))
     assert codes == [0, 0], told

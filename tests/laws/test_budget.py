@@ -1,5 +1,6 @@
 """Budgets over the whole model, in memory and in files, and cuts of files by statistics."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -14,7 +15,7 @@ from coremerge_jax.cli.options import parse_count
 from coremerge_jax.errors import CoreMergeWarning
 from coremerge_jax.merging.limits import Limit
 from coremerge_jax.recipe import Recipe
-from coremerge_jax.run import MergePlan, run_merge
+from coremerge_jax.run import MergePlan, run_merge, run_sweep
 
 SHAPES = {"a.q": (16, 12), "b.q": (16, 12), "c.v": (8, 14)}
 RANKS = (2, 3, 3)
@@ -234,8 +235,22 @@ def test_ranks_in_files(files, tmp_path):
     assert_same(found[1], dict(found[0]), 1e-6)
     assert filled.energy_kept == mixed.energy_kept
     assert cm.verify(tmp_path / "filled").ok
-    told = [Recipe(**x).to_dict()["uniform_rank"] for x in ({}, {"budget": 3}, {"parameters": 9})]
-    assert told == [True, False, False]
+
+
+def test_one_rank_is_the_default_but_of_a_budget():
+    """Also of a budget that is added to a recipe that was written down."""
+    for fields, one_rank in (
+        ({}, True),
+        ({"budget": 3}, False),
+        ({"parameters": 9}, False),
+        ({"budget": 3, "uniform_rank": True}, True),
+        ({"rank": 3, "uniform_rank": False}, False),
+    ):
+        recipe = Recipe(**fields)
+        assert recipe.to_dict()["uniform_rank"] is one_rank
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+    written = Recipe.from_dict(Recipe().to_dict())
+    assert dataclasses.replace(written, budget=3).to_dict()["uniform_rank"] is False
 
 
 def test_weight_0_and_modules_without_statistics(files, adapters, statistics, tmp_path):
@@ -266,3 +281,14 @@ def test_words_for_numbers_of_parameters():
     for text in ("", "2.5G", "-1", "many"):
         with pytest.raises(cm.RecipeError, match=r"like 2\.5M or 800k"):
             parse_count(text)
+
+
+@pytest.mark.filterwarnings("ignore:the modules have ranks")
+def test_candidates_of_a_sweep_are_cut_by_outputs(files, adapters, statistics, tmp_path):
+    sources, folder = files
+    recipe = Recipe(adapters=tuple(sources), budget=3, statistics=(folder,))
+    run_sweep(recipe.resolve(), tmp_path / "out", {"scale": [0.5, 1.0]})
+    for scale in (0.5, 1.0):
+        merged = cm.merge(adapters, cm.tsv(), scale=scale)
+        expected, _ = cm.truncate(merged, budget=3, statistics=statistics, sources=adapters)
+        assert_same(cm.load_peft(tmp_path / "out" / f"scale={scale}"), dict(expected), 1e-5)

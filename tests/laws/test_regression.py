@@ -26,6 +26,7 @@ import coremerge_jax as cm
 SHAPES = {"a.q": (16, 24), "b.q": (16, 24)}
 FEW = {"wide": (7, 40), "tall": (40, 7)}  # fewer rows or columns than ranks
 RANKS = (2, 4, 3)
+PLAIN = cm.regmean(weighting="trace", orthogonalize=False)
 WAYS = list(itertools.product(("trace", "iteris", "none"), (False, True)))
 
 
@@ -103,7 +104,7 @@ def test_free_rows_change_nothing_for_rules_without_inputs(adapters):
 @pytest.mark.wide
 def test_other_spaces(adapters, statistics):
     """KnOTS space has the same rows; Tucker space of as many dimensions as core space is that."""
-    rule = cm.regmean()
+    rule = PLAIN
     expected = plain_merge(adapters, rule, statistics=statistics)
     for space in (cm.knots(), cm.tucker(rank=sum(RANKS))):
         assert_same(plain_merge(adapters, rule, space=space, statistics=statistics), expected, 1e-8)
@@ -111,7 +112,7 @@ def test_other_spaces(adapters, statistics):
 
 def test_its_outputs_are_nearest_to_the_adapters(adapters, inputs, statistics):
     """Every other update with these rows is farther on the inputs, as the ridge is small."""
-    rule = cm.regmean(ridge=1e-9, weighting="none")
+    rule = cm.regmean(ridge=1e-9, weighting="none", orthogonalize=False)
     merged = plain_merge(adapters, rule, statistics=statistics)
 
     def error(updates, path):
@@ -161,9 +162,9 @@ def test_more_of_the_same_inputs_change_nothing(adapters, inputs, statistics):
         statistics_of(adapters, [{p: x[part] for p, x in of_task.items()} for of_task in inputs])
         for part in (slice(None, 15), slice(15, None))
     ]
-    merged = plain_merge(adapters, cm.regmean(), statistics=statistics)
+    merged = plain_merge(adapters, PLAIN, statistics=statistics)
     for more in (sum(halves), statistics + statistics):
-        assert_same(plain_merge(adapters, cm.regmean(), statistics=more), merged, 1e-9)
+        assert_same(plain_merge(adapters, PLAIN, statistics=more), merged, 1e-9)
     np.testing.assert_array_equal((statistics + statistics).counts, 2 * statistics.counts)
 
 
@@ -194,7 +195,7 @@ def test_some_of_the_adapters(adapters, inputs, statistics):
 def test_one_adapter_comes_back(adapters, inputs):
     one = adapters[:1]
     statistics = statistics_of(one, inputs[:1])
-    for rule in (cm.regmean(), cm.regmean(orthogonalize=True)):
+    for rule in (cm.regmean(), PLAIN):
         assert_same(plain_merge(one, rule, statistics=statistics), dict(one[0]), 1e-9)
 
 
@@ -203,12 +204,12 @@ def test_copies_of_one_adapter(adapters):
     one = adapters[0]
     same = [one.replace(metadata=cm.Metadata(name=name)) for name in "xyz"]
     statistics = statistics_of(same, random_inputs(same, seed=3))
-    merged = plain_merge(same, cm.regmean(ridge=1e-6), statistics=statistics)
+    merged = plain_merge(same, cm.regmean(ridge=1e-6, orthogonalize=False), statistics=statistics)
     assert_same(merged, dict(one), 1e-4)
 
 
 def test_chains_and_float32(adapters, statistics):
-    rule = cm.chain(cm.flatten(), cm.regmean(), cm.isotropize())
+    rule = cm.chain(cm.flatten(), PLAIN, cm.isotropize())
     merged = plain_merge(adapters, rule, statistics=statistics)
     coarse = plain_merge(adapters, rule, statistics=statistics, precision="float32")
     assert_same(coarse, {path: dense(lora) for path, lora in merged.items()}, 1e-3)

@@ -175,6 +175,10 @@ def test_what_is_spread_is_written_as_peft(adapters):
         assert set(kept) == set(SHAPES)
         assert_same(cm.load_peft(FOLDER / "spread"), expected, 1e-6)
         exchange()
+    whole = cm.truncate(plain_merge(adapters, cm.tsv()), budget=3)[0]
+    cm.save_peft(stream, FOLDER / "spread", budget=3, force=True)
+    assert_same(cm.load_peft(FOLDER / "spread"), whole, 1e-6)
+    exchange()
 
 
 def test_one_fails_and_all_do(folders):
