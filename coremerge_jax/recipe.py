@@ -23,12 +23,14 @@ from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import merge_targets
 from coremerge_jax.io.untrusted import Kind, is_number, is_whole
+from coremerge_jax.merging.limits import Limit
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from coremerge_jax.lora import Adapter
     from coremerge_jax.merging.checks import Scale
+    from coremerge_jax.merging.metric import InputMetric
     from coremerge_jax.merging.statistics import Statistics
     from coremerge_jax.merging.stream import MergeStream
     from coremerge_jax.rules import Chain, Rule
@@ -272,6 +274,22 @@ OPTIONS: Mapping[str, Option] = {
         panel="Result",
         unset="nothing is cut",
     ),
+    "budget": Option(
+        lambda v: is_number(v) and 1 <= v < 2**31,
+        "a number of at least 1",
+        "N",
+        ("save_peft",),
+        panel="Result",
+        unset="nothing is cut",
+    ),
+    "parameters": Option(
+        lambda v: is_whole(v) and 0 < v < 2**63,
+        "a whole number above 0",
+        "N[k|M|B]",
+        ("save_peft",),
+        panel="Result",
+        unset="nothing is cut",
+    ),
     "uniform_rank": Option(
         *untrusted.SWITCH, None, ("save_peft",), panel="Result", off="mixed_ranks"
     ),
@@ -318,9 +336,14 @@ class Recipe:
             ``auto``: chosen by the rule, the number of adapters and the norms of their updates.
         rank: largest rank of a merged module; a higher one is cut.
         energy: share of each merged module's squared Frobenius norm, such as 0.99; the module is
-            cut to the fewest directions that keep it.
+            cut to the fewest directions that keep it. With ``statistics``, all cuts go by the norm
+            of the module's outputs on these inputs.
+        budget: mean rank of the merged modules, in place of ``rank``; each gets the rank that is
+            best for the energy of all together. The merge is computed twice.
+        parameters: number of entries of all merged factors, such as 2.5M; like ``budget``.
         uniform_rank: give all merged modules one rank, the largest, filled up with zeros, as
-            llama.cpp and Ollama need it; or let each have its own, in a smaller file.
+            llama.cpp and Ollama need it; or let each have its own, in a smaller file. Default: one
+            rank, but their own with ``budget`` and ``parameters``.
         dtype: number format of the written factors.
         to: format of the merged adapter.
         seed: seed of rules that draw random numbers (``dare``).
@@ -329,7 +352,7 @@ class Recipe:
             refuse them, unless all are equal; take the first adapter's, their mean, or those of
             one adapter, by name, folder or number from 1 on; or leave them out.
         statistics: folders of ``coremerge collect`` with the statistics of unlabelled inputs, which
-            ``regmean`` needs; several are added up.
+            ``regmean`` needs, and by which modules are cut; several are added up.
         missing_statistics: what to do with modules without statistics: refuse them, or merge them
             by ``tsv``.
         allow_other_base: merge even if the adapters name different base models.
@@ -347,7 +370,9 @@ class Recipe:
     scale: float | str | Mapping[str, float | str] = "auto"
     rank: int | None = None
     energy: float | None = None
-    uniform_rank: bool = True
+    budget: float | None = None
+    parameters: int | None = None
+    uniform_rank: bool | None = None
     dtype: str = "float32"
     to: str | None = None
     seed: int = 0
@@ -369,6 +394,21 @@ class Recipe:
                 f"weights: got {len(self.weights)} for {len(self.adapters)} adapters; "
                 "give one number per adapter, in the same order"
             )
+        if self.uniform_rank == (
+            not self.limit.whole_model
+        ):  # the default, which depends on limits
+            object.__setattr__(self, "uniform_rank", None)
+
+    @property
+    def limit(self) -> Limit:
+        """The limit of the result's size."""
+        return Limit(self.rank, self.energy, self.budget, self.parameters)
+
+    def value(self, name: str) -> Any:
+        """Returns the value of a field, or the default that other fields give it."""
+        if name == "uniform_rank" and self.uniform_rank is None:
+            return not self.limit.whole_model
+        return getattr(self, name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -380,7 +420,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON-like data: every field that has a value, defaults included."""
-        values = {name: getattr(self, name) for name in OPTIONS}
+        values = {name: self.value(name) for name in OPTIONS}
         return {key: _plain(value) for key, value in values.items() if value is not None}
 
     @classmethod
@@ -415,9 +455,7 @@ class Recipe:
         extras = recipe.extras
         if (kept := extras.removeprefix("keep=")) in recipe.adapters:
             extras = f"keep={adapters[recipe.adapters.index(kept)]}"
-        return dataclasses.replace(
-            recipe, adapters=adapters, extras=extras, statistics=statistics
-        )
+        return dataclasses.replace(recipe, adapters=adapters, extras=extras, statistics=statistics)
 
     def resolve(self) -> "Resolved":
         """Parses the rules and the space.
@@ -473,10 +511,22 @@ class Resolved:
 
         return sum_statistics(self.recipe.statistics) if self.recipe.statistics else None
 
+    def metric(self, adapters: "Sequence[Adapter]") -> "InputMetric | None":
+        """Returns the metric by which the merge of opened adapters is cut; None if by no inputs.
+
+        Raises:
+            CoreMergeError: as `coremerge_jax.merge`.
+        """
+        if self.recipe.limit.nothing or self.statistics is None:
+            return None
+        from coremerge_jax.merging.metric import input_metric
+
+        return input_metric(self.statistics, adapters, self.recipe.weights)
+
     def arguments_of(self, function: str) -> dict[str, Any]:
         """Returns the arguments of a library function that are fields of the recipe, by name."""
         names = [name for name, option in OPTIONS.items() if function in option.passed_to]
-        return {name: getattr(self.recipe, name) for name in names}
+        return {name: self.recipe.value(name) for name in names}
 
     def stream(
         self,

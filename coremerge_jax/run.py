@@ -19,12 +19,13 @@ from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, R
 from coremerge_jax.io.adapter_writer import Written
 from coremerge_jax.io.formats import Layouts, find_merge_target, merge_targets, open_adapter
 from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
-from coremerge_jax.io.peft.writer import save_peft
+from coremerge_jax.io.peft.writer import write_peft
 from coremerge_jax.io.untrusted import refuse_url
 from coremerge_jax.lora import Adapter, AdapterSource, LoRA, ModuleStream
 from coremerge_jax.merging.cost import Machine, expected_seconds
 from coremerge_jax.merging.groups import label
 from coremerge_jax.merging.mesh import make_mesh
+from coremerge_jax.merging.metric import in_words
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import agreed
 from coremerge_jax.merging.projected import project
@@ -117,8 +118,8 @@ class Merged(_Report):
         output: the folder.
         bytes: size of its files.
         signatures: the merged modules.
-        energy_kept: share of the squared Frobenius norm that each module kept, by path; empty if
-            nothing was to be cut.
+        energy_kept: share of energy that each module kept, by path; empty if nothing was to be cut.
+        cut_by: words for the norm whose square is that energy; None if nothing was to be cut.
         auto_scale: automatic scales, by words for the kind of modules; empty if there are none.
         seconds: time of each stage, and of compiling.
         recipe: the recipe.
@@ -126,6 +127,7 @@ class Merged(_Report):
 
     output: str
     energy_kept: Mapping[str, float]
+    cut_by: str | None
     auto_scale: Mapping[str, float]
 
 
@@ -137,8 +139,9 @@ class MergePlan(_Report):
         bytes: largest size of the weights in the output.
         signatures: the merged modules; of their ranks, the largest that a cut may leave.
         decisions: automatic decisions: ``"precision"`` of the computation, number of ``"batches"``,
-            and of batches that are worked on ``"at_once"``; and for each group of modules with one
-            compiled program, ``"groups"``, the paths and the engine's `Decisions`.
+            and of batches that are worked on ``"at_once"``; ``"cut_by"``, as in `Merged`; and for
+            each group of modules with one compiled program, ``"groups"``, the paths and the
+            engine's `Decisions`.
         cost: expected ``"operations"``, ``"bytes"`` read and written, bytes of ``"memory"``,
             number of compiled ``"programs"``, and ``"seconds"`` by stage. Of a merge that several
             processes share, the cost of the share of process 0.
@@ -200,10 +203,15 @@ def run_merge(
         target = find_merge_target(to)
         if isinstance(target, Layouts):  # refuses what the format cannot hold
             target.layout(stream.outline, **more)
+        metric = resolved.metric(adapters)
+        if metric is not None:
+            metric.check(stream.outline)
+    cut_by = None if recipe.limit.nothing else in_words(metric, stream.outline)
     is_first = jax.process_index() == 0  # the hosts of others may not see the output yet
     if output is None or dry_run:
-        return _plan(resolved, stream, taken, stage) if is_first else None
-    written = _write(resolved, adapters, stream, output, stage, to=to, force=force, **more)
+        return _plan(resolved, stream, taken, stage, cut_by) if is_first else None
+    more |= {"to": to, "force": force, "metric": metric}
+    written = _write(resolved, adapters, stream, output, stage, **more)
     if not is_first:
         return None
     for note in _idle_adapters(stream):
@@ -216,6 +224,7 @@ def run_merge(
         auto_scale=stream.scales_in_words,
         output=str(output),
         energy_kept=written.kept,
+        cut_by=cut_by,
     )
 
 
@@ -250,19 +259,18 @@ def _plan(
     stream: MergeStream,
     taken: int,
     stage: _Timed,
+    cut_by: str | None,
 ) -> MergePlan:
     recipe = resolved.recipe
     with stage("trace"):
         merged = stream.outline
     with stage("check"):
-        ranks = {path: min(lora.rank, recipe.rank or lora.rank) for path, lora in merged.items()}
-        if recipe.uniform_rank:
-            ranks = dict.fromkeys(ranks, max(ranks.values()))
+        ranks, size = _largest(recipe, merged)
         signatures = _signatures(stream.adapters, merged, ranks)
     with stage("measure the machine"):
         machine = Machine.measure(stream.workers)
     own, programs = stream.own, len(signatures)
-    costs, size = own.costs(), sum(rank * sum(merged[path].shape) for path, rank in ranks.items())
+    costs = own.costs()
     seconds = expected_seconds(costs, resolved.rule, machine, stream.workers, programs)
     # A merge traces the same programs, and then lowers them, which takes as long.
     seconds = {"trace": 2 * stage.seconds["trace"], **seconds}
@@ -277,6 +285,7 @@ def _plan(
             "precision": precision,
             "batches": len(own),
             "at_once": own.workers,
+            "cut_by": cut_by,
             "groups": [
                 {"modules": paths, **decisions.to_dict()}
                 for paths, decisions in stream.decisions().items()
@@ -294,6 +303,18 @@ def _plan(
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         },
     )
+
+
+def _largest(recipe: Recipe, merged: Adapter) -> tuple[dict[str, int], int]:
+    """Returns the largest ranks and number of parameters that the cuts of a recipe may leave."""
+    shapes = {path: lora.shape for path, lora in merged.items()}
+    given = {path: lora.rank for path, lora in merged.items()}
+    ranks, limit = recipe.limit.most(given), recipe.limit
+    if limit.whole_model and not recipe.value("uniform_rank"):
+        return ranks, limit.largest(shapes, given)
+    if recipe.value("uniform_rank"):
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    return ranks, sum(rank * sum(shapes[path]) for path, rank in ranks.items())
 
 
 def _write(
@@ -319,7 +340,9 @@ def _write(
     """
     keep_compiled_programs()
     save: Any = find_merge_target(to).save  # of a stream
-    with _compile_seconds() as compiled, stage("merge", total=len(stream.own)) as advance:
+    passes = 2 if resolved.recipe.limit.whole_model else 1
+    total = passes * len(stream.own)
+    with _compile_seconds() as compiled, stage("merge", total=total) as advance:
         scales = stream.scales_in_words
         written: Written = save(
             _Watched(stream, advance),
@@ -447,7 +470,7 @@ def run_sweep(
         progress: show progress on stderr, if that is a terminal.
 
     Raises:
-        CoreMergeError: as `open_adapter`, `search.sweep` and `save_peft`.
+        CoreMergeError: as `open_adapter`, `search.sweep` and `write_peft`.
         RecipeError: there is nothing to try; or candidates are to be compared without
             ``evaluate``.
     """
@@ -466,6 +489,7 @@ def run_sweep(
     keep_compiled_programs()
     adapters = [open_adapter(source) for source in recipe.adapters]
     sources, key = describe_sources(recipe, adapters), jax.random.key(recipe.seed)
+    metric = resolved.metric(adapters)
     projected = project(
         adapters,
         space=resolved.space,
@@ -478,10 +502,13 @@ def run_sweep(
 
     def write(candidate: Resolved, merged: Adapter | MergeStream, name: str) -> None:
         scales = merged.scales_in_words if isinstance(merged, MergeStream) else {}
-        save_peft(
+        if metric is not None:
+            metric.check(merged.outline)
+        write_peft(
             merged,
             output / name,
             force=True,  # written by this sweep, before it was interrupted
+            metric=metric,
             card=provenance(candidate, sources, scales),
             **candidate.arguments_of("save_peft"),
         )

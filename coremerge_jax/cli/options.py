@@ -56,7 +56,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_scale(texts: Sequence[str]) -> float | str | dict[str, float | str]:
-    """Parses a scale: ``0.9`` or ``auto``, or several ``PATTERN=NUMBER``; a bare one is the rest's."""
+    """Parses ``0.9`` or ``auto``, or several ``PATTERN=NUMBER``; a bare one is of the rest."""
     scales: dict[str, float | str] = {}
     for text in texts:
         pattern, _, number = text.rpartition("=")

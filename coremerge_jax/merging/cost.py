@@ -41,6 +41,12 @@ class Cost:
     held: int
     work: int
 
+    def twice(self) -> "Cost":
+        """Returns the cost of a merge that is made for its norms first, and then again."""
+        return dataclasses.replace(
+            self, products=2 * self.products, core=2 * self.core, read=2 * self.read
+        )
+
 
 def cost(group: Group, rule: Chain, space: Space) -> Cost:
     """Returns the cost of the modules of a group, from leading terms.

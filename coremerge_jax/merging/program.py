@@ -430,6 +430,7 @@ def finish_stack(
 @jax.jit
 def product_squares(a: Float[Array, "L r n"], b: Float[Array, "L m r"]) -> Float[Array, ""]:
     """Returns the sum of the squared Frobenius norms of updates ``b a``."""
+    a = a.astype(b.dtype)  # the stacked A of the adapters keeps its own
     return jnp.sum(over_modules(lambda x: squared_norms(LoRA(a=x[0][None], b=x[1][None])), (a, b)))
 
 

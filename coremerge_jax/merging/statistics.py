@@ -155,14 +155,14 @@ class Statistics(Mapping[str, Gram]):
 def _added(path: str, x: Gram, y: Gram) -> Gram:
     if (x.tasks, x.ranks, x.matrices.shape) != (y.tasks, y.ranks, y.matrices.shape):
         raise MismatchError(f"statistics of module {path!r} are not of the same adapters")
-    if x.squares is not None and y.squares is not None and not _same_rows(x.squares, y.squares):
+    if x.squares is not None and y.squares is not None and not same_rows(x.squares, y.squares):
         raise MismatchError(
             f"statistics of module {path!r} cannot be added: the adapters' A are not the same"
         )
     return dataclasses.replace(x, matrices=x.matrices + y.matrices, counts=x.counts + y.counts)
 
 
-def _same_rows(x: Any, y: Any) -> bool:
+def same_rows(x: Any, y: Any) -> bool:
     """Returns True if squared norms of rows agree; also if they are traced."""
     if any(isinstance(z, jax.core.Tracer) for z in (x, y)):
         return True
@@ -233,11 +233,7 @@ def match(
     Raises:
         MismatchError: there are no statistics of an adapter.
     """
-    if not isinstance(statistics, Statistics):
-        raise RecipeError(
-            f"statistics: expected Statistics, got {type(statistics).__name__}; read files with "
-            "load_statistics"
-        )
+    _check_kind(statistics)
     known, names = statistics.adapters, [adapter.metadata.name for adapter in adapters]
     by_name = None not in (*known, *names) and len(set(known)) == len(known)
     if by_name and len(set(names)) == len(names):
@@ -262,22 +258,61 @@ def _common_paths(
     statistics: Statistics, adapters: Sequence[AdapterSource], places: Sequence[int]
 ) -> dict[str, str]:
     """Returns the path in the statistics of each module of which they have all inputs."""
-    by_canonical: dict[str, list[str]] = {}
-    for path in statistics:
-        by_canonical.setdefault(canonical(path), []).append(path)
     found = {}
     outlines = [adapter.outline for adapter in adapters]
-    for path in dict.fromkeys(path for outline in outlines for path in outline):
-        there = [path] if path in statistics else by_canonical.get(canonical(path), [])
-        if len(there) != 1:
-            continue
-        gram = statistics[there[0]]
+    paths = dict.fromkeys(path for outline in outlines for path in outline)
+    for path, there in _spelled(statistics, paths):
+        gram = statistics[there]
         needed = [(place, x[path]) for place, x in zip(places, outlines, strict=True) if path in x]
         if all(place in gram.tasks for place, _ in needed) and _has_inputs(gram):
             for place, lora in needed:
                 _check_shape(path, gram, gram.tasks.index(place), lora)
-            found[path] = there[0]
+            found[path] = there
     return found
+
+
+def _spelled(statistics: Statistics, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the modules of which there are statistics, and their paths in these."""
+    by_canonical: dict[str, list[str]] = {}
+    for path in statistics:
+        by_canonical.setdefault(canonical(path), []).append(path)
+    for path in paths:
+        there = [path] if path in statistics else by_canonical.get(canonical(path), [])
+        if len(there) == 1:
+            yield path, there[0]
+
+
+def match_modules(statistics: Any, outline: AdapterSource) -> Matched:
+    """Matches statistics with the modules of a merge whose adapters are not at hand.
+
+    Args:
+        statistics: of all adapters that were merged.
+        outline: the merge, of which only the names and shapes are used.
+
+    Raises:
+        MismatchError: they are of another model.
+    """
+    _check_kind(statistics)
+    paths = {}
+    for path, there in _spelled(statistics, outline):
+        if _has_inputs(statistics[there]):
+            if statistics[there].squares is None:
+                _check_shape(path, statistics[there], 0, outline[path])
+            paths[path] = there
+    return Matched(statistics, tuple(range(len(statistics.adapters))), paths)
+
+
+def _check_kind(statistics: Any) -> None:
+    """Refuses what are no statistics.
+
+    Raises:
+        RecipeError: they are of another kind.
+    """
+    if not isinstance(statistics, Statistics):
+        raise RecipeError(
+            f"statistics: expected Statistics, got {type(statistics).__name__}; read files with "
+            "load_statistics"
+        )
 
 
 def _has_inputs(gram: Gram) -> bool:
@@ -313,7 +348,7 @@ def check_rows(path: str, recorded: Any, found: Any) -> None:
     Raises:
         MismatchError: they are not.
     """
-    if not _same_rows(recorded, found):
+    if not same_rows(recorded, found):
         raise MismatchError(
             f"module {path!r}: the statistics are of other A factors than the adapters have; "
             "adapters were changed, or are in another order: collect the statistics again"

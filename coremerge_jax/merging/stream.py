@@ -95,7 +95,17 @@ class MergeStream:
 
     def costs(self) -> list[Cost]:
         """Returns the cost of each part, in the order of the parts."""
-        return [cost(batch, self._rule, self._job.space) for batch in self._batches]
+        found = []
+        for batch in self._batches:
+            one = cost(batch, self._rule, self._job.space)
+            found.append(one.twice() if self._is_measured(batch) else one)
+        return found
+
+    def _is_measured(self, batch: Group) -> bool:
+        """Returns True if the automatic scale of a batch takes a first pass."""
+        rule = self._job.rule_of(batch) or self._rule
+        auto = any((self._job.scales or {})[path] is AUTO for path in batch.paths)
+        return auto and given_scale(rule, len(batch.ranks)) is None
 
     def decisions(self) -> dict[tuple[str, ...], Decisions]:
         """Returns the engine's decisions for each signature, by the paths of its modules."""
@@ -142,10 +152,11 @@ class MergeStream:
         scales = self._job.scales or {}
         found: dict[str, float] = {}
         for group in self._job.present.groups:
-            auto = [path for path in group.paths if scales[path] is AUTO]
             tasks, missing = _kind(group, self._rule)
             words = f"{tasks} adapter{'s' * (tasks > 1)}{', no statistics' * missing}"
-            found |= {words: float(self.scales[path]) for path in auto[:1]}
+            path = next((path for path in group.paths if scales[path] is AUTO), None)
+            if path is not None:
+                found[words] = float(self.scales[path])
         return found
 
     @functools.cached_property
@@ -156,7 +167,7 @@ class MergeStream:
         kinds = list(itertools.product(range(1, most + 1), rules))
         found = {kind: given_scale(rules[kind[1]], kind[0]) for kind in kinds}
         sums: dict[tuple[int, bool], Any] = dict.fromkeys(kinds, (0.0, 0.0))
-        unknown = [x for x in self._batches if found[_kind(x, self._rule)] is None]
+        unknown = [batch for batch in self._batches if self._is_measured(batch)]
         for batch, (merged, updates) in map_batches(job.measure, unknown, self._workers):
             kind = _kind(batch, self._rule)
             sums[kind] = sums[kind][0] + merged, sums[kind][1] + updates

@@ -14,8 +14,8 @@ import numpy as np
 from coremerge_jax.errors import FormatError
 from coremerge_jax.lora import DTYPES, Adapter, AdapterFile, Array, LoRA
 from coremerge_jax.merging.alignment import align
-from coremerge_jax.merging.truncation import truncate
 from coremerge_jax.recipe import PRECISIONS, Recipe
+from coremerge_jax.verification.cutting import Cutting
 from coremerge_jax.verification.tolerance import (
     Distance,
     Expected,
@@ -28,9 +28,6 @@ from coremerge_jax.verification.tolerance import (
     tolerance,
     went_through,
 )
-
-# Accuracy of the share of energy that a cut keeps, computed from factors in float32.
-_SHARE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +145,11 @@ class Comparison:
         """The scales of the modules, automatic ones as they come out."""
         return set(self.recipe.resolve().stream(self.adapters).scales.values())
 
+    @functools.cached_property
+    def _cutting(self) -> Cutting:
+        """The cut of the merge."""
+        return Cutting.of(self.recipe, self.adapters)
+
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights of the sources; a source of weight 0 is not merged."""
@@ -165,10 +167,12 @@ class Comparison:
         adapters: Sequence[Adapter] | None = None,
     ) -> Iterator[tuple[str, LoRA, Expected]]:
         """Yields modules as found and as expected, by this recipe and sources or by others."""
-        recipe, wanted = recipe or self.recipe, set(paths)
-        for part in recipe.resolve().stream(adapters or self.adapters):
+        is_other, wanted = recipe or adapters, set(paths)
+        recipe, adapters = recipe or self.recipe, adapters or self.adapters
+        cutting = Cutting.of(recipe, adapters) if is_other else self._cutting
+        for part in recipe.resolve().stream(adapters):
             found = self.read(path for path in part if path in wanted)
-            expected = _expected(recipe, part, found)
+            expected = cutting.expected(part, found)
             yield from ((path, lora, expected[path]) for path, lora in found.items())
 
     def noise(self, paths: Collection[str], probes: int) -> dict[str, float]:
@@ -193,9 +197,9 @@ class Comparison:
         largest = dict.fromkeys(paths, 0.0)
         for part, *others in zip(recipe.resolve().stream(self.adapters), *streams, strict=True):
             found = self.read(path for path in part if path in largest)
-            expected = _expected(recipe, part, found)
+            expected = self._cutting.expected(part, found)
             for other in others:
-                moved = _expected(recipe, other, found)
+                moved = self._cutting.expected(other, found)
                 for path in found:
                     change = distance(moved[path].cut, expected[path]).error
                     largest[path] = max(largest[path], change)
@@ -244,32 +248,6 @@ def _finite(loras: dict[str, LoRA]) -> dict[str, LoRA]:
         if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (lora.a, lora.b)):
             raise FormatError(f"module {path!r} has NaN or infinite values")
     return loras
-
-
-def _expected(
-    recipe: Recipe, part: Mapping[str, LoRA], found: Mapping[str, LoRA]
-) -> dict[str, Expected]:
-    """Merges the found modules again, and cuts them to the recipe's rank or energy."""
-    whole = jax.device_get({path: part[path] for path in found})
-    if not whole or (recipe.rank is None and recipe.energy is None):
-        return {path: Expected(lora, lora) for path, lora in whole.items()}
-    cut, kept = truncate(Adapter(whole), rank=recipe.rank, energy=recipe.energy)
-    expected = {path: Expected(whole[path], cut[path]) for path in whole}
-    if recipe.energy is None:
-        return expected
-    return {
-        path: _settled(one, kept[path], recipe.energy, directions(found[path]))
-        for path, one in expected.items()
-    }
-
-
-def _settled(expected: Expected, kept: float, energy: float, rank: int) -> Expected:
-    """Cuts to the found rank instead, if rounding decides which rank keeps the energy."""
-    if rank == 0 or abs(rank - expected.cut.rank) != 1:
-        return expected
-    other, shares = truncate(Adapter({"": expected.whole}), rank=rank)
-    near = abs(min(kept, shares[""]) - energy) <= _SHARE
-    return dataclasses.replace(expected, cut=other[""]) if near else expected
 
 
 class _Jittered(AdapterFile):
