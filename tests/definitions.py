@@ -115,7 +115,7 @@ def sce(updates, density):
     return (agrees * chosen).sum(0) / np.where(total > 0, total, 1)
 
 
-def regmean(loras, inputs, ridge, weighting="trace", orthogonalize=False, free=False):
+def regmean(loras, inputs, ridge, weighting="iteris", orthogonalize=True, free=False):
     """On inputs ``(N, n)`` of each task, in the space of the adapters' rows, or of all rows."""
     updates = [lora.b @ lora.a for lora in loras]
     v = np.eye(updates[0].shape[1]) if free else svd(np.vstack([x.a for x in loras]))[2]

@@ -140,13 +140,13 @@ def _show_merged(merged: "Merged") -> None:
     _show_signatures(merged.signatures, merged.energy_kept)
     seconds = merged.seconds
     say(
-        f"merged {_describe(merged.recipe)} in {seconds['open'] + seconds['merge']:.1f} s, of "
-        f"which {seconds['compile']:.1f} s went to compiling",
-        *_cut_by(merged.cut_by),
         *(
-            f"automatic scale of modules of {words}: {scale:.3g} (--scale 1 is the plain rule)"
+            f"the automatic scale of modules of {words} is {scale:.3g} (--scale 1: the plain rule)"
             for words, scale in merged.auto_scale.items()
         ),
+        *_cut_by(merged.cut_by),
+        f"merged {_describe(merged.recipe)} in {seconds['open'] + seconds['merge']:.1f} s, of "
+        f"which {seconds['compile']:.1f} s went to compiling",
         f"wrote {merged.output} ({decimal(merged.bytes)})",
     )
 

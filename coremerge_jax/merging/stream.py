@@ -148,13 +148,14 @@ class MergeStream:
 
     @property
     def scales_in_words(self) -> dict[str, float]:
-        """The automatic scales of the modules, by words for the kind of modules."""
+        """The automatic scales of modules that several adapters have, by words for their kind."""
         scales = self._job.scales or {}
         found: dict[str, float] = {}
         for group in self._job.present.groups:
             tasks, missing = _kind(group, self._rule)
             words = f"{tasks} adapter{'s' * (tasks > 1)}{', no statistics' * missing}"
-            path = next((path for path in group.paths if scales[path] is AUTO), None)
+            auto = (path for path in group.paths if scales[path] is AUTO and tasks > 1)
+            path = next(auto, None)
             if path is not None:
                 found[words] = float(self.scales[path])
         return found

@@ -8,6 +8,8 @@ from helpers import random_adapters
 import coremerge_jax as cm
 from coremerge_jax import search
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {"up": (12, 10), "out": (9, 12)}
 PARAMS = {
     path: np.random.default_rng(7).standard_normal(shape).astype(np.float32)

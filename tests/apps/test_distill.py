@@ -12,6 +12,8 @@ from coremerge_jax import search
 from coremerge_jax.merging.statistics import Gram, Statistics
 from coremerge_jax.search.distilling import natural_size, sum_over
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {"layers.0.up": (9, 8), "layers.1.out": (7, 9)}
 RANKS = (2, 3, 2)
 PARAMS = {

@@ -10,6 +10,8 @@ import coremerge_jax as cm
 from coremerge_jax import search
 from coremerge_jax.search.grouping import groups_of
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {
     f"layers.{i}.{name}": shape
     for i in range(3)

@@ -160,7 +160,7 @@ def test_model_card_shows_the_recipe_without_paths(coremerge, adapters, tmp_path
     assert coremerge("merge", *adapters, "-o", tmp_path / "out", "--scale", "*.query=.5").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     recipe = Recipe.from_yaml(card.split("```yaml\n")[1].split("```")[0])
-    assert recipe == Recipe(scale={"*.query": 0.5}, space="core:gauge=given")
+    assert recipe == Recipe(scale={"*.query": 0.5}, space="core:gauge=given,rows=given")
     assert str(tmp_path) not in card
 
 

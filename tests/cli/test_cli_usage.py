@@ -28,7 +28,10 @@ from coremerge_jax.spaces import SPACES
         (["merge", "a", "-o", "x", "--dtype", "float23"], "did you mean 'float32'?"),
         (["merge", "a", "-o", "x", "--precision", "float46"], "did you mean 'float64'?"),
         (["merge", "a", "-o", "x", "--extras", "frist"], "did you mean 'first'?"),
-        (["merge", "a", "-o", "x", "--scale", "big"], "scale must be a number or PATTERN=NUMBER"),
+        (
+            ["merge", "a", "-o", "x", "--scale", "big"],
+            "scale must be a number, auto, or PATTERN=NUMBER",
+        ),
         (["merge", "a", "-o", "x", "--weights", "1,b"], "weights must be numbers"),
         (["merge", "a", "b", "-o", "x", "--weights", "1"], "weights: got 1 for 2 adapters"),
         (["merge", "a", "-o", "x", "--rule", "tvs"], "did you mean 'tsv'?"),
@@ -91,7 +94,13 @@ def test_demo(coremerge, monkeypatch):
     methods = (("mean", "core"), ("tsv + isotropize", "core"))
     records = run(methods)
     monkeypatch.setattr("coremerge_jax.demo.METHODS", methods)
-    monkeypatch.setattr("coremerge_jax.demo.run", lambda progress: progress("") or records)
+
+    def known(progress, with_inputs):
+        progress("")
+        assert "tsv, distilled" in with_inputs
+        return records
+
+    monkeypatch.setattr("coremerge_jax.demo.run", known)
     shown = coremerge("demo").out
     assert "tsv + isotropize" in shown
     listed = json.loads(coremerge("demo", "--json").out)

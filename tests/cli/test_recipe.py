@@ -29,6 +29,7 @@ from coremerge_jax.rules import RULES, cart, dare, isotropize, task_arithmetic, 
 from coremerge_jax.spaces import SPACES
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
+scales = numbers | st.just("auto")
 weights = st.none() | st.lists(numbers, min_size=1, max_size=4).map(tuple)
 rules = st.one_of(
     st.sampled_from([make() for make in RULES.values()]),
@@ -127,7 +128,7 @@ recipes = st.builds(
     adapters=st.lists(names, max_size=3).map(tuple),
     rules=st.lists(rules.map(format_rule), min_size=1, max_size=3).map(tuple),
     space=st.sampled_from(list(SPACES)),
-    scale=numbers | st.dictionaries(names, numbers, min_size=1, max_size=3),
+    scale=scales | st.dictionaries(names, scales, min_size=1, max_size=3),
     rank=st.none() | st.integers(1, 512),
     energy=st.none() | st.floats(0, 1, exclude_min=True),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
@@ -159,8 +160,8 @@ def test_order_of_patterns_survives(recipe):
 def test_text_of_a_recipe():
     text = Recipe(adapters=("a", "b"), rules=("ties:density=0.2", "isotropize")).to_yaml()
     assert text == (
-        "adapters:\n- a\n- b\nrules:\n- ties:density=0.2\n- isotropize\nspace: core\nscale: 1.0\n"
-        "uniform_rank: true\ndtype: float32\nseed: 0\nextras: error\n"
+        "adapters:\n- a\n- b\nrules:\n- ties:density=0.2\n- isotropize\nspace: core\nscale: auto\n"
+        "uniform_rank: true\ndtype: float32\nseed: 0\nextras: error\nmissing_statistics: error\n"
         "allow_other_base: false\nallow_disjoint: false\n"
     )
 
@@ -176,8 +177,10 @@ def test_text_of_a_recipe():
         ("adapters: [1]", "adapters must be a list of folders or Hugging Face ids, got (1,)"),
         ("weights: [1, x]", "weights must be a list of numbers, one per adapter, got (1, 'x')"),
         ("{adapters: [a, b], weights: [1]}", "weights: got 1 for 2 adapters"),
-        ("scale: big", "scale must be a number, or numbers by pattern"),
-        ("scale: {q: big}", "scale must be a number, or numbers by pattern"),
+        ("scale: big", "scale must be a number or auto, or such by pattern"),
+        ("scale: {q: big}", "scale must be a number or auto, or such by pattern"),
+        ("scale: {q: {k: 1}}", "scale must be a number or auto, or such by pattern"),
+        ("statistics: folder", "statistics must be a list of folders"),
         ("scale:\n  *.q: 1", "recipe, line 2: "),
         ("scale: .inf", "scale must be a number"),
         ("rank: 0", "rank must be a whole number above 0, got 0"),
@@ -334,7 +337,8 @@ def test_every_field_is_declared_and_goes_somewhere():
     functions = {"merge_stream": merge_stream, "project": project, "save_peft": save_peft}
     assert list(OPTIONS) == [field.name for field in dataclasses.fields(Recipe)]
     for name, option in OPTIONS.items():
-        assert option.passed_to or name in ("adapters", "rules", "space", "seed", "to")
+        parsed = ("adapters", "rules", "space", "seed", "to", "statistics")
+        assert option.passed_to or name in parsed
         for function in option.passed_to:
             assert name in inspect.signature(functions[function]).parameters
 

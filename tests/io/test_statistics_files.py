@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 import coremerge_jax as cm
 from coremerge_jax.io.statistics_files import TENSORS, sum_statistics
 
+pytestmark = pytest.mark.wide
+
 ADAPTERS = ("math", "code", None)
 SHAPES = {
     "layers.1.q": ((0, 2), (2, 3)),

@@ -421,7 +421,7 @@ def test_what_else_reads_several_adapters_has_the_common_names(rng):
     with pytest.warns(CoreMergeWarning):
         assert [x.path for x in cm.diagnose(adapters, merged).modules] == expected
     with pytest.warns(CoreMergeWarning):
-        checked = cm.verify(merged, adapters, recipe=Recipe(rules=("mean",)))
+        checked = cm.verify(merged, adapters, recipe=Recipe(rules=("mean",), scale=1.0))
     assert not checked.findings
     assert list(checked.modules) == expected
 

@@ -17,6 +17,8 @@ from many_devices import mesh
 
 import coremerge_jax as cm
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {"a.q": (16, 24), "b.q": (16, 24)}
 RANKS = (2, 4, 3)
 BY_NORM = {
@@ -124,7 +126,6 @@ def test_inside_jit(adapters):
     assert_same(merged, cm.merge(few, cm.isotropize()), 1e-4)
 
 
-@pytest.mark.wide
 @pytest.mark.usefixtures("all_devices")
 def test_on_several_devices(adapters):
     for rule in (cm.task_arithmetic(), cm.isotropize()):

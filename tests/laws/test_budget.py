@@ -17,6 +17,8 @@ from coremerge_jax.merging.limits import Limit
 from coremerge_jax.recipe import Recipe
 from coremerge_jax.run import MergePlan, run_merge, run_sweep
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {"a.q": (16, 12), "b.q": (16, 12), "c.v": (8, 14)}
 RANKS = (2, 3, 3)
 SIZE = {"a.q": 1.0, "b.q": 0.2, "c.v": 1.0}

@@ -96,7 +96,7 @@ def test_weights_of_a_rule_follow_their_adapter():
 
 def test_the_first_scale_pattern_that_matches_counts():
     adapters = random_adapters({"l.q": (8, 6), "l.v": (8, 6), "o": (8, 6)}, (2, 3))
-    scaled = plain_merge(adapters, cm.mean(), scale={"*.q": 0.5, "l.*": 3.0})
+    scaled = plain_merge(adapters, cm.mean(), scale={"*.q": 0.5, "l.*": 3.0, "*": 1.0})
     plain = plain_merge(adapters, cm.mean())
     expected = {p: f * dense(plain[p]) for p, f in {"l.q": 0.5, "l.v": 3, "o": 1}.items()}
     assert_same(scaled, expected, 1e-12)

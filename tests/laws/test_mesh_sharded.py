@@ -159,7 +159,7 @@ def test_functions_under_shard_map(name):
 
     def merge(a, b):
         projected = cm.core().project(a, b, RANKS, elementwise=elementwise)
-        return projected.merge(rule, key=KEY, scale=1.0).dense()
+        return projected.merge(rule, key=KEY).dense()
 
     many = jax.shard_map(
         jax.vmap(merge), mesh=mesh(8), in_specs=(P("modules"), P("modules")), out_specs=P("modules")

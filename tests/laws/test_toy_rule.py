@@ -58,7 +58,7 @@ def test_the_command_line_has_it(tmp_path, capsys):
         cm.save_peft(adapter, path)
     assert commands.run("rules", "--json") == 0
     assert json.loads(capsys.readouterr().out)["rules"]["toy"]["parameters"] == {"gain": 2.0}
-    merge = ["merge", *paths, "-o", tmp_path / "out", "--rule", "toy:gain=3"]
+    merge = ["merge", *paths, "-o", tmp_path / "out", "--rule", "toy:gain=3", "--scale", "1"]
     assert commands.run(*merge, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["cost"]["programs"] == 1
     assert commands.run(*merge) == 0
@@ -72,7 +72,7 @@ def test_it_has_a_cost_and_is_projected():
     adapters = random_adapters({"q": (8, 6)}, (2, 3))
     (cost,) = plain_stream(adapters, TOY.rule).costs()
     assert cost.work > 0
-    merged = cm.project(adapters).merge(TOY.rule, key=KEY)
+    merged = cm.project(adapters).merge(TOY.rule, scale=1.0, key=KEY)
     np.testing.assert_allclose(dense(merged["q"]), TOY.definition([x["q"] for x in adapters]))
 
 
