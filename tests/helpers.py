@@ -69,16 +69,17 @@ def statistics_of(
     inputs: Sequence[Mapping[str, np.ndarray]],
     full: bool = False,
 ) -> cm.Statistics:
-    """The statistics of inputs, in NumPy."""
+    """The statistics of inputs, in NumPy; of whole ones where these are no more than ranks."""
     grams = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter):
         tasks = [t for t, adapter in enumerate(adapters) if path in adapter]
         a = np.vstack([adapters[t][path].a for t in tasks])
-        z = [inputs[t][path] if full else inputs[t][path] @ a.T for t in tasks]
+        whole = full or len(a) >= a.shape[1]
+        z = [inputs[t][path] if whole else inputs[t][path] @ a.T for t in tasks]
         grams[path] = cm.Gram(
             matrices=np.stack([x.T @ x for x in z]),
             counts=np.array([float(len(x)) for x in z]),
-            squares=None if full else np.sum(a**2, axis=1),
+            squares=None if whole else np.sum(a**2, axis=1),
             tasks=tuple(tasks),
             ranks=tuple(adapters[t][path].rank for t in tasks),
         )

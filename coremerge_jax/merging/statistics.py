@@ -264,9 +264,13 @@ def _common_paths(
     for path, there in _spelled(statistics, paths):
         gram = statistics[there]
         needed = [(place, x[path]) for place, x in zip(places, outlines, strict=True) if path in x]
-        if all(place in gram.tasks for place, _ in needed) and _has_inputs(gram):
-            for place, lora in needed:
-                _check_shape(path, gram, gram.tasks.index(place), lora)
+        if not all(place in gram.tasks for place, _ in needed):
+            continue
+        tasks = [gram.tasks.index(place) for place, _ in needed]
+        if _has_inputs(gram, tasks):
+            for i, (_, lora) in zip(tasks, needed, strict=True):
+                _check_shape(path, gram, i, lora)
+            _check_size(path, gram, tasks, needed[0][1])
             found[path] = there
     return found
 
@@ -295,7 +299,7 @@ def match_modules(statistics: Any, outline: AdapterSource) -> Matched:
     _check_kind(statistics)
     paths = {}
     for path, there in _spelled(statistics, outline):
-        if _has_inputs(statistics[there]):
+        if _has_inputs(statistics[there], range(len(statistics[there].tasks))):
             if statistics[there].squares is None:
                 _check_shape(path, statistics[there], 0, outline[path])
             paths[path] = there
@@ -315,11 +319,22 @@ def _check_kind(statistics: Any) -> None:
         )
 
 
-def _has_inputs(gram: Gram) -> bool:
-    """Returns True if inputs have reached the module, as they may not one of many experts."""
+def _has_inputs(gram: Gram, tasks: Sequence[int]) -> bool:
+    """Returns True if inputs of some tasks have reached the module, as they may not an expert."""
     if isinstance(gram.counts, jax.core.Tracer):
         return True
-    return bool((np.asarray(jax.device_get(gram.counts)) > 0).any())
+    return bool((np.asarray(jax.device_get(gram.counts))[list(tasks)] > 0).any())
+
+
+def _check_size(path: str, gram: Gram, tasks: Sequence[int], lora: Any) -> None:
+    """Refuses more coordinates than there are inputs: the inputs do not follow from their sums."""
+    rank = sum(gram.ranks[i] for i in tasks)
+    if gram.squares is not None and rank > lora.shape[1]:
+        raise MismatchError(
+            f"statistics of module {path!r} are of {rank} coordinates in the adapters' A, and it "
+            f"has {lora.shape[1]} inputs; collect those of the inputs themselves (full=True), as "
+            "collect does where they are fewer"
+        )
 
 
 def _check_shape(path: str, gram: Gram, i: int, lora: Any) -> None:

@@ -331,6 +331,11 @@ def test_statistics_of_other_adapters(adapters, statistics):
         plain_merge(nameless[:2], cm.regmean(), statistics=unknown)
     with pytest.raises(cm.MismatchError, match="expected those of the inputs themselves"):
         plain_merge(adapters, cm.regmean(), space=cm.full(), statistics=statistics)
+    small = random_adapters({"q": (8, 6)}, RANKS)
+    full = statistics_of(small, random_inputs(small), full=True)
+    wide = dataclasses.replace(full["q"], matrices=np.ones((3, 9, 9)), squares=np.ones(9))
+    with pytest.raises(cm.MismatchError, match="'q' are of 9 coordinates.* has 6 inputs"):
+        plain_merge(small, PLAIN, statistics=cm.Statistics({"q": wide}, full.adapters))
     with pytest.raises(cm.RecipeError, match="expected Statistics, got dict"):
         plain_merge(adapters, cm.regmean(), statistics=dict(statistics))
 
