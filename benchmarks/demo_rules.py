@@ -17,7 +17,7 @@ from common.normalized import Normalized
 from common.publish import Sheet, publish, script
 
 import coremerge_jax as cm
-from coremerge_jax import search
+from coremerge_jax import demo, search
 from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
 
@@ -26,6 +26,7 @@ CASES = (
     *((rule, "core") for rule in ("mean", "task_arithmetic", "ties", "sce", "tsv", "cart")),
     *((rule, "core") for rule in ("iso_cts", "dc_merge", "dare", "prune", "isotropize")),
     *((rule, "core") for rule in ("flatten", "svc", "pico")),
+    *((rule, "core") for rule in ("regmean", "regmean:orthogonalize=false,ridge=0.01")),
     *((f"flatten:power={power} + tsv", "core") for power in (0.0, 0.25, 0.5, 0.75)),
     ("tsv + isotropize", "core"),
     ("tsv + flatten", "core"),
@@ -47,13 +48,15 @@ CASES = (
 )
 NOTES = """\
 Accuracy relative to each task's own adapter, mean over tasks, in %: on the 297 validation images,
-on which the scale is chosen (of 0.1, 0.15, …, 4), and on the 500 test images of each task."""
+on which the scale is chosen (of 0.1, 0.15, …, 4), and on the 500 test images of each task.
+`regmean` has statistics of 64 validation images of each task."""
 
 
 def measure(rules: str, space: str, normalized: Normalized) -> dict[str, Any]:
     """Returns one row of the table."""
     rule = parse_chain(rules)
-    projected = cm.project(normalized.adapters, space=parse_space(space))
+    inputs = demo.statistics() if rule.needs_inputs else None
+    projected = cm.project(normalized.adapters, space=parse_space(space), statistics=inputs)
     key = jax.random.key(0)
     swept = search.sweep(projected, rule, normalized, {"scale": SCALES}, key=key)
     merged = projected.merge(rule, scale=swept.best.scale, key=key)

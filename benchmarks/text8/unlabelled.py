@@ -165,9 +165,11 @@ class Unlabelled:
     ) -> tuple[cm.Adapter, dict[str, float]]:
         """Cuts a merge to a rank or a budget, plainly or in the metric of the inputs."""
         seconds: dict[str, float] = {}
-        statistics = self.statistics(INPUTS) if metric else None
+        inputs: dict[str, Any] = {}
+        if metric:
+            inputs = {"statistics": self.statistics(INPUTS), "sources": self.adapters}
         with _timed(seconds, "cut"):
-            small, _ = cm.truncate(merged, statistics=statistics, sources=self.adapters, **limit)
+            small, _ = cm.truncate(merged, **inputs, **limit)
         return small, seconds
 
     # --- Results -------------------------------------------------------------------------------

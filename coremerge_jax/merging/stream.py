@@ -103,8 +103,8 @@ class MergeStream:
 
     def _is_measured(self, batch: Group) -> bool:
         """Returns True if the automatic scale of a batch takes a first pass."""
+        auto = any(scale is AUTO for scale in (self._job.scales or {}).values())
         rule = self._job.rule_of(batch) or self._rule
-        auto = any((self._job.scales or {})[path] is AUTO for path in batch.paths)
         return auto and given_scale(rule, len(batch.ranks)) is None
 
     def decisions(self) -> dict[tuple[str, ...], Decisions]:

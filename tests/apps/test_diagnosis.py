@@ -100,7 +100,7 @@ def test_only_the_updates_matter():
 def test_a_weighted_sum_is_explained_by_its_weights():
     given_ = adapters()
     weights = np.asarray([0.5, 1.0, -2.0])
-    merged = cm.merge(given_, cm.task_arithmetic(weights=weights))
+    merged = cm.merge(given_, cm.task_arithmetic(weights=weights), scale=1.0)
     diagnosis = cm.diagnose(given_, merged)
     assert_equal(diagnosis.totals()["unexplained"], 0)
     for module in diagnosis:

@@ -201,7 +201,7 @@ module.{name} = paused
 """
 STAGES = {
     "reading": PAUSE.format(module="io.formats", name="open_adapter"),
-    "merging": PAUSE.format(module="merging.truncation", name="truncate"),
+    "merging": PAUSE.format(module="merging.truncation", name="group_modules"),
     "writing": PAUSE.format(module="io.adapter_writer", name="model_card"),
 }
 

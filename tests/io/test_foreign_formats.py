@@ -911,7 +911,8 @@ def test_conversions_between_names(rng, tmp_path, source, to):
 def test_merges_read_and_write_them(rng, tmp_path):
     for name in "ab":
         save(make(rng, MADE["kohya"]), tmp_path / name, "kohya")
-    merged = run("merge", tmp_path / "a", tmp_path / "b", "--rule", "mean", "-o", tmp_path / "m")
+    options = ["--rule", "mean", "--scale", "1", "-o", tmp_path / "m"]
+    merged = run("merge", tmp_path / "a", tmp_path / "b", *options)
     assert merged.code == 0, merged.err
     done = run("convert", tmp_path / "m", "--to", "kohya", "-o", tmp_path / "out")
     assert done.code == 0, done.err

@@ -334,7 +334,7 @@ def test_statistics_of_other_adapters(adapters, statistics):
     small = random_adapters({"q": (8, 6)}, RANKS)
     full = statistics_of(small, random_inputs(small), full=True)
     wide = dataclasses.replace(full["q"], matrices=np.ones((3, 9, 9)), squares=np.ones(9))
-    with pytest.raises(cm.MismatchError, match="'q' are of 9 coordinates.* has 6 inputs"):
+    with pytest.raises(cm.MismatchError, match=r"'q' are of 9 coordinates.* has 6 inputs"):
         plain_merge(small, PLAIN, statistics=cm.Statistics({"q": wide}, full.adapters))
     with pytest.raises(cm.RecipeError, match="expected Statistics, got dict"):
         plain_merge(adapters, cm.regmean(), statistics=dict(statistics))
