@@ -309,7 +309,12 @@ WITH_INPUTS = {
     "regmean": Case(
         "regmean",
         cm.regmean(),
-        refused={"ridge": [0, -1], "weighting": ["traces", 1], "orthogonalize": ["yes", 1]},
+        refused={
+            "ridge": [0, -1],
+            "norm": [0, -1],
+            "weighting": ["traces", 1],
+            "orthogonalize": ["yes", 1],
+        },
     ),
 }
 """Rules that need inputs: their laws are in `laws/test_regression.py`."""

@@ -119,7 +119,7 @@ class Chain(Rule):
         """Returns the automatic scale of the rule that merges, if it is the only one."""
         return None if self.before or self.after else self.reducer.auto_scale(tasks)
 
-    def auto_norm(self, tasks: int) -> float:
+    def auto_norm(self, tasks: int) -> float | jax.Array:
         """Returns the norm that the result should have: that of a flat one, or of the reducer."""
         parts = (*reversed(self.after), self.reducer)
         return next((part for part in parts if part.flat), self.reducer).auto_norm(tasks)

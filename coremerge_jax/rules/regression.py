@@ -57,20 +57,26 @@ class regmean(Rule):
             2411.15231). ``"trace"``: 1 / tr K_t. With both, tasks with many or large inputs do not
             count for more. ``"none"``: 1, as in RegMean's paper.
         orthogonalize: False for the solution itself, as in RegMean's paper.
+        norm: of the result at the automatic scale, as a multiple of √(Σ_t ‖ΔW_t‖²) over all
+            modules; None is 1, or 0.75 if not orthogonalized.
     """
 
     ridge: float | jax.Array = 0.03
     weighting: str = field(default="iteris", metadata={"static": True})
     orthogonalize: bool = field(default=True, metadata={"static": True})
+    norm: float | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
     needs_inputs = True
 
     def __post_init__(self) -> None:
         check("ridge", self.ridge, lambda x: x > 0, "a number above 0")
+        check("norm", self.norm, lambda x: x > 0, "a number above 0")
         check_choice("weighting", self.weighting, ("trace", "iteris", "none"))
         check_choice("orthogonalize", self.orthogonalize, (False, True))
 
-    def auto_norm(self, tasks: int) -> float:
+    def auto_norm(self, tasks: int) -> float | jax.Array:
+        if self.norm is not None:
+            return self.norm
         return 1.0 if self.orthogonalize else 0.75
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:

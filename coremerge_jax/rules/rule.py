@@ -182,7 +182,7 @@ class Rule:
         """Returns the automatic scale of a merge of so many adapters; None if its norm decides."""
         return None
 
-    def auto_norm(self, tasks: int) -> float:
+    def auto_norm(self, tasks: int) -> float | jax.Array:
         """Returns the norm that a merge of so many adapters should have.
 
         As a multiple of √(Σ_t ‖ΔW_t‖²). With these, merges of two, four and eight adapters are near

@@ -107,7 +107,7 @@ class tsv(Rule):
 
     def auto_scale(self, tasks: int) -> float:
         # The norm of the merge is nearly √(Σ ‖M_t‖²), as its singular values are those of the M_t.
-        return self.auto_norm(tasks)
+        return float(self.auto_norm(tasks))
 
     def pieces(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> LoRA:
         merged = self.merge(cores, key=key, context=context)

@@ -11,7 +11,19 @@ import pytest
 from common.publish import publish
 from flax import nnx
 from safetensors.numpy import save_file
-from text8 import figure, methods, minilm, results, scoring, sources, study, tables, tasks, training
+from text8 import (
+    figure,
+    methods,
+    minilm,
+    results,
+    scoring,
+    sources,
+    study,
+    tables,
+    tasks,
+    training,
+    unlabelled,
+)
 from text8.methods import Method
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -254,6 +266,36 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     again = study.Study(done.folder, done.model, done.tasks, done.sizes, done.epochs, said.append)
     assert results.collect(again) == found
     assert len(said) == count
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("_lenient")
+def test_merges_with_unlabelled_inputs(made, tmp_path, monkeypatch):
+    run, said = made
+    monkeypatch.setattr(results, "RANK", 4)
+    monkeypatch.setattr(training, "RATE", 0.03)
+    monkeypatch.setattr(unlabelled, "COUNTS", (8, 16))
+    monkeypatch.setattr(unlabelled, "INPUTS", 16)
+    monkeypatch.setattr(unlabelled, "LEARNED", 16)
+    monkeypatch.setattr(unlabelled, "CUT", 2)
+    monkeypatch.setattr(unlabelled, "SCALES", (0.5, 1.0))
+    result = results.collect_unlabelled(run)
+    for rows in result.values():
+        assert all(0 < row["test"] < 1.5 for row in rows)
+    first, *others = result["merges"]
+    assert first["difference"] == 0
+    assert {row["merge"] for row in others} >= {"regmean", "tsv, distilled"}
+    assert [row["merge"] for row in result["curve"]] == ["8 inputs", "16 inputs"]
+    assert {row["rank"] for row in result["cuts"] if row["merge"].startswith("tsv, rank")} == {2}
+    assert any("seconds" in row and row["seconds"].get("learn") for row in others)
+    sheets = tables.unlabelled_sheets(result)
+    machine = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
+    made_of = {"machine": machine | {"others": None}, **result}
+    publish(tmp_path / "text8", "Texts", made_of, sheets, tables.UNLABELLED_NOTES)
+    text = (tmp_path / "text8.md").read_text()
+    assert text.count("| regmean |") == 1
+    assert said
 
 
 @pytest.mark.oracle

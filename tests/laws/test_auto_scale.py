@@ -27,6 +27,8 @@ BY_NORM = {
     "isotropize": cm.isotropize(),
     "tsv, isotropize": cm.chain(cm.tsv(), cm.isotropize()),
     "ties of the model": cm.ties(scope="model"),
+    "regmean": cm.regmean(),
+    "regmean of a norm": cm.regmean(orthogonalize=False, norm=0.4),
 }
 
 
@@ -46,7 +48,8 @@ def norm(adapter, paths):
 def test_a_merge_has_the_norm_that_it_should_have(adapters, name):
     """By number of adapters; and apart from that, it is the plain merge."""
     rule = BY_NORM[name]
-    merged, plain = cm.merge(adapters, rule), plain_merge(adapters, rule)
+    inputs = {"statistics": statistics_of(adapters, random_inputs(adapters))}
+    merged, plain = cm.merge(adapters, rule, **inputs), plain_merge(adapters, rule, **inputs)
     for path, tasks in (("a.q", 3), ("b.q", 2)):
         updates = np.linalg.norm([norm(adapter, [path]) for adapter in adapters])
         expected = cm.chain(rule).auto_norm(tasks) * updates
