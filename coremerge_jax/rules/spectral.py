@@ -146,6 +146,9 @@ class cart(Rule):
         check("rank", self.rank, lambda x: x >= 1 if whole else 0 < x <= 1, expected)
         check("scale", self.scale, lambda _: True, "a finite number")
 
+    def auto_norm(self, tasks: int) -> float:
+        return min(0.85, float(super().auto_norm(tasks)))
+
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         dtype = dtype_of(cores)
         rank = jnp.asarray(self.rank)

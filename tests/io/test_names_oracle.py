@@ -363,7 +363,7 @@ def test_peft_loads_a_merge_with_an_older_adapter_in_any_order(tmp_path, case, o
     }
     adapters = [cm.open_peft(tmp_path / "new"), cm.Adapter(old)][::order]
     with pytest.warns(CoreMergeWarning, match="names the same modules in another way"):
-        merged = cm.merge(adapters, cm.task_arithmetic())
+        merged = cm.merge(adapters, cm.task_arithmetic(), scale=1.0)
     assert len(merged) == len(old)
     save_peft(merged, tmp_path / "merged")
     model = peft.PeftModel.from_pretrained(
@@ -398,7 +398,7 @@ def test_peft_loads_a_merge_of_adapters_of_two_releases(tmp_path, case):
     )
     adapters = [cm.open_peft(tmp_path / "new"), cm.Adapter(old)]
     with pytest.warns(CoreMergeWarning, match="names the same modules in another way"):
-        merged = cm.merge(adapters, cm.task_arithmetic())
+        merged = cm.merge(adapters, cm.task_arithmetic(), scale=1.0)
     assert not any(path.endswith("]") for path in merged)
     save_peft(merged, tmp_path / "merged")
     model = kind.from_pretrained(tmp_path / "base")
