@@ -46,6 +46,7 @@ class Job:
         weights: one per adapter that the user gave, or None.
         scales: by path, numbers or `AUTO`; None if adapters are only projected.
         statistics: of the modules' inputs; None if there are none.
+        norms: find the norms of updates while they are merged.
         key: PRNG key; None for rules that draw no random numbers.
         precision: to compute in, see `computing`.
         devices: those that share the work; None for one device.
@@ -60,6 +61,7 @@ class Job:
     precision: str | None = None
     devices: Devices | None = None
     statistics: Matched | None = None
+    norms: bool = False
     scratch: Scratch = dataclasses.field(default_factory=Scratch)
 
     @property
@@ -95,14 +97,14 @@ class Job:
                 weights = xp.asarray(self.weights, dtype)[tasks]
             if self.scales is not None:
                 rows = [self.scales[path] for path in batch.padded(batch.paths)]
-                # Where the automatic scale is not known yet, it has no effect on what is asked.
+                # What automatic scales are not known for is scaled later, or only asked for shapes.
                 numbers = [1.0 if scale is AUTO else scale for scale in rows]
                 scales = xp.stack([xp.asarray(number, dtype) for number in numbers])
             # Tasks and names are concrete, inside a user's jit too.
             grams = self._grams(batch, a)
             yield (
                 Inputs(a, b, weights, tasks, batch.names, scales, grams),
-                Settings(batch.ranks, self.space, dtype, batch.shape, self.devices),
+                Settings(batch.ranks, self.space, dtype, batch.shape, self.devices, self.norms),
             )
 
     def _grams(self, batch: Group, a: Any) -> Any:
@@ -249,6 +251,24 @@ class Job:
 def without_inputs(rule: Chain) -> Chain:
     """Returns the rule for modules without statistics: `tsv` in place of one that needs them."""
     return dataclasses.replace(rule, reducer=tsv()) if rule.reducer.needs_inputs else rule
+
+
+def scaled(path: str, lora: LoRA, scale: float, peak: float) -> LoRA:
+    """Returns a merged module times a scale.
+
+    Args:
+        path: of the module.
+        lora: the module.
+        scale: the scale.
+        peak: the largest magnitude in its B.
+
+    Raises:
+        MismatchError: the result is too large for its dtype.
+    """
+    dtype = lora.b.dtype
+    if peak * abs(scale) > float(jnp.finfo(dtype).max):
+        raise overflow(path, dtype)
+    return dataclasses.replace(lora, b=lora.b * np.asarray(scale, dtype))
 
 
 def overflow(path: str, dtype: np.dtype) -> MismatchError:

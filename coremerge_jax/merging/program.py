@@ -57,10 +57,13 @@ class Facts:
             if all entries are, and not finite if one is not (or, which is rare, if they are so
             large that their sum overflows).
         peaks: ``(L, C)``, the largest magnitude in the merged B; not finite if it overflowed.
+        squares: ``(L, 2)``, the squared norm of the merged update before scaling, and the sum of
+            those of the adapters' updates; None if they were not asked for.
     """
 
     sizes: Any
     peaks: Any
+    squares: Any = None
 
     @property
     def finite(self) -> np.ndarray:
@@ -87,6 +90,7 @@ class Settings(NamedTuple):
         dtype: to compute in.
         shape: ``(m, n)`` of the modules.
         devices: those that share the work; None for one device.
+        norms: True if merges also find the norms of updates.
     """
 
     ranks: tuple[int, ...]
@@ -94,6 +98,7 @@ class Settings(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, int]
     devices: Devices | None = None
+    norms: bool = False
 
     @property
     def axis(self) -> str | None:
@@ -259,16 +264,23 @@ def merge_stack(
         rule: Chain, key: jax.Array | None, module: Inputs
     ) -> tuple[jax.Array | None, jax.Array, jax.Array, Facts]:
         good: bool | jax.Array = True
+        squares = None
         if decisions.space is None:
             factors, kept = None, keep_a and bool(decisions.keeps_a)
             lora = merge_linear(rule, module, settings)
+            if settings.norms:
+                squares = jnp.stack(_linear_squares(rule, module, settings))
         else:
             projection = project_module(module, settings, elementwise=decisions.basis == "singular")
             factors, good = projection.factors, projection.keeps_a
             kept = keep_a and good is not False
-            lora = merge_projection(rule, key, projection, module.tasks, module.names, keep_a=kept)
+            own_key = module_key(key, module.names)
+            core = projection.merge_cores(rule, key=own_key, tasks=module.tasks)
+            lora = projection.expand(core, keep_a=True if kept else None)
+            if settings.norms:
+                squares = jnp.stack([jnp.sum(dense(core) ** 2), jnp.sum(projection.squares)])
         b = finish(jnp.asarray(lora.b), module.scale, inputs.b.dtype)
-        facts = _facts(rule, module, factors, b, settings)
+        facts = dataclasses.replace(_facts(rule, module, factors, b, settings), squares=squares)
         if kept:
             return None, b, jnp.asarray(good), facts
         return jnp.asarray(lora.a).astype(inputs.a.dtype), b, jnp.asarray(True), facts
@@ -276,7 +288,9 @@ def merge_stack(
     def specs(devices: Devices) -> tuple:
         modules, axis = devices.mesh.axis_names[0], devices.axis
         facts = Facts(
-            sizes=PartitionSpec(modules, None, None, axis), peaks=PartitionSpec(modules, axis)
+            sizes=PartitionSpec(modules, None, None, axis),
+            peaks=PartitionSpec(modules, axis),
+            squares=PartitionSpec(modules) if settings.norms else None,
         )
         return (*devices.specs, facts)
 

@@ -16,7 +16,7 @@ from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.batches import map_batches, split_groups
 from coremerge_jax.merging.cost import Cost, cost
 from coremerge_jax.merging.groups import Group
-from coremerge_jax.merging.job import Job, without_inputs
+from coremerge_jax.merging.job import Job, scaled, without_inputs
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import Decisions, Facts
@@ -140,6 +140,11 @@ class MergeStream:
                 own = self._share()[0].auto_scales
         else:
             own = self.auto_scales
+        return self._by_path(own)
+
+    def _by_path(self, own: Mapping[tuple[int, bool], Any]) -> dict[str, Any]:
+        """Returns the scale of each module, given the automatic ones by kind."""
+        scales = self._job.scales or {}
         return {
             path: own[_kind(group, self._rule)] if scales[path] is AUTO else scales[path]
             for group in self._job.present.groups
@@ -163,14 +168,25 @@ class MergeStream:
     @functools.cached_property
     def auto_scales(self) -> dict[tuple[int, bool], Any]:
         """The automatic scales of all kinds of modules, see `_kind`."""
-        job, most = self._with_thresholds, len(self._job.present.adapters)
+        unknown = [batch for batch in self._batches if self._is_measured(batch)]
+        measured = map_batches(self._with_thresholds.measure, unknown, self._workers)
+        return self._scales_to_norms((_kind(batch, self._rule), x) for batch, x in measured)
+
+    def _scales_to_norms(
+        self, squares: Iterable[tuple[tuple[int, bool], tuple[Any, Any]]]
+    ) -> dict[tuple[int, bool], Any]:
+        """Returns the automatic scales by kind.
+
+        Args:
+            squares: kinds of modules, and sums of the squared norms of their merged updates and of
+                the adapters'.
+        """
+        job, most = self._job, len(self._job.present.adapters)
         rules = {False: self._rule, True: without_inputs(self._rule)}
         kinds = list(itertools.product(range(1, most + 1), rules))
         found = {kind: given_scale(rules[kind[1]], kind[0]) for kind in kinds}
         sums: dict[tuple[int, bool], Any] = dict.fromkeys(kinds, (0.0, 0.0))
-        unknown = [batch for batch in self._batches if self._is_measured(batch)]
-        for batch, (merged, updates) in map_batches(job.measure, unknown, self._workers):
-            kind = _kind(batch, self._rule)
+        for kind, (merged, updates) in squares:
             sums[kind] = sums[kind][0] + merged, sums[kind][1] + updates
         if self._shared:
             rows = total(np.asarray([*sums.values()]))[0]
@@ -210,11 +226,50 @@ class MergeStream:
         """Collects the whole merge in memory."""
         present = self._job.present
         if not self.processes:
-            return present.adapter({path: lora for part in self for path, lora in part.items()})
+            parts = [self._scaled_last()] if self._can_scale_last else self
+            return present.adapter({path: lora for part in parts for path, lora in part.items()})
         share, owner = self.share()
         with failing_together():
             own = {path: lora for part in share for path, lora in part.items()}
         return present.adapter(gather(own, self.outline, owner))
+
+    @property
+    def _can_scale_last(self) -> bool:
+        """True if one pass will do: all updates are merged, and scaled when all norms are known.
+
+        Not in a dtype of few digits, to which scaled updates have to be rounded once.
+        """
+        job = self._job
+        if (
+            job.traced
+            or self._shared
+            or self.spread
+            or not any(map(self._is_measured, self._batches))
+        ):
+            return False
+        dtypes = {batch.shapes(job.present.outlines)[1].dtype.name for batch in self._batches}
+        return dtypes <= {"float32", "float64"}
+
+    def _scaled_last(self) -> dict[str, LoRA]:
+        """Merges all modules in one pass, and then scales them."""
+        job = dataclasses.replace(self._with_thresholds, norms=True)
+        modules: dict[str, LoRA] = {}
+        peaks: dict[str, float] = {}
+        squares = []
+        self.effects.reset()
+        for batch, (a, b, facts) in map_batches(job.merge, self._batches, self._workers):
+            assert facts is not None
+            self.effects.add(batch, facts)
+            number = len(batch.paths)
+            squares.append((_kind(batch, self._rule), facts.squares[:number].sum(axis=0)))
+            peaks |= dict(zip(batch.paths, facts.peak.tolist(), strict=False))
+            modules |= job.modules(batch, a, b)
+        scales = self._by_path(self._scales_to_norms(squares))
+        auto = [path for path, scale in (job.scales or {}).items() if scale is AUTO]
+        with computing(job.precision):
+            for path in auto:
+                modules[path] = scaled(path, modules[path], scales[path], peaks[path])
+        return modules
 
     @property
     def own(self) -> "MergeStream":

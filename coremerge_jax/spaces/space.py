@@ -203,7 +203,10 @@ class Projection:
             keep_a: True if the result has the A factors of the adapters; by default, if
                 `keeps_a`.
         """
-        merged = self.merge_cores(rule, key=key, tasks=tasks)
+        return self.expand(self.merge_cores(rule, key=key, tasks=tasks), keep_a=keep_a)
+
+    def expand(self, merged: Merged, *, keep_a: bool | None = None) -> LoRA:
+        """Returns the update that the result of `merge_cores` stands for; see `merge`."""
         return self._expand(merged, self.keeps_a if keep_a is None else keep_a)
 
     def merge_cores(

@@ -94,6 +94,22 @@ def test_larger_updates_make_larger_merges(adapters):
     assert_same(cm.merge(adapters, cm.ties(), weights=[2, 2, 2]), doubled, 1e-9)
 
 
+def test_part_by_part(adapters):
+    """In two passes, where a merge in memory takes one."""
+    for rule in (cm.ties(), cm.mean()):
+        parts = {p: x for part in cm.merge_stream(adapters, rule) for p, x in part.items()}
+        assert_same(parts, dict(cm.merge(adapters, rule)), 1e-12)
+
+
+def test_a_merge_that_the_scale_makes_too_large_is_refused():
+    huge = [
+        cm.Adapter({"q": cm.LoRA(a=np.ones((1, 2), "float32"), b=np.full((2, 1), x, "float32"))})
+        for x in (3e38, -2.9e38)
+    ]
+    with pytest.raises(cm.MismatchError, match="'q': the merged update overflows float32"):
+        cm.merge([*huge, *huge], cm.mean())
+
+
 def test_of_projected_adapters(adapters):
     projected = cm.project(adapters)
     for rule in (cm.ties(), cm.tsv(), cm.task_arithmetic()):
