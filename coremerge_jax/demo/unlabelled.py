@@ -13,8 +13,7 @@ from coremerge_jax.demo.model import Params, fold, forward
 # Images of each task: for statistics, and for coefficients; and in a batch.
 INPUTS, LEARNED, BATCH = 64, 80, 8
 
-REGMEAN = cm.regmean(orthogonalize=False, ridge=0.01)
-SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25)
+REGMEAN = cm.regmean(orthogonalize=False, ridge=0.01, norm=1.0)
 
 
 def inputs(count: int = INPUTS) -> list[list[jax.Array]]:
@@ -49,17 +48,9 @@ def _adapters() -> list[cm.Adapter]:
     return [cm.load_peft(path) for path in adapters()]
 
 
-def choose(rule: cm.rules.Rule) -> cm.Adapter:
-    """Returns a merge at the scale at which it agrees best with the adapters' own predictions."""
-    projected = cm.project(_adapters(), statistics=statistics() if rule.needs_inputs else None)
-    judge = cm.search.agreement(predict, projected, inputs(), params=base())
-    best = cm.search.sweep(projected, rule, judge, {"scale": SCALES}).best
-    return projected.merge(rule, scale=best.scale)
-
-
 WITH_INPUTS: dict[str, Callable[[], cm.Adapter]] = {
-    "regmean": lambda: choose(REGMEAN),
+    "regmean": lambda: cm.merge(_adapters(), REGMEAN, statistics=statistics()),
     "tsv, distilled": lambda: distill(cm.tsv()),
     "regmean, distilled": lambda: distill(REGMEAN),
 }
-"""Merges whose scale or coefficients are found by agreement with the adapters, by name."""
+"""Merges at the automatic scale, or with learned coefficients, by name."""

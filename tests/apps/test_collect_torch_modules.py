@@ -12,6 +12,7 @@ import coremerge_jax as cm
 
 pytestmark = [
     pytest.mark.oracle,
+    pytest.mark.nightly,
     # Warnings of torch and transformers themselves.
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::FutureWarning"),

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 
-@pytest.mark.wide
+@pytest.mark.nightly
 def test_a_table_is_written(tmp_path, monkeypatch):
     small = dataclasses.replace(collecting.CONFIG, hidden_size=24, intermediate_size=48)
     monkeypatch.setattr(collecting, "CONFIG", small)

@@ -42,7 +42,7 @@ def finish(processes):
 
 
 @pytest.mark.parametrize(
-    "limit", [["--energy", "0.99"], pytest.param(["--budget", "3"], marks=pytest.mark.wide)]
+    "limit", [["--energy", "0.99"], pytest.param(["--budget", "3"], marks=pytest.mark.nightly)]
 )
 def test_as_one_process_does(coremerge, adapters, tmp_path, limit):
     options = ["--rule", "dare:drop=0.3", "--rule", "ties:scope=model", *limit, "--uniform-rank"]
@@ -65,6 +65,7 @@ def dead(adapters, tmp_path):
     return tmp_path / "dead"
 
 
+@pytest.mark.nightly
 def test_one_process_tells_of_an_adapter_without_an_effect(adapters, dead, tmp_path):
     codes, told = finish(start(dead, adapters[1], "-o", tmp_path / "out"))
     assert codes == [0, 0], told

@@ -182,6 +182,7 @@ def test_inputs_of_flax_models(model, kind, source):
     assert_inputs(statistics, adapters, inputs(model, readers, batches))
 
 
+@pytest.mark.wide
 def test_all_inputs_and_many_rows(model):
     adapters, batches = model_adapters(), batches_of(BATCH, LENGTH, WIDTH, count=1)
     expected = inputs(model, adapters, batches)
@@ -206,6 +207,7 @@ def test_all_inputs_and_many_rows(model):
     assert_inputs(statistics, wide, {key: x for key, x in expected.items() if key[1] < 2})
 
 
+@pytest.mark.wide
 def test_halves_add_up_and_adapters_commute(model):
     adapters, batches = model_adapters(), batches_of(BATCH, LENGTH, WIDTH)
     every = cm.collect(model, adapters, batches, run)
@@ -220,6 +222,7 @@ def test_halves_add_up_and_adapters_commute(model):
         assert distance(np.asarray(other[path].dense()), np.asarray(lora.dense())) < 1e-4
 
 
+@pytest.mark.wide
 def test_padding_does_not_count(model):
     adapters, batches = model_adapters(), batches_of(BATCH, LENGTH, WIDTH, count=1)
     expected = cm.collect(model, adapters, batches, run)
@@ -313,6 +316,7 @@ def kernel(params, name):
     return functools.reduce(lambda node, part: node[part], [*path, "kernel"], params)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("full", [False, True])
 def test_every_order_of_axes(full):
     params, shapes, axes, x, expected = product_setup()
@@ -433,6 +437,7 @@ def products(program):
     return count
 
 
+@pytest.mark.wide
 def test_models_run_once(model):
     """One program for all batches, with two products a module more than the model has."""
     adapters, calls = model_adapters(), []
@@ -498,6 +503,7 @@ def test_shared_batches(model):
     assert_equal(mapped(halves), expected)
 
 
+@pytest.mark.wide
 def test_sums_of_float64():
     with jax.enable_x64(True):
         shapes = {"lin": (7, WIDTH)}
@@ -513,6 +519,7 @@ def test_sums_of_float64():
 # --- Real models ---------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_the_demo():
     base = traverse_util.unflatten_dict(dict(demo.base()), sep=".")
     adapters = [cm.load_peft(path) for path in demo.adapters()]
@@ -640,6 +647,7 @@ def test_arguments_that_do_not_fit(options, error, message):
         collect_small(used, **options)
 
 
+@pytest.mark.wide
 def test_a_merge_with_more_modules():
     """What reads the inputs may have modules that no adapter has."""
     rng = np.random.default_rng(8)
@@ -658,6 +666,7 @@ def test_a_merge_with_more_modules():
     assert_inputs(found, [alone], {("one", 0): x @ kernel})
 
 
+@pytest.mark.wide
 def test_adapters_that_do_not_fit(model):
     small = adapters_of(SMALL)[0]
     conv = cm.Kind("conv2d", kernel=(3, 2, 2))

@@ -174,6 +174,7 @@ def test_is_reduced_rank_regression(outer, space):
             np.testing.assert_allclose(*norms)
 
 
+@pytest.mark.wide
 def test_sources_are_not_needed_for_kept_factors_or_whole_inputs(outer):
     adapters, inputs = outer
     for space, full in ((cm.core(), False), (cm.tucker(rank=6), True)):
@@ -185,6 +186,7 @@ def test_sources_are_not_needed_for_kept_factors_or_whole_inputs(outer):
         cm.truncate(merged, rank=3, statistics=statistics_of(adapters, inputs))
 
 
+@pytest.mark.wide
 def test_rows_of_norm_1_do_not_show_whose_they_are(outer):
     adapters, inputs = outer
     same = map_factors(adapters, lambda a, b: (np.linalg.qr(a.T)[0].T, b))
@@ -194,6 +196,7 @@ def test_rows_of_norm_1_do_not_show_whose_they_are(outer):
         cm.truncate(merged, rank=3, statistics=statistics)
 
 
+@pytest.mark.wide
 def test_where_ranks_exceed_rows_or_columns():
     adapters = random_adapters(FEW, RANKS)
     inputs = skewed_inputs(adapters)
@@ -204,6 +207,7 @@ def test_where_ranks_exceed_rows_or_columns():
         assert_same(cut, by_definition(merged, inputs, 2), 1e-8)
 
 
+@pytest.mark.wide
 def test_a_function_of_the_update_and_the_inputs(outer, seed):
     """Not of the factors, the adapters' factors, the size of inputs of a task or copies of A."""
     adapters, inputs = outer
@@ -230,6 +234,7 @@ def test_a_function_of_the_update_and_the_inputs(outer, seed):
         assert_same(cut, expected, 1e-8)
 
 
+@pytest.mark.wide
 def test_inputs_of_all_directions_alike_cut_as_none(outer):
     adapters, _ = outer
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
@@ -241,6 +246,7 @@ def test_inputs_of_all_directions_alike_cut_as_none(outer):
     assert kept == pytest.approx(shares, rel=1e-9)
 
 
+@pytest.mark.wide
 def test_its_outputs_are_the_nearest(outer):
     """Nearer than those of the plain cut, and than those of any changed one of this rank."""
     adapters, inputs = outer
@@ -266,6 +272,7 @@ def test_its_outputs_are_the_nearest(outer):
             assert least <= error(b @ a @ rows.T)
 
 
+@pytest.mark.wide
 def test_energy_is_that_of_outputs(outer):
     adapters, inputs = outer
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
@@ -315,6 +322,7 @@ def test_traced_factors_are_cut_by_outputs_alike(outer):
     np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2, rtol=1e-4)
 
 
+@pytest.mark.wide
 def test_modules_without_statistics_are_cut_plainly(outer):
     adapters, inputs = outer
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
@@ -330,6 +338,7 @@ def test_modules_without_statistics_are_cut_plainly(outer):
         cm.truncate(merged, rank=3, statistics=none, sources=adapters)
 
 
+@pytest.mark.wide
 def test_wrong_statistics_are_refused(outer):
     adapters, inputs = outer
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
@@ -351,6 +360,7 @@ def test_wrong_statistics_are_refused(outer):
         cm.truncate(only, rank=3, statistics=broken, sources=adapters)
 
 
+@pytest.mark.wide
 def test_a_turn_of_the_inputs_turns_the_cut(outer, seed):
     adapters, inputs = outer
     statistics = statistics_of(adapters, inputs)
