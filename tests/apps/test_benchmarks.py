@@ -30,7 +30,7 @@ def run_speed(tmp_path):
 @pytest.mark.parametrize(
     ("only", "rules"),
     [
-        (["vit-b32"], ["ties"]),
+        pytest.param(["vit-b32"], ["ties"], marks=pytest.mark.nightly),
         pytest.param(["vit-b32", "satur*"], ["ties", "tsv+iso-c"], marks=pytest.mark.nightly),
     ],
 )

@@ -72,6 +72,7 @@ def test_finds_the_coefficients_of_a_merge(adapters, name):
             np.testing.assert_allclose(found.weights[path], expected, atol=0.05)
 
 
+@pytest.mark.wide
 def test_groups(adapters):
     loss = loss_to(adapters[0])
     by_adapter = search.fit(loss, adapters, cm.mean(), inputs(5))
@@ -84,6 +85,7 @@ def test_groups(adapters):
     assert list(by_module.groups) == list(SHAPES)
 
 
+@pytest.mark.wide
 def test_stops_early_and_keeps_the_best(adapters):
     """The batches lead away from where the validation batches are best."""
     projected = cm.project(adapters)
@@ -117,6 +119,7 @@ def test_one_compilation(adapters):
     assert traced == 2  # the step, and the loss alone
 
 
+@pytest.mark.wide
 def test_what_is_refused(adapters):
     loss = loss_to(adapters[0])
     with pytest.raises(ValueError, match="no batches to learn from"):
@@ -133,6 +136,7 @@ def test_what_is_refused(adapters):
         )
 
 
+@pytest.mark.wide
 def test_losses_of_logits():
     logits = jnp.asarray([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
     assert float(search.entropy(logits)) == pytest.approx(np.log(4) / 2, rel=1e-6)
@@ -142,6 +146,7 @@ def test_losses_of_logits():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.wide
 def test_plot(adapters, tmp_path):
     found = search.fit(
         loss_to(adapters[0]), adapters, cm.mean(), inputs(25), validation=inputs(1), every=10
@@ -153,6 +158,7 @@ def test_plot(adapters, tmp_path):
     assert list(validation.get_xdata()) == [0, 10, 20, 25]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("given", "match"),
     [

@@ -34,7 +34,8 @@ def test_learned_coefficients_beat_the_best_scale(tmp_path, monkeypatch):
     assert "| task_arithmetic | per module, labels |" in (tmp_path / "fit.md").read_text()
 
 
-@pytest.mark.parametrize("scales", [2, pytest.param(5, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scales", [2, 5])
 def test_rules_on_the_demo(tmp_path, monkeypatch, scales):
     monkeypatch.setattr(demo_rules, "SCALES", np.linspace(0.4, 0.8, scales))
     names = {part.split(":")[0] for rule, _ in demo_rules.CASES for part in rule.split(" + ")}
