@@ -411,6 +411,7 @@ def test_newer_names_win_if_they_are_certain_for_all(rng, case, winner):
     assert set(aligned(adapters)[0]) == set(dict(modules((old, new)[winner])))
 
 
+@pytest.mark.wide
 def test_what_else_reads_several_adapters_has_the_common_names(rng):
     adapters = [by_naming(rng, x, f"t{i}") for i, x in enumerate(NAMINGS["qwen2_vl"])]
     expected = list(adapters[1])

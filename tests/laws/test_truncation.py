@@ -156,6 +156,7 @@ def by_definition(merged, inputs, rank):
     }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("space", [cm.core(), cm.tucker(rank=6)], ids=["kept A", "computed A"])
 def test_is_reduced_rank_regression(outer, space):
     """Also of inputs themselves, and where the merge does not have the adapters' A."""
@@ -285,6 +286,7 @@ def test_energy_is_that_of_outputs(outer):
         assert kept[path] == pytest.approx(share[lora.rank - 1])
 
 
+@pytest.mark.wide
 def test_traced_factors_are_cut_by_outputs_alike(outer):
     """Derivatives are those of the cut, along changes that keep the row space."""
     adapters, inputs = outer
