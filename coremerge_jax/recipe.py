@@ -394,9 +394,8 @@ class Recipe:
                 f"weights: got {len(self.weights)} for {len(self.adapters)} adapters; "
                 "give one number per adapter, in the same order"
             )
-        if self.uniform_rank == (
-            not self.limit.whole_model
-        ):  # the default, which depends on limits
+        # Its default depends on the limit, which options may replace.
+        if self.uniform_rank is (not self.limit.whole_model):
             object.__setattr__(self, "uniform_rank", None)
 
     @property

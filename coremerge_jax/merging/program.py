@@ -1,9 +1,9 @@
 """The compiled programs of the engine, for stacks of modules of one signature.
 
-All merges are made of the same three parts, each a function of one module: `project_module` (into
-a merge space), `merge_projection` (the rule) and `finish` (scale and output dtype). A merge of
-adapters runs them in one program, `merge_stack`. Adapters that are merged many times are projected
-by `project_stack`, and merged by `merge_projected` and `finish_stack`.
+All merges are made of the same parts, each a function of one module: `project_module` (into a merge
+space), `merge_cores` (the rule), `Projection.expand` and `finish` (scale and output dtype). A merge
+of adapters runs them in one program, `merge_stack`. Adapters that are merged many times are
+projected by `project_stack`, and merged by `merge_projected` and `finish_stack`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.rule import Cores, dense, squared_norms
+from coremerge_jax.rules.rule import Cores, Merged, dense, squared_norms
 from coremerge_jax.spaces import Projection, Space, core
 
 
@@ -181,22 +181,15 @@ def module_key(key: PRNGKeyArray | None, name: UInt[Array, ""]) -> PRNGKeyArray 
     return None if key is None else jax.random.fold_in(key, name)
 
 
-def merge_projection(
+def merge_cores(
     rule: Chain,
     key: PRNGKeyArray | None,
     projection: Projection,
     tasks: Int[Array, " T"],
     name: UInt[Array, ""],
-    *,
-    keep_a: bool,
-) -> LoRA:
-    """Merges a projected module and lifts the result, not yet scaled.
-
-    With ``keep_a`` the result has the stacked A, whether or not that is well-conditioned. Without,
-    the program chooses.
-    """
-    kept = True if keep_a else None
-    return projection.merge(rule, key=module_key(key, name), tasks=tasks, keep_a=kept)
+) -> Merged:
+    """Merges a projected module to one core, not yet lifted nor scaled."""
+    return projection.merge_cores(rule, key=module_key(key, name), tasks=tasks)
 
 
 def merge_linear(rule: Chain, module: Inputs, settings: Settings) -> LoRA:
@@ -274,8 +267,7 @@ def merge_stack(
             projection = project_module(module, settings, elementwise=decisions.basis == "singular")
             factors, good = projection.factors, projection.keeps_a
             kept = keep_a and good is not False
-            own_key = module_key(key, module.names)
-            core = projection.merge_cores(rule, key=own_key, tasks=module.tasks)
+            core = merge_cores(rule, key, projection, module.tasks, module.names)
             lora = projection.expand(core, keep_a=True if kept else None)
             if settings.norms:
                 squares = jnp.stack([jnp.sum(dense(core) ** 2), jnp.sum(projection.squares)])
@@ -328,9 +320,8 @@ def measure_stack(
             return _linear_squares(rule, module, settings)
         elementwise = decisions.basis == "singular"
         projection = project_module(module, settings, elementwise=elementwise)
-        own_key = module_key(key, module.names)
-        merged = projection.merge_cores(rule, key=own_key, tasks=module.tasks)
-        return jnp.sum(dense(merged) ** 2), jnp.sum(projection.squares)
+        core = merge_cores(rule, key, projection, module.tasks, module.names)
+        return jnp.sum(dense(core) ** 2), jnp.sum(projection.squares)
 
     return _on_devices(
         lambda shared, modules: over_modules(partial(measure_module, *shared), modules),
@@ -402,7 +393,8 @@ def merge_projected(
         projection, tasks, name, weight = row
         if weight is not None:
             projection = projection.weighted(weight)
-        lora = merge_projection(rule, key, projection, tasks, name, keep_a=keep_a)
+        core = merge_cores(rule, key, projection, tasks, name)
+        lora = projection.expand(core, keep_a=True if keep_a else None)
         return jnp.asarray(lora.a), jnp.asarray(lora.b)
 
     return over_modules(one, (projection, tasks, names, weights))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from coremerge_jax.linalg import product_norm
 from coremerge_jax.lora import Adapter, widest
 from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.checks import check_whole
@@ -141,14 +142,11 @@ def natural_size(rule: Chain, projected: Projected, pieces: Projected) -> float:
     if (known := given_scale(rule, tasks)) is not None:
         return known
     merged = pieces.merge(task_arithmetic(), scale=1.0)
-    squares = sum(_square(lora.a, lora.b) for lora in merged.values())
+    squares = sum(
+        product_norm(*(np.asarray(x, np.float64) for x in (lora.b, lora.a))) ** 2
+        for lora in merged.values()
+    )
     return scale_to_norm(rule, tasks, squares, float(np.sum(projected.norms() ** 2)))
-
-
-def _square(a: Any, b: Any) -> float:
-    """Returns the squared Frobenius norm of ``b a``, from Gram matrices."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return float(np.sum((b.T @ b) * (a @ a.T)))
 
 
 def _batches(

@@ -231,7 +231,7 @@ def test_what_is_no_linear_layer_is_refused_or_left_out(case):
 
 
 def test_trained_weights_beside_the_updates():
-    """Those of the model are used in the own model; a note names others."""
+    """The own model uses those that it has; a note names the others."""
     base, bias = model(), np.full(HIDDEN, 3, np.float32)
     plain = collect_torch(base, [adapter(DOWN)], [[BATCH]])
     own = adapter(DOWN, extras={"up.bias": bias})

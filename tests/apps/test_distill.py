@@ -33,7 +33,7 @@ def projected(adapters):
 
 
 def statistics(adapters):
-    """Of inputs that are drawn."""
+    """Inputs are drawn at random."""
     rng = np.random.default_rng(3)
     grams = {}
     for path, (_, n) in SHAPES.items():

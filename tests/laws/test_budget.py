@@ -114,7 +114,7 @@ def test_parameters_are_not_exceeded(merged):
 
 
 def test_narrow_modules_count_for_more_in_parameters():
-    """Of equal energy, two narrow directions are better than one wide one."""
+    """Two narrow directions are better than one wide one of equal energy."""
     limit = Limit(parameters=2 + 20 + 4)
     shapes = {"wide": (10, 10), "narrow": (1, 1)}
     squares = {"wide": np.array([3.0, 2.0]), "narrow": np.array([3.0, 1.0, 1.0, 1.0])}

@@ -649,7 +649,7 @@ def test_arguments_that_do_not_fit(options, error, message):
 
 @pytest.mark.wide
 def test_a_merge_with_more_modules():
-    """What reads the inputs may have modules that no adapter has."""
+    """The merge that reads the inputs may have modules that no adapter has."""
     rng = np.random.default_rng(8)
     params = {x: {"kernel": jnp.asarray(random(rng, WIDTH, WIDTH))} for x in ("one", "two")}
     x = random(rng, 4, WIDTH)

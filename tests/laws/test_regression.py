@@ -243,7 +243,7 @@ def _symmetric(x):
 
 
 def test_derivatives(adapters, statistics):
-    """Of the factors, the ridge and the Gram matrices, inside jit."""
+    """Derivatives in the factors, the ridge and the Gram matrices are right inside jit."""
     some = {"a.q"}
     adapters = [x.replace(modules={p: y for p, y in x.items() if p in some}) for x in adapters]
     statistics = cm.Statistics({p: statistics[p] for p in some}, statistics.adapters)
