@@ -83,7 +83,7 @@ def distill(
         mask: function of a batch that returns weights of the positions, ``(...)``: 0 for padding.
         teachers: adapters to learn from, one for each task; by default, the adapters as they were
             projected. Needed if the adapters have extras, such as heads of their own.
-        steps: number of steps. Small models gain from more: the demo a point from 120.
+        steps: number of steps.
         initial: coefficients to start from: one, or one per adapter; by default, the one that gives
             the merge the norm that ``merge(..., scale="auto")`` gives it.
         optimizer: an optimizer of optax; by default Adam (0.9, 0.95), with a learning rate of 0.08

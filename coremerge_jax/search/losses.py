@@ -23,8 +23,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 
     It measures certainty, right or wrong. Where the merge is poor to begin with, coefficients that
     minimize it make the model certain of few classes, and accuracy collapses: that of `tsv` fell
-    from 76 to 49 % on the demo, and from 67 to 57 % on a hard set of eight vision tasks. `distill`
-    needs the same inputs and gained on both.
+    from 76 to 49 % on the demo (benchmarks/fit.py). `distill` needs the same inputs.
 
     Args:
         logits: ``(..., classes)``.

@@ -43,8 +43,7 @@ def masks(
     adapters comes first, so that the result is no worse by ``evaluate``. The adapters are projected
     once. Needs cmaes: pip install 'coremerge-jax[masks]'.
 
-    A search fits the inputs that it is judged on: of merges of the demo that scored better on
-    validation images, some were worse on test images. `distill` gains more, where it can be used.
+    A search fits the inputs that it is judged on: check the result on others.
 
     The cores of an adapter that is left out are 0. For `task_arithmetic` and `tsv`, also with
     `isotropize`, that is the same as if it had no such module. But `mean` and `cart` still divide

@@ -182,7 +182,7 @@ def agreement(
     It measures likeness to the adapters, and not accuracy. It fails where these are poor
     themselves: where an adapter is wrong on many of its inputs, a merge that is right counts as
     worse. It also needs inputs of each adapter's own task. On the demo it chose the same scale as
-    labels in 8 of 9 sweeps, and one within a point in the other.
+    labels for four of six rules, and one that is 2.8 points worse for `tsv`.
 
     Args:
         forward: as in `distill`.

@@ -2,6 +2,7 @@
 
 import json
 
+import demo_inputs
 import demo_rules
 import fit
 import numpy as np
@@ -32,6 +33,15 @@ def test_learned_coefficients_beat_the_best_scale(tmp_path, monkeypatch):
     test = {row["kind"]: row["test"] for row in rows}
     assert test["per module, labels"] > test["per adapter, labels"] > test["scale"]
     assert "| task_arithmetic | per module, labels |" in (tmp_path / "fit.md").read_text()
+
+
+@pytest.mark.nightly
+def test_inputs_on_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_inputs, "SCALES", (0.8, 1.2))
+    assert demo_inputs.main(["--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "demo_inputs.json").read_text())
+    assert result["merges"]["regmean, distilled"] > result["merges"]["tsv"] + 0.05
+    assert all(row["8"] < row["16"] for row in result["cuts"])
 
 
 @pytest.mark.nightly
