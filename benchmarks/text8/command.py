@@ -1,6 +1,6 @@
 """Merges adapters of eight text tasks with many rules and spaces, and measures the merges.
 
-    python benchmarks/text8 [--folder FOLDER] [--unlabelled]
+    python benchmarks/text8 [--folder FOLDER] [--unlabelled [--trainings N]]
 
 Downloads a small language model and eight data sets (`sources`), trains an adapter for each task,
 merges them by all `methods`, and measures the merges on all tasks. Finished steps are kept in the
@@ -8,6 +8,7 @@ folder, so that an interrupted run continues.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="only merges with unlabelled inputs, and the automatic scale",
     )
+    parser.add_argument(
+        "--trainings",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --unlabelled, train every adapter N times; default: %(default)s",
+    )
     return parser.parse_args(argv)
 
 
@@ -50,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [(task, packages[task.source]) for task in TASKS]
     study = Study(options.folder, packages["minilm"] / MODEL, tasks)
     if options.unlabelled:
-        found = {"machine": machine.describe(watch), **collect_unlabelled(study)}
+        studies = [dataclasses.replace(study, training=n) for n in range(options.trainings)]
+        found = {"machine": machine.describe(watch), **collect_unlabelled(studies)}
         title = "Eight text tasks with unlabelled inputs"
         output = options.output / "text8-unlabelled"
         publish(output, title, found, unlabelled_sheets(found), UNLABELLED_NOTES)

@@ -13,6 +13,7 @@ from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
 from text8 import methods, scoring
 from text8.methods import Method
+from text8.scoring import Correct
 from text8.sources import SOURCES
 from text8.study import Study, equal
 from text8.unlabelled import Unlabelled
@@ -47,60 +48,102 @@ def collect(study: Study) -> dict[str, list[Row]]:
     }
 
 
-def collect_unlabelled(study: Study) -> dict[str, list[Row]]:
-    """Returns the sections on merges with unlabelled inputs, and on the automatic scale."""
-    ranks = dict.fromkeys(study.names, RANK)
-    ways = Unlabelled(study, ranks)
-    alone = study.alone(ranks, "test")
-    tuned = study.measure(methods.TUNED, ranks)
-    base = scoring.resampled(tuned["correct"], alone)
+def collect_unlabelled(studies: Sequence[Study]) -> dict[str, list[Row]]:
+    """Returns the sections on merges with unlabelled inputs, and on the automatic scale.
 
-    def row(name: str, found: Mapping[str, Any]) -> Row:
-        drawn, correct = scoring.resampled(found["correct"], alone), found["correct"]
+    Args:
+        studies: of the same tasks, each with a training of its own. Figures are means over them.
+    """
+    ranks = dict.fromkeys(studies[0].names, RANK)
+    alone = [study.alone(ranks, "test") for study in studies]
+    tuned = [study.measure(methods.TUNED, ranks) for study in studies]
+    ways = [Unlabelled(study, ranks) for study in studies]
+
+    def row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
+        of_tasks = [_of_tasks(x, own) for x, own in zip(found, alone, strict=True)]
         return {
             "merge": name,
-            "rank": found["rank"],
-            "seconds": found.get("seconds", {}),
-            "tasks": {x: float(np.mean(y) / np.mean(alone[x])) for x, y in correct.items()},
-            "test": scoring.normalized(correct, alone),
-            "interval": scoring.interval(drawn),
-            "difference": scoring.normalized(correct, alone)
-            - scoring.normalized(tuned["correct"], alone),
-            "gain": scoring.interval(drawn - base),
+            "rank": found[0]["rank"],
+            "seconds": _mean([x.get("seconds", {}) for x in found]),
+            "tasks": _mean(of_tasks),
+            **_against(found, tuned, alone),
         }
 
-    sections = {
-        section: [row(name, ways.measure(name, make)) for name, make in made.items()]
-        for section, made in ways.rows().items()
+    rows = {
+        section: [
+            row(name, [way.measure(name, way.rows()[section][name]) for way in ways])
+            for name in names
+        ]
+        for section, names in ways[0].rows().items()
     }
-    sections["merges"].insert(0, row("tsv, scale by labels", tuned))
-    return {**sections, "scales": automatic_scales(study)}
+    rows["merges"].insert(0, row("tsv, scale by labels", tuned))
+    return {**rows, "scales": automatic_scales(studies)}
 
 
-def automatic_scales(study: Study) -> list[Row]:
+def _of_tasks(found: Mapping[str, Any], alone: Correct) -> dict[str, float]:
+    correct = found["correct"]
+    return {name: float(np.mean(correct[name]) / np.mean(alone[name])) for name in correct}
+
+
+def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the means of mappings with the same keys."""
+    return {name: float(np.mean([x[name] for x in found])) for name in found[0]}
+
+
+def _against(
+    found: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    alone: Sequence[Correct],
+) -> Row:
+    """Compares merges with others, training by training.
+
+    Args:
+        found: of each training, a result with its answers as ``"correct"``.
+        other: those to compare with.
+        alone: of each training, the answers of the tasks' own adapters.
+    """
+    of_both = [
+        [scoring.normalized(x["correct"], own) for x, own in zip(results, alone, strict=True)]
+        for results in (found, other)
+    ]
+    drawn, drawn_other = (
+        np.mean(
+            [scoring.resampled(x["correct"], own) for x, own in zip(results, alone, strict=True)],
+            axis=0,
+        )
+        for results in (found, other)
+    )
+    differences = np.subtract(*of_both)
+    return {
+        "test": float(np.mean(of_both[0])),
+        "interval": scoring.interval(drawn),
+        "trainings": of_both[0],
+        "difference": float(np.mean(differences)),
+        "gain": scoring.interval(drawn - drawn_other),
+        "differences": differences.tolist(),
+    }
+
+
+def automatic_scales(studies: Sequence[Study]) -> list[Row]:
     """Compares the automatic scale with the one that is best on validation texts."""
+    names = studies[0].names
     rows = []
     for count in (2, 4, 8):
-        for order in range(ORDERS if count < len(study.names) else 1):
-            drawn = np.random.default_rng(order).permutation(study.names)[:count]
-            ranks = {name: RANK for name in study.names if name in drawn}
-            alone = study.alone(ranks, "test")
+        for order in range(ORDERS if count < len(names) else 1):
+            drawn = np.random.default_rng(order).permutation(names)[:count]
+            ranks = {name: RANK for name in names if name in drawn}
+            alone = [study.alone(ranks, "test") for study in studies]
             for method in methods.SCALED:
-                tuned = study.measure(method, ranks)
-                auto = study.automatic(method, ranks)
-                scores = [scoring.normalized(x["correct"], alone) for x in (tuned, auto)]
-                draws = [scoring.resampled(x["correct"], alone) for x in (tuned, auto)]
+                tuned = [study.measure(method, ranks) for study in studies]
+                auto = [study.automatic(method, ranks) for study in studies]
                 rows.append(
                     {
                         "rule": method.rules,
                         "count": count,
                         "order": order,
-                        "scale": tuned["parameters"]["scale"],
-                        "automatic": auto["scale"],
-                        "tuned": scores[0],
-                        "test": scores[1],
-                        "difference": scores[1] - scores[0],
-                        "gain": scoring.interval(draws[1] - draws[0]),
+                        "scales": [x["parameters"]["scale"] for x in tuned],
+                        "automatic": float(np.mean([x["scale"] for x in auto])),
+                        **_against(auto, tuned, alone),
                     }
                 )
     return rows

@@ -41,6 +41,7 @@ class Study:
         tasks: each with the folder of its package.
         sizes: of the splits, by default those of `tasks.SIZES`.
         epochs: of training.
+        training: number of the training of all adapters; each has seeds of its own.
         say: called with a message after each step.
     """
 
@@ -49,6 +50,7 @@ class Study:
     tasks: Sequence[tuple[Task, Path]]
     sizes: dict[str, int] | None = None
     epochs: int = EPOCHS
+    training: int = 0
     say: Callable[[str], object] = print
 
     @cached_property
@@ -65,16 +67,16 @@ class Study:
 
     def adapter(self, name: str, rank: int) -> Path:
         """Returns the PEFT folder of a task's adapter, which is trained if it is not there."""
-        path = self.folder / "adapters" / f"rank-{rank}" / name
+        path = self.folder / "adapters" / f"training-{self.training}" / f"rank-{rank}" / name
         if not path.exists():
-            seed = self.names.index(name)
+            seed = self.names.index(name) + len(self.names) * self.training
             model = load(self.model, rank, seed)
             labels = self.exam.labels[name]["train"]
             examples = list(zip(self.exam.tokens[name]["train"], labels, strict=True))
             adapter = train(model, self.exam.heads[name], examples, seed, self.epochs)
             path.parent.mkdir(parents=True, exist_ok=True)
             cm.save_peft(adapter, path)
-            self.say(f"trained {name}, rank {rank}")
+            self.say(f"trained {name}, rank {rank}, training {self.training}")
         return path
 
     def base(self) -> Correct:

@@ -50,6 +50,8 @@ UNLABELLED_NOTES = f"""\
 Averages over tasks of the accuracy on test texts relative to that of the task's own adapter, in %,
 with the interval that holds 95 % of 2000 bootstrap samples of the test texts; *to tsv* is the
 difference to `tsv` at the scale that is best on labelled validation texts, on the same samples.
+All figures are means over trainings of the eight adapters, which differ in their seeds;
+*trainings* are the differences of each.
 
 All else is chosen without labels and without validation or test texts: statistics are those of the
 first {INPUTS} training texts of each task, read by the task's own adapter; coefficients are learned
@@ -75,28 +77,33 @@ def _ways(title: str, rows: Sequence[Row]) -> Sheet:
         [
             *(row["merge"], f"{row['rank']}"),
             *map(_percent, [*row["tasks"].values(), row["test"]]),
-            *(_range(row["interval"]), f"{100 * row['difference']:+.1f}"),
-            _range(row["gain"], "+") if any(row["gain"]) else "–",
+            *(_range(row["interval"]), *_difference(row)),
             ", ".join(f"{name} {value:.0f}" for name, value in row["seconds"].items()),
         ]
         for row in rows
     ]
-    header = ["merge", "rank", *rows[0]["tasks"], "average", "95 %", "to tsv", "95 %", "seconds"]
-    return Sheet(header, lines, title)
+    header = ["merge", "rank", *rows[0]["tasks"], "average", "95 %"]
+    return Sheet([*header, "to tsv", "95 %", "trainings", "seconds"], lines, title)
+
+
+def _difference(row: Row) -> list[str]:
+    """Returns the mean difference, its interval, and that of each training."""
+    every = ", ".join(f"{100 * x:+.1f}" for x in row["differences"])
+    gain = _range(row["gain"], "+") if any(row["gain"]) else "–"
+    return [f"{100 * row['difference']:+.1f}", gain, every]
 
 
 def _scales(rows: Sequence[Row]) -> Sheet:
     lines = [
         [
             *(row["rule"], f"{row['count']}", f"{row['order'] + 1}"),
-            *(f"{row['scale']:g}", f"{row['automatic']:.2f}"),
-            *(_percent(row["tuned"]), _percent(row["test"])),
-            *(f"{100 * row['difference']:+.1f}", _range(row["gain"], "+")),
+            *(", ".join(f"{x:g}" for x in row["scales"]), f"{row['automatic']:.2f}"),
+            *(_percent(row["test"]), *_difference(row)),
         ]
         for row in rows
     ]
-    header = ["rule", "tasks", "order", "scale by labels", "automatic scale"]
-    header += ["average by labels", "average", "difference", "95 %"]
+    header = ["rule", "tasks", "order", "scales by labels", "automatic scale"]
+    header += ["average", "to the scale by labels", "95 %", "trainings"]
     return Sheet(header, lines, "The automatic scale")
 
 

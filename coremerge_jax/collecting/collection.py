@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from coremerge_jax.collecting.follow import Track, layer_count, start
@@ -20,6 +19,7 @@ from coremerge_jax.lora import Adapter, Array
 from coremerge_jax.merging.alignment import align
 from coremerge_jax.merging.checks import as_adapters, common_metadata
 from coremerge_jax.merging.groups import label
+from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.merging.statistics import Gram, Statistics
 from coremerge_jax.trees.arrays import numpy_or_jax
 from coremerge_jax.trees.paths import Tree, key_of
@@ -214,13 +214,6 @@ def _varying(zeros: dict[int, Sums], batch: Sequence[Any]) -> dict[int, Sums]:
     return jax.tree.map(lambda x: x + jnp.asarray(zero, x.dtype), zeros)
 
 
-def _fetched(x: Array) -> np.ndarray:
-    """Returns an array on the host, also one that is spread over several processes."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
 @jax.jit
 def _added(x: list[Sums], y: list[Sums]) -> list[Sums]:
     return jax.tree.map(jnp.add, x, y)
@@ -409,8 +402,8 @@ def collect(
     for t, several in enumerate(given):
         if isinstance(several, jax.Array | np.ndarray | Mapping):
             raise RecipeError(f"batches[{t}] is a single batch; expected several, such as [batch]")
-    sums = [jax.tree.map(_fetched, made.sums(t, several)) for t, several in enumerate(given)]
-    statistics = made.plan.statistics(sums, jax.tree.map(_fetched, made.squares))
+    sums = [jax.tree.map(fetched, made.sums(t, several)) for t, several in enumerate(given)]
+    statistics = made.plan.statistics(sums, jax.tree.map(fetched, made.squares))
     for path, gram in statistics.items():
         if not np.isfinite(gram.matrices).all():
             raise FormatError(

@@ -16,7 +16,7 @@ from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.batches import first_calls
 from coremerge_jax.merging.checks import refuse_values
 from coremerge_jax.merging.groups import Group, Scratch, label
-from coremerge_jax.merging.mesh import Devices, is_host, rows_like
+from coremerge_jax.merging.mesh import Devices, fetched, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.program import (
@@ -123,7 +123,7 @@ class Job:
                     "of the coordinates in the adapters' A"
                 )
         elif not self.traced:
-            found = jax.device_get(row_squares(a, np.dtype(np.float32)))
+            found = fetched(row_squares(a, np.dtype(np.float32)))
             for path, one, other in zip(batch.paths, squares, found, strict=False):
                 check_rows(path, one, other)
         return grams

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coremerge_jax.errors import RecipeError, UnsupportedError
-from coremerge_jax.lora import Adapter, LoRA
+from coremerge_jax.lora import Adapter, Array, LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +219,13 @@ def _untyped(x: Any) -> Any:
 def is_spread(x: Any) -> bool:
     """Returns True if an array is on devices of several processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def fetched(x: Array) -> np.ndarray:
+    """Returns an array on the host; what is spread over processes, in all of them."""
+    if is_spread(x) and not x.is_fully_replicated:  # type: ignore[union-attr]
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def rows_like(a: jax.Array, b: jax.Array, like: Sequence[LoRA]) -> tuple[list, list]:

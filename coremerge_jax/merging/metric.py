@@ -15,7 +15,7 @@ from coremerge_jax.linalg import Basis, basis, in_range, inverse, lapack, matmul
 from coremerge_jax.lora import Adapter, AdapterSource
 from coremerge_jax.merging.checks import as_adapters, present_adapters
 from coremerge_jax.merging.groups import Group
-from coremerge_jax.merging.mesh import implicit, is_spread
+from coremerge_jax.merging.mesh import fetched, implicit, is_spread
 from coremerge_jax.merging.statistics import (
     Matched,
     Statistics,
@@ -134,7 +134,7 @@ class InputMetric:
         rows = a if self.sources is None else inputs.stack(self.sources)[0]
         if not isinstance(rows, jax.core.Tracer):
             check = _check_kept if self.sources is None else check_rows
-            found = jax.device_get(row_squares(rows, np.dtype(np.float32)))
+            found = fetched(row_squares(rows, np.dtype(np.float32)))
             for path, one, other in zip(inputs.paths, squares, found, strict=False):
                 check(path, one, other)
         return grams, rows

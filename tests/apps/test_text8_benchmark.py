@@ -263,7 +263,9 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train", never)
     monkeypatch.setattr(scoring.Exam, "correct", never)
     count = len(said)
-    again = study.Study(done.folder, done.model, done.tasks, done.sizes, done.epochs, said.append)
+    again = study.Study(
+        done.folder, done.model, done.tasks, done.sizes, done.epochs, say=said.append
+    )
     assert results.collect(again) == found
     assert len(said) == count
 
@@ -280,11 +282,12 @@ def test_merges_with_unlabelled_inputs(made, tmp_path, monkeypatch):
     monkeypatch.setattr(unlabelled, "LEARNED", 16)
     monkeypatch.setattr(unlabelled, "CUT", 2)
     monkeypatch.setattr(unlabelled, "SCALES", (0.5, 1.0))
-    result = results.collect_unlabelled(run)
+    result = results.collect_unlabelled([run, dataclasses.replace(run, training=1)])
     for rows in result.values():
         assert all(0 < row["test"] < 1.5 for row in rows)
     first, *others = result["merges"]
-    assert first["difference"] == 0
+    assert first["differences"] == [0, 0]
+    assert all(len(set(row["trainings"])) == 2 for row in others if "distilled" in row["merge"])
     assert {row["merge"] for row in others} >= {"regmean", "tsv, distilled"}
     assert [row["merge"] for row in result["curve"]] == ["8 inputs", "16 inputs"]
     assert {row["rank"] for row in result["cuts"] if row["merge"].startswith("tsv, rank")} == {2}

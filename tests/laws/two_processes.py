@@ -10,7 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, plain_merge, plain_stream, random_adapters
+from helpers import (
+    KEY,
+    assert_same,
+    plain_merge,
+    plain_stream,
+    random_adapters,
+    random_inputs,
+    statistics_of,
+)
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,6 +76,28 @@ def test_arrays_of_all_processes(adapters, shape, mode):
     x, like = (adapter["layers.0.q"].a for adapter in (merged, sharded[0]))
     assert x.sharding.is_equivalent_to(like.sharding, 2)
     assert_same(near(merged), plain_merge(adapters, cm.tsv()), 1e-6)
+
+
+def test_statistics_of_what_is_on_the_host_and_in_files(adapters, folders):
+    statistics = statistics_of(adapters, random_inputs(adapters))
+    expected = cm.merge(adapters, cm.regmean(), statistics=statistics)
+    merged = cm.merge(adapters, cm.regmean(), statistics=statistics, mesh=mesh(4))
+    assert_same(merged, expected, 1e-6)
+    opened = [cm.open_peft(folder) for folder in folders]
+    for place, devices in ((FOLDER / "both", mesh(4)), (FOLDER / f"alone{MINE}", None)):
+        stream = cm.merge_stream(opened, cm.regmean(), statistics=statistics, mesh=devices)
+        cm.save_peft(stream, place, budget=3, statistics=statistics, sources=opened, force=True)
+    both, alone = (cm.load_peft(FOLDER / name) for name in ("both", f"alone{MINE}"))
+    assert {path: x.rank for path, x in both.items()} == {p: x.rank for p, x in alone.items()}
+    assert_same(both, alone, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (1, 4)])
+def test_statistics_of_arrays_of_all_processes(adapters, shape):
+    statistics = statistics_of(adapters, random_inputs(adapters))
+    there = mesh(*shape)
+    merged = cm.merge(put(adapters, there), cm.regmean(), statistics=statistics, mesh=there)
+    assert_same(near(merged), cm.merge(adapters, cm.regmean(), statistics=statistics), 1e-6)
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
