@@ -24,6 +24,7 @@ from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
 from coremerge_jax.rules.rule import Cores, Merged, dense, squared_norms
 from coremerge_jax.spaces import Projection, Space, core
+from coremerge_jax.spaces.space import of_present
 
 
 @pytree
@@ -173,7 +174,10 @@ def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> 
     found = settings.space.project(
         module.a, b, ranks, dtype=dtype, elementwise=elementwise, **spread
     )
-    return found if module.grams is None else found.with_inputs(module.grams)
+    if module.grams is None:
+        return found
+    grams = module.grams if module.weights is None else of_present(module.grams, module.weights)
+    return found.with_inputs(grams)
 
 
 def module_key(key: PRNGKeyArray | None, name: UInt[Array, ""]) -> PRNGKeyArray | None:

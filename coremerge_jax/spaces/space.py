@@ -150,7 +150,9 @@ class Projection:
 
     def weighted(self, weights: Float[Array, " T"]) -> "Projection":
         """Returns the projection with its updates multiplied by weights ``(T,)``."""
-        return dataclasses.replace(self, factors=jax.vmap(scale)(self.factors, weights))
+        factors = jax.vmap(scale)(self.factors, weights)
+        inputs = None if self.inputs is None else of_present(self.inputs, weights)
+        return dataclasses.replace(self, factors=factors, inputs=inputs)
 
     @property
     def cores(self) -> Float[Array, "T p q"]:
@@ -355,6 +357,11 @@ class Space:
         width = max(ranks) if thin else min(p, q)
         sizes = Sizes(tasks, p, q, width, dense=not thin)
         return sizes, counted(_there_and_back, a, b, **static)
+
+
+def of_present(grams: Float[Array, "T k k"], weights: Float[Array, " T"]) -> Float[Array, "T k k"]:
+    """Returns the Gram matrices, with 0 for tasks of weight 0: these count as absent."""
+    return jnp.where((weights != 0)[:, None, None], grams, 0)
 
 
 def _there_and_back(

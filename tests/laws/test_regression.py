@@ -192,6 +192,22 @@ def test_some_of_the_adapters(adapters, inputs, statistics):
     assert_same(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("weighting", ["iteris", "trace", "none"])
+def test_inputs_of_an_adapter_of_weight_0_do_not_count(adapters, inputs, statistics, weighting):
+    """Also if the weight is known only as the program runs, so that its rows of A stay."""
+    rule, weights = cm.regmean(weighting=weighting), np.array([1.0, 0.0, 1.0])
+    others = [inputs[0], random_inputs(adapters, seed=5)[1], inputs[2]]
+    statistics = [statistics, statistics_of(adapters, others)]
+    found = [
+        cm.project(adapters, statistics=x).merge(rule, weights=weights, scale=1.0)
+        for x in statistics
+    ]
+    assert_same(found[0], found[1], 1e-9)
+    for one in statistics:
+        merge = jax.jit(lambda w, x=one: plain_merge(adapters, rule, statistics=x, weights=w))
+        assert_same(merge(weights), found[0], 1e-5)  # traced, so in float32
+
+
 def test_one_adapter_comes_back(adapters, inputs):
     one = adapters[:1]
     statistics = statistics_of(one, inputs[:1])
