@@ -16,7 +16,7 @@ from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.batches import first_calls
 from coremerge_jax.merging.checks import refuse_values
 from coremerge_jax.merging.groups import Group, Scratch, label
-from coremerge_jax.merging.mesh import Devices, fetched, is_host, rows_like
+from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.program import (
@@ -28,7 +28,7 @@ from coremerge_jax.merging.program import (
     measure_stack,
     merge_stack,
 )
-from coremerge_jax.merging.statistics import Matched, check_rows, row_squares
+from coremerge_jax.merging.statistics import Matched, check_stack
 from coremerge_jax.merging.trimming import count_stack
 from coremerge_jax.rules import Chain, tsv
 from coremerge_jax.rules.rule import AUTO
@@ -122,10 +122,8 @@ class Job:
                     "spread over devices as its columns are; use a mesh of one axis, or statistics "
                     "of the coordinates in the adapters' A"
                 )
-        elif not self.traced:
-            found = fetched(row_squares(a, np.dtype(np.float32)))
-            for path, one, other in zip(batch.paths, squares, found, strict=False):
-                check_rows(path, one, other)
+        else:
+            check_stack(batch.paths, squares, a)
         return grams
 
     def rule_of(self, batch: Group) -> Chain | None:

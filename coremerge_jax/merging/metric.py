@@ -15,14 +15,14 @@ from coremerge_jax.linalg import Basis, basis, in_range, inverse, lapack, matmul
 from coremerge_jax.lora import Adapter, AdapterSource
 from coremerge_jax.merging.checks import as_adapters, present_adapters
 from coremerge_jax.merging.groups import Group
-from coremerge_jax.merging.mesh import fetched, implicit, is_spread
+from coremerge_jax.merging.mesh import implicit, is_spread
 from coremerge_jax.merging.statistics import (
     Matched,
     Statistics,
     check_rows,
+    check_stack,
     match,
     match_modules,
-    row_squares,
     same_rows,
 )
 
@@ -132,11 +132,9 @@ class InputMetric:
         if squares is None:
             return grams, None
         rows = a if self.sources is None else inputs.stack(self.sources)[0]
-        if not isinstance(rows, jax.core.Tracer):
-            check = _check_kept if self.sources is None else check_rows
-            found = fetched(row_squares(rows, np.dtype(np.float32)))
-            for path, one, other in zip(inputs.paths, squares, found, strict=False):
-                check(path, one, other)
+        check_stack(
+            inputs.paths, squares, rows, _check_kept if self.sources is None else check_rows
+        )
         return grams, rows
 
 

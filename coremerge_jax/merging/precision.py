@@ -15,7 +15,8 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
     """Enters a scope with JAX's x64 mode as the precision needs it, and yields the dtype.
 
     Unless inputs are traced, the scope also lifts `jax.transfer_guard`, which guards against
-    accidental transfers: here arrays are moved to the devices on purpose.
+    accidental transfers: here arrays are moved to the devices on purpose. Inside of a user's `jit`,
+    what is not traced is computed at once, as outside.
 
     Args:
         precision: ``"float32"``, ``"float64"``, or None: float64, except on TPU and for traced
@@ -43,6 +44,15 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
     if precision is None:
         precision = "float32" if jax.default_backend() == "tpu" else "float64"
     wide = jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext()
-    guard = contextlib.nullcontext() if traced else jax.transfer_guard("allow")
-    with wide, guard:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(wide)
+        if not traced:
+            stack.enter_context(jax.transfer_guard("allow"))
+            if _is_tracing():
+                stack.enter_context(jax.ensure_compile_time_eval())
         yield np.dtype(precision)
+
+
+def _is_tracing() -> bool:
+    """Returns True inside of a function that JAX traces, where each operation gives a tracer."""
+    return isinstance(jax.device_put(np.int8(0)), jax.core.Tracer)

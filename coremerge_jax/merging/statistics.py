@@ -5,8 +5,7 @@ hosts.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, h
 from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import AdapterSource
 from coremerge_jax.merging.groups import Group, label
+from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.naming.spelling import canonical
 
 SOURCES = ("own", "base", "merged")
@@ -370,6 +370,26 @@ def check_rows(path: str, recorded: Any, found: Any) -> None:
         )
 
 
+def check_stack(
+    paths: Sequence[str],
+    recorded: Any,
+    a: Any,
+    check: Callable[[str, Any, Any], None] = check_rows,
+) -> None:
+    """Checks the A factors of stacked modules, unless they are traced.
+
+    Args:
+        paths: of the modules, which may be fewer than those of the stacks.
+        recorded: ``(L, R)``, squared norms of the rows of A in the statistics.
+        a: ``(L, R, n)``.
+        check: called with the path and both norms of each module, see `check_rows`.
+    """
+    found = _row_squares(a)
+    if not isinstance(found, jax.core.Tracer):
+        for path, one, other in zip(paths, recorded, fetched(found), strict=False):
+            check(path, one, other)
+
+
 def refuse_missing(statistics: Matched | None, rule: Any, paths: Iterable[str]) -> None:
     """Refuses a merge by a rule that needs inputs, of modules without statistics.
 
@@ -392,7 +412,7 @@ def refuse_missing(statistics: Matched | None, rule: Any, paths: Iterable[str]) 
         )
 
 
-@partial(jax.jit, static_argnames="dtype")
-def row_squares(a: Float[Array, "L R n"], dtype: np.dtype) -> Float[Array, "L R"]:
-    """Returns ``(L, R)``, the squared norms of the rows of stacked A factors."""
-    return jnp.sum(jnp.square(a.astype(dtype)), axis=-1)
+@jax.jit
+def _row_squares(a: Float[Array, "L R n"]) -> Float[Array, "L R"]:
+    """Returns the squared norms of the rows of stacked A factors, in float32."""
+    return jnp.sum(jnp.square(a.astype(np.float32)), axis=-1)

@@ -169,3 +169,11 @@ def test_merge_inside_a_jitted_function():
         np.asarray(x) @ dense(plain_merge(adapters, cm.chain(cm.tsv(), cm.isotropize()))["q"]).T
     )
     assert distance(step(adapters, x), expected) < 1e-4
+
+
+@pytest.mark.parametrize("merge", [cm.merge, lambda x, rule: cm.project(x).merge(rule)])
+def test_what_is_not_traced_is_merged_at_once_in_a_jitted_function(merge):
+    """As in a step that closes over adapters."""
+    adapters = random_adapters({"q": (9, 7), "v": (6, 8)}, RANKS)
+    found = jax.jit(lambda: merge(adapters, cm.tsv()))()
+    assert_same(found, merge(adapters, cm.tsv()), 1e-6)  # jit gives back float32
