@@ -112,7 +112,13 @@ CHECK = {
 }
 
 
-@pytest.mark.parametrize("page", sorted(path.stem for path in DOCS.glob("howto/*.md")))
+PAGES = [
+    pytest.param(page, marks=[pytest.mark.nightly] * (page == "distributed"))  # starts processes
+    for page in sorted(path.stem for path in DOCS.glob("howto/*.md"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("folder")
 def test_examples_run(page):
     if page in PREPARE:

@@ -33,6 +33,7 @@ def test_a_step_that_takes_too_long_is_named(tmp_path, capsys):
     assert row["step"] in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_accuracy_of_what_is_ill_conditioned():
     which = [case for case in accuracy.cases() if case.title in ("nearly equal B", "duplicates")]

@@ -81,7 +81,8 @@ def test_nothing_is_written_where_no_adapter_has_an_effect(dead, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_is_killed(adapters, tmp_path, killed):
     out = tmp_path / "out"
     processes = start(*adapters, "-o", out, paused=killed)
@@ -112,6 +113,7 @@ def test_a_process_is_asked_to_end(adapters, tmp_path):
     assert set(tmp_path.iterdir()) <= before
 
 
+@pytest.mark.nightly
 def test_one_finds_the_mistake_of_all(adapters, tmp_path):
     codes, told = finish(start(*adapters, tmp_path / "nothing", "-o", tmp_path / "out"))
     assert codes == [1, 1]

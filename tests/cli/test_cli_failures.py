@@ -211,7 +211,7 @@ STAGES = {
     ("stage", "number", "replaces"),
     [
         pytest.param("reading", signal.SIGINT, False, marks=pytest.mark.nightly),
-        ("merging", signal.SIGINT, True),
+        pytest.param("merging", signal.SIGINT, True, marks=pytest.mark.nightly),
         pytest.param("writing", signal.SIGINT, False, marks=pytest.mark.nightly),
         pytest.param("writing", signal.SIGINT, True, marks=pytest.mark.nightly),
         ("writing", signal.SIGTERM, True),

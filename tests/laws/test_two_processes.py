@@ -9,8 +9,11 @@ JOIN = "import jax; jax.distributed.initialize(num_processes=2, process_id={proc
 
 @pytest.mark.wide
 @pytest.mark.timeout(600)
-def test_two_processes(tmp_path):
-    command = pytest_command("two_processes.py", tmp_path / "temp{process}", JOIN)
+@pytest.mark.parametrize(
+    "chosen", ["not nightly", pytest.param("nightly", marks=pytest.mark.nightly)]
+)
+def test_two_processes(tmp_path, chosen):
+    command = [*pytest_command("two_processes.py", tmp_path / "temp{process}", JOIN), "-m", chosen]
     processes = start_job(command, 2, COREMERGE_TEST_FOLDER=str(tmp_path))
     told = ["".join(process.communicate()) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(told)

@@ -58,7 +58,13 @@ def near(merged):
 
 # All rules on modules that are spread are in `test_mesh_rules.py`. Here are those without a space,
 # with one, and those that look beyond their module: at its name, and at all others.
-@pytest.mark.parametrize("name", ["mean", "tsv", "dare|ties|isotropize", "ties of the model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mean", "ties of the model")),
+        *("tsv", "dare|ties|isotropize"),
+    ],
+)
 def test_shares_of_what_is_on_the_host(adapters, name):
     merged = plain_merge(adapters, CASES[name], key=KEY, mesh=mesh(4))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(merged))
@@ -67,7 +73,12 @@ def test_shares_of_what_is_on_the_host(adapters, name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "mode"), [((4,), AxisType.Auto), ((2, 2), AxisType.Explicit), ((1, 4), AxisType.Auto)]
+    ("shape", "mode"),
+    [
+        pytest.param((4,), AxisType.Auto, marks=pytest.mark.nightly),
+        ((2, 2), AxisType.Explicit),
+        pytest.param((1, 4), AxisType.Auto, marks=pytest.mark.nightly),
+    ],
 )
 def test_arrays_of_all_processes(adapters, shape, mode):
     there = mesh(*shape, mode=mode)
@@ -92,7 +103,9 @@ def test_statistics_of_what_is_on_the_host_and_in_files(adapters, folders):
     assert_same(both, alone, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2), *(pytest.param(x, marks=pytest.mark.nightly) for x in ((4,), (1, 4)))]
+)
 def test_statistics_of_arrays_of_all_processes(adapters, shape):
     statistics = statistics_of(adapters, random_inputs(adapters))
     there = mesh(*shape)
@@ -100,7 +113,9 @@ def test_statistics_of_arrays_of_all_processes(adapters, shape):
     assert_same(near(merged), cm.merge(adapters, cm.regmean(), statistics=statistics), 1e-6)
 
 
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(AxisType.Auto, marks=pytest.mark.nightly), AxisType.Explicit]
+)
 def test_factors_of_a_model_stay_where_they_are(mode):
     """Also if what takes their place is on the host of each process."""
     there, rng = mesh(1, 4, mode=mode), np.random.default_rng(0)
@@ -124,7 +139,10 @@ def test_factors_of_a_model_stay_where_they_are(mode):
                 np.testing.assert_array_equal(one.data, two.data)
 
 
-@pytest.mark.parametrize("name", ["dare|ties|isotropize", "ties of the model"])
+@pytest.mark.parametrize(
+    "name",
+    ["ties of the model", pytest.param("dare|ties|isotropize", marks=pytest.mark.nightly)],
+)
 def test_modules_across_processes(adapters, name):
     there = mesh(1, 4)
     merged = plain_merge(put(adapters, there), CASES[name], key=KEY, mesh=there)
@@ -146,7 +164,11 @@ def test_meshes_have_devices_of_one_process_or_of_all(adapters):
         plain_merge(adapters, cm.mean(), mesh=jax.sharding.Mesh(np.asarray(other), ("modules",)))
 
 
-@pytest.mark.parametrize("rule", [cm.tsv(), cm.ties(scope="model")], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(cm.tsv(), marks=pytest.mark.nightly), cm.ties(scope="model")],
+    ids=str,
+)
 def test_each_process_reads_and_writes_its_part(folders, monkeypatch, rule):
     opened = [cm.open_peft(folder) for folder in folders]
     kind, read = type(opened[0]), set()
