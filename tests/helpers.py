@@ -23,11 +23,20 @@ def modules(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     return {f"x{i}": shape for i in range(settings().max_examples)}
 
 
-def narrow(names: Iterable[str], chosen: Sequence[str]) -> list:
-    """Parameters of a test, of which those that are not chosen are left out with the newest JAX."""
+def narrow(names: Iterable[str], chosen: Sequence[str], night: Iterable[str] = ()) -> list:
+    """Names as parameters of a test, all but the chosen ones with one version of JAX only.
+
+    Args:
+        names: all.
+        chosen: those on all versions.
+        night: those that only `.ci/nightly` runs.
+    """
     import pytest  # not in the programs that tests start
 
-    return [pytest.param(x, marks=[] if x in chosen else pytest.mark.wide) for x in names]
+    marks = {name: [] if name in chosen else [pytest.mark.wide] for name in names}
+    for name in night:
+        marks[name].append(pytest.mark.nightly)
+    return [pytest.param(name, marks=found) for name, found in marks.items()]
 
 
 def random_adapters(

@@ -47,7 +47,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", narrow(RULES, ["tsv|isotropize"]))
+@pytest.mark.parametrize("name", narrow(RULES, ["task_arithmetic"], night=["tsv|isotropize"]))
 def test_finds_the_coefficients_of_a_merge(adapters, name):
     rule = RULES[name]
     projected = cm.project(adapters)

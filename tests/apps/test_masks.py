@@ -53,7 +53,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", narrow(RULES, ["tsv"]))
+@pytest.mark.parametrize("name", narrow(RULES, ["tsv"], night=["tsv|isotropize"]))
 def test_what_is_left_out_is_absent(adapters, name):
     """A core of zeros is as good as no module."""
     weights = {

@@ -12,6 +12,8 @@ from coremerge_jax.merging.alignment import align
 from coremerge_jax.naming.spelling import canonical
 from coremerge_jax.recipe import Recipe
 
+pytestmark = pytest.mark.wide
+
 SHAPES = {"gate": (6, 4), "up": (6, 4), "down": (4, 6), "q": (8, 4), "k": (4, 4), "v": (4, 4)}
 EXPERTS = 2
 
@@ -411,7 +413,6 @@ def test_newer_names_win_if_they_are_certain_for_all(rng, case, winner):
     assert set(aligned(adapters)[0]) == set(dict(modules((old, new)[winner])))
 
 
-@pytest.mark.wide
 def test_what_else_reads_several_adapters_has_the_common_names(rng):
     adapters = [by_naming(rng, x, f"t{i}") for i, x in enumerate(NAMINGS["qwen2_vl"])]
     expected = list(adapters[1])

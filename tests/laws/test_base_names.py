@@ -4,6 +4,8 @@ import pytest
 
 from coremerge_jax.merging.base_names import best_name, is_local, same_base
 
+pytestmark = pytest.mark.wide
+
 ONE_MODEL = [
     [
         "Qwen/Qwen2.5-7B",

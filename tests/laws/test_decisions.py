@@ -8,6 +8,8 @@ from many_devices import mesh
 import coremerge_jax as cm
 from coremerge_jax.merging.program import Decisions
 
+pytestmark = pytest.mark.wide
+
 WIDE, TALL = {"q": (16, 20)}, {"q": (20, 16)}
 
 

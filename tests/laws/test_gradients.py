@@ -17,11 +17,14 @@ SHAPE, RANKS = (9, 8), (2, 2, 2)
 STEP = 1e-6
 SLOPES = {name: case.slope for name, case in CASES.items() if case.slope}
 NOT_DIFFERENTIABLE = {"dc_merge"}
+CHAINS = ("flatten|tsv", "pico|tsv")
+"""Each of their rules is there by itself."""
 PLACES = [
     pytest.param(
         (name, space),
         id=f"{name}-{space}",
-        marks=[pytest.mark.wide] * (not slope.narrow) + [pytest.mark.nightly] * (space != "core"),
+        marks=[pytest.mark.wide] * (not slope.narrow)
+        + [pytest.mark.nightly] * (space != "core" or name in CHAINS),
     )
     for name, slope in SLOPES.items()
     for space in ("core", *slope.spaces)

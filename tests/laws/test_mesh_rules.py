@@ -3,7 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, dense, distance, plain_merge, plain_stream, random_adapters
+from helpers import (
+    KEY,
+    assert_same,
+    dense,
+    distance,
+    narrow,
+    plain_merge,
+    plain_stream,
+    random_adapters,
+)
 from jax.sharding import AxisType
 from many_devices import CASES, RANKS, SHAPES, mesh
 
@@ -31,7 +40,7 @@ def small():
     return random_adapters(HEAD, RANKS, dtype="float32")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", narrow(CASES, CASES, night=["dc_merge", "iso_cts"]))
 def test_same_as_one_device(adapters, name):
     expected = plain_merge(adapters, CASES[name], key=KEY)
     for there in MESHES.values():
@@ -43,7 +52,7 @@ def test_same_as_one_device(adapters, name):
             assert lora.rank == expected[path].rank
 
 
-@pytest.mark.parametrize("name", ["ties", "tsv"])
+@pytest.mark.parametrize("name", ["tsv", pytest.param("ties", marks=pytest.mark.nightly)])
 def test_all_modules_of_a_device_at_once(adapters, monkeypatch, name):
     """As on accelerators."""
     expected = plain_merge(adapters, CASES[name])

@@ -9,6 +9,8 @@ from cases import CASES, SPACES, WITH_INPUTS, WITHOUT_INPUTS
 import coremerge_jax as cm
 from coremerge_jax import rules, spaces
 
+pytestmark = pytest.mark.wide
+
 NEVER = [float("nan"), float("inf"), -float("inf"), "0.5", 1j, np.float32("nan"), [1], 2**31]
 WORDS = {"elect", "reduce", "scope", "gauge", "scaled", "weights"}
 MADE = {**rules.RULES, **spaces.SPACES}

@@ -41,7 +41,7 @@ def needed(adapters, rule):
     return (workers + 1) * max(one.held + one.work for one in costs)
 
 
-@pytest.mark.parametrize("name", narrow(RULES, ["dare, ties"]))
+@pytest.mark.parametrize("name", narrow(RULES, ["dare, ties"], night=["tsv, isotropize"]))
 def test_batches_change_nothing(adapters, name):
     rule = RULES[name]
     whole = plain_merge(adapters, rule, key=KEY)
@@ -108,7 +108,7 @@ COSTLY = {name: make() for name, make in WITHOUT_INPUTS.items()} | {
     "prune, dc_merge": cm.chain(cm.prune(), cm.dc_merge()),
     "a function": cm.from_function(lambda cores: jnp.median(cores, axis=0)),
 }
-NARROW = ("mean", "ties", "tsv", "svc", "dc_merge", "dare, ties")
+BY_DAY = ("mean", "ties", "tsv", "svc")
 SPACES = {
     "balanced": cm.core(gauge="balanced"),
     "tucker": cm.tucker(rank=8),
@@ -121,7 +121,7 @@ SPACES = {
     ("rule", "space"),
     [
         *(
-            pytest.param(rule, cm.core(), marks=[] if name in NARROW else [pytest.mark.wide])
+            pytest.param(rule, cm.core(), marks=[] if name in BY_DAY else [pytest.mark.nightly])
             for name, rule in COSTLY.items()
         ),
         *(

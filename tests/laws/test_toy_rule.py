@@ -17,6 +17,8 @@ from coremerge_jax.recipe import format_rule, parse_rule
 from coremerge_jax.rules import Equivariance, Rule
 from coremerge_jax.rules.rule import dense as dense_cores
 
+pytestmark = pytest.mark.wide
+
 
 @flax.struct.dataclass(kw_only=True)
 class Toy(Rule):
