@@ -1,7 +1,7 @@
 """The sections of the result, as rows of numbers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def collect_unlabelled(studies: Sequence[Study]) -> dict[str, list[Row]]:
         return {
             "merge": name,
             "rank": found[0]["rank"],
-            "seconds": _mean([x.get("seconds", {}) for x in found]),
-            "tasks": _mean(of_tasks),
+            "seconds": _joined(min, [x.get("seconds", {}) for x in found]),
+            "tasks": _joined(np.mean, of_tasks),
             **_against(found, tuned, alone),
         }
 
@@ -85,9 +85,9 @@ def _of_tasks(found: Mapping[str, Any], alone: Correct) -> dict[str, float]:
     return {name: float(np.mean(correct[name]) / np.mean(alone[name])) for name in correct}
 
 
-def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the means of mappings with the same keys."""
-    return {name: float(np.mean([x[name] for x in found])) for name in found[0]}
+def _joined(join: Callable, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns one number for each key of mappings with the same keys."""
+    return {name: float(join([x[name] for x in found])) for name in found[0]}
 
 
 def _against(

@@ -55,7 +55,8 @@ All figures are means over trainings of the eight adapters, which differ in thei
 
 All else is chosen without labels and without validation or test texts: statistics are those of the
 first {INPUTS} training texts of each task, read by the task's own adapter; coefficients are learned
-from the first {LEARNED}. Scales are automatic. *seconds* are those of each step."""
+from the first {LEARNED}. Scales are automatic. *seconds* are those of each step,
+the least of the trainings."""
 
 
 def unlabelled_sheets(result: Mapping[str, list[Row]]) -> list[Sheet]:
