@@ -112,8 +112,9 @@ CHECK = {
 }
 
 
+BY_NIGHT = ("distributed", "memory")  # they start processes
 PAGES = [
-    pytest.param(page, marks=[pytest.mark.nightly] * (page == "distributed"))  # starts processes
+    pytest.param(page, marks=[pytest.mark.nightly] * (page in BY_NIGHT))
     for page in sorted(path.stem for path in DOCS.glob("howto/*.md"))
 ]
 

@@ -13,6 +13,7 @@ from coremerge_jax.rules import RULES
 from coremerge_jax.spaces import SPACES
 
 
+@pytest.mark.nightly
 def test_a_sweep_compiles_as_much_as_one_merge(tmp_path):
     options = ["--scales", "3", "--densities", "2", "--rounds", "1", "--output", str(tmp_path)]
     assert sweep.main(options) == 0

@@ -102,6 +102,7 @@ def test_a_process_is_killed(adapters, tmp_path, killed):
     assert (out / "adapter_config.json").exists()
 
 
+@pytest.mark.nightly
 def test_a_process_is_asked_to_end(adapters, tmp_path):
     processes = start(*adapters, "-o", tmp_path / "out", paused=1)
     before = set(tmp_path.iterdir())

@@ -90,6 +90,7 @@ def test_help(coremerge, args):
     assert result.err == ""
 
 
+@pytest.mark.nightly  # `.ci/run` runs the demo itself
 def test_demo(coremerge, monkeypatch):
     methods = (("mean", "core"), ("tsv + isotropize", "core"))
     records = run(methods)

@@ -124,7 +124,9 @@ def test_at_random_points(place):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("name", ["ties", "tsv", "isotropize"])
+@pytest.mark.parametrize(
+    "name", ["tsv", *(pytest.param(x, marks=pytest.mark.nightly) for x in ("ties", "isotropize"))]
+)
 def test_of_more_directions_than_there_is_space_for(name):
     check(name, "core", random_point(name, (4, 4, 4)), ranks=(4, 4, 4))
 

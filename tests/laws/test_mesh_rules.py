@@ -86,7 +86,14 @@ def test_masks_are_the_same(adapters, there):
     assert 0 < np.mean(shares) < 1
 
 
-@pytest.mark.parametrize("space", [cm.tucker(rank=4), cm.core(gauge="balanced"), cm.knots()])
+@pytest.mark.parametrize(
+    "space",
+    [
+        cm.tucker(rank=4),
+        pytest.param(cm.core(gauge="balanced"), marks=pytest.mark.nightly),
+        pytest.param(cm.knots(), marks=pytest.mark.nightly),
+    ],
+)
 @every_mesh
 def test_spaces(adapters, there, space):
     rule = cm.tsv() if isinstance(space, cm.knots) else cm.ties()

@@ -114,7 +114,7 @@ def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
         assert_same(one, merged(rank, scale), 1e-6)
 
 
-@pytest.mark.wide
+@pytest.mark.nightly
 def test_gradients_of_weights_by_module(adapters):
     def norm(weights):
         merged = cm.project(adapters, precision="float32").merge(
