@@ -14,11 +14,12 @@ from pathlib import Path
 
 import platformdirs
 from common import machine
+from common.packages import fetch
 from common.publish import publish, script
 
 from text8.figure import draw
 from text8.results import collect, collect_unlabelled, explain
-from text8.sources import SOURCES, fetch
+from text8.sources import SOURCES
 from text8.study import Study
 from text8.tables import NOTES, UNLABELLED_NOTES, sheets, unlabelled_sheets
 from text8.tasks import TASKS

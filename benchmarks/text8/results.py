@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import scores
+from common.scores import Correct
 
 import coremerge_jax as cm
 from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
-from text8 import methods, scoring
+from text8 import methods
 from text8.methods import Method
-from text8.scoring import Correct
 from text8.sources import SOURCES
 from text8.study import Study, equal
 from text8.unlabelled import Unlabelled
@@ -103,12 +104,12 @@ def _against(
         alone: of each training, the answers of the tasks' own adapters.
     """
     of_both = [
-        [scoring.normalized(x["correct"], own) for x, own in zip(results, alone, strict=True)]
+        [scores.normalized(x["correct"], own) for x, own in zip(results, alone, strict=True)]
         for results in (found, other)
     ]
     drawn, drawn_other = (
         np.mean(
-            [scoring.resampled(x["correct"], own) for x, own in zip(results, alone, strict=True)],
+            [scores.resampled(x["correct"], own) for x, own in zip(results, alone, strict=True)],
             axis=0,
         )
         for results in (found, other)
@@ -116,10 +117,10 @@ def _against(
     differences = np.subtract(*of_both)
     return {
         "test": float(np.mean(of_both[0])),
-        "interval": scoring.interval(drawn),
+        "interval": scores.interval(drawn),
         "trainings": of_both[0],
         "difference": float(np.mean(differences)),
-        "gain": scoring.interval(drawn - drawn_other),
+        "gain": scores.interval(drawn - drawn_other),
         "differences": differences.tolist(),
     }
 
@@ -152,7 +153,7 @@ def automatic_scales(studies: Sequence[Study]) -> list[Row]:
 def describe(study: Study, ranks: Mapping[str, int]) -> list[Row]:
     """Describes the tasks, with the accuracy of the base model and of their own adapters."""
     licences = {source.name: source.licence for source in SOURCES}
-    base, alone = (scoring.accuracy(x) for x in (study.base(), study.alone(ranks, "test")))
+    base, alone = (scores.accuracy(x) for x in (study.base(), study.alone(ranks, "test")))
     return [
         {
             "task": task.name,
@@ -181,7 +182,7 @@ class Compare:
         self.sum = self._scores(study.measure(methods.SUM, ranks))
 
     def _scores(self, found: Mapping[str, Any]) -> np.ndarray:
-        return scoring.resampled(found["correct"], self.alone)
+        return scores.resampled(found["correct"], self.alone)
 
     def row(self, method: Method, found: Mapping[str, Any]) -> Row:
         """Returns one row, measured by `Study.measure`."""
@@ -195,8 +196,8 @@ class Compare:
             "validation": found.get("validation"),
             "tasks": mean,
             "test": float(np.mean(list(mean.values()))),
-            "interval": scoring.interval(drawn),
-            "gain": scoring.interval(drawn - self.sum),
+            "interval": scores.interval(drawn),
+            "gain": scores.interval(drawn - self.sum),
         }
 
     def rows(self, chosen: Iterable[Method]) -> list[Row]:
@@ -210,14 +211,14 @@ class Compare:
             if method.space != "core":
                 pair = (dataclasses.replace(method, space="core"), method)
                 found = [self.study.measure(x, self.ranks) for x in pair]
-                core, other = (scoring.normalized(x["correct"], self.alone) for x in found)
+                core, other = (scores.normalized(x["correct"], self.alone) for x in found)
                 drawn, others = map(self._scores, found)
                 rows.append(
                     {
                         "rule": method.rules,
                         "space": method.space,
                         "gain": core - other,
-                        "interval": scoring.interval(drawn - others),
+                        "interval": scores.interval(drawn - others),
                     }
                 )
         return rows

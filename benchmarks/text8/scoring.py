@@ -1,10 +1,11 @@
-"""Scores of a model: its correct answers, relative to those of each task's own adapter."""
+"""Correct answers of a model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from common.scores import Correct
 from flax import nnx
 
 import coremerge_jax as cm
@@ -12,10 +13,6 @@ from text8.minilm import Tokens, batches, load
 from text8.tasks import Split, Task
 
 BATCH = 64
-RESAMPLES = 2000
-
-Correct = dict[str, np.ndarray]
-"""By task, which texts were answered correctly: bool ``(N,)``."""
 
 
 class Exam:
@@ -81,34 +78,3 @@ class Exam:
             name: np.argmax(part @ self.heads[name].T, axis=1) == self.labels[name][split]
             for name, part in zip(names, np.split(embeddings, ends), strict=True)
         }
-
-
-def accuracy(correct: Correct) -> dict[str, float]:
-    """Returns the accuracy by task."""
-    return {name: float(np.mean(answers)) for name, answers in correct.items()}
-
-
-def normalized(correct: Correct, alone: Correct) -> float:
-    """Returns the mean over tasks of the accuracy over that of the task's own adapter."""
-    return float(np.mean([np.mean(correct[name]) / np.mean(alone[name]) for name in correct]))
-
-
-def resampled(correct: Correct, alone: Correct) -> np.ndarray:
-    """Returns `normalized` of texts drawn with replacement, ``(RESAMPLES,)``.
-
-    Each task's texts are drawn anew, the same for both models; and the same in each call, so that
-    differences of two results are those on equal texts.
-    """
-    ratios = []
-    for seed, name in enumerate(alone):
-        if name in correct:
-            n = len(alone[name])
-            drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-            ratios.append((drawn @ correct[name]) / (drawn @ alone[name]))
-    return np.mean(ratios, axis=0)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 2.5th and the 97.5th percentile."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

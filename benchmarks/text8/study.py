@@ -1,8 +1,6 @@
 """The steps of the benchmark. Each keeps its result in a file, and is not done twice."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import scores, steps
+from common.scores import Correct
 
 import coremerge_jax as cm
 from coremerge_jax.demo.evaluation import parse_chain
 from coremerge_jax.recipe import parse_space
-from text8 import scoring
 from text8.methods import Method
 from text8.minilm import load, pad
-from text8.scoring import Correct, Exam
+from text8.scoring import Exam
 from text8.tasks import Task, splits
 from text8.training import EPOCHS, logits, train
 
@@ -96,19 +95,12 @@ class Study:
         return found
 
     def _answers(self, name: str, answer: Callable[[], Correct]) -> Correct:
-        kept = self.kept(name, lambda: {task: _bits(x) for task, x in answer().items()})
-        return {task: _array(x) for task, x in kept.items()}
+        kept = self.kept(name, lambda: {task: steps.bits(x) for task, x in answer().items()})
+        return {task: steps.from_bits(x) for task, x in kept.items()}
 
     def kept(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Returns the result kept under a name, or makes and keeps it."""
-        file = self.folder / "results" / f"{name}.json"
-        if not file.exists():
-            text = json.dumps(make())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(".part")
-            beside.write_text(text)
-            beside.rename(file)
-        return json.loads(file.read_text())
+        return steps.kept(self.folder / "results", name, make)
 
     def measure(self, method: Method, ranks: Mapping[str, int]) -> dict[str, Any]:
         """Merges the adapters of some tasks, with the parameters that are best on validation texts.
@@ -133,7 +125,9 @@ class Study:
             make: returns the result, with the bits of `test` as ``"correct"``.
         """
         found = self.kept(name, make)
-        return found | {"correct": {task: _array(x) for task, x in found["correct"].items()}}
+        return found | {
+            "correct": {task: steps.from_bits(x) for task, x in found["correct"].items()}
+        }
 
     def _search(
         self, method: Method, ranks: Mapping[str, int], paths: Sequence[Path], name: str
@@ -144,7 +138,7 @@ class Study:
 
         def evaluate(merged: cm.Adapter) -> float:
             answers = self.exam.correct(_cut(merged, method), "validation", list(ranks))
-            return scoring.normalized(answers, alone)
+            return scores.normalized(answers, alone)
 
         log = self.folder / "logs" / f"{name}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +166,7 @@ class Study:
     def test(self, merged: cm.Adapter, tasks: Sequence[str]) -> dict[str, str]:
         """Returns the test answers of a merge, as bits by task."""
         answers = self.exam.correct(merged, "test", tasks)
-        return {task: _bits(x) for task, x in answers.items()}
+        return {task: steps.bits(x) for task, x in answers.items()}
 
     def _projected(self, paths: Iterable[Path], method: Method) -> Any:
         adapters = [cm.load_peft(path) for path in paths]
@@ -280,22 +274,11 @@ def _cut(merged: cm.Adapter, method: Method) -> cm.Adapter:
 
 
 def digest(paths: Sequence[Path], method: Method | None = None) -> str:
-    """Changes with the adapters' files and what is tried."""
-    hashes = [
-        hashlib.sha256((x / "adapter_model.safetensors").read_bytes()).hexdigest() for x in paths
-    ]
+    """Returns a name that changes with the adapters' files and what is tried."""
     values = method and [method.rules, method.space, method.cut, dict(method.values)]
-    return hashlib.sha256(json.dumps([hashes, values]).encode()).hexdigest()[:12]
+    return steps.digest(paths, values)
 
 
 def _slug(method: Method) -> str:
     text = f"{method.rules}-{method.space}" + (f"-cut-{method.cut}" if method.cut else "")
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)
-
-
-def _bits(answers: np.ndarray) -> str:
-    return "".join("01"[int(x)] for x in answers)
-
-
-def _array(bits: str) -> np.ndarray:
-    return np.frombuffer(bits.encode(), np.uint8) == ord("1")

@@ -5,9 +5,10 @@ import dataclasses
 import html
 import random
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from common.splits import Example, even, split
 
 SIZES = {"train": 2000, "validation": 200, "test": 800}
 """How many texts a split has at most."""
@@ -16,9 +17,6 @@ PASSAGE = 40
 """Words that a passage of the Brown corpus has at least."""
 CLEAR = 0.5
 """Ratings of sentiment, from -4 to 4, that are nearer to 0 are left out."""
-
-Example = tuple[str, str]
-"""A text and its label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,47 +59,15 @@ def splits(task: Task, folder: Path, sizes: dict[str, int] | None = None) -> dic
         sizes: other sizes than `SIZES`.
     """
     rng = random.Random(SEED)
-    groups = _without_repeats(task.parse(folder))
-    rng.shuffle(groups)
-    groups.sort(key=lambda group: group[0][1])
-    parts: dict[str, list[Example]] = defaultdict(list)
-    for i, group in enumerate(groups):
-        name = "test" if i % 3 == 0 else "validation" if i % 15 == 1 else "train"
-        parts[name] += group
+    parts = split(task.parse(folder), rng)
     numbers = {label: i for i, label in enumerate(task.prompts)}
     found = {}
     for name, size in (sizes or SIZES).items():
         rng.shuffle(parts[name])
-        chosen = _even(parts[name], size // len(numbers)) if task.even else parts[name][:size]
+        chosen = even(parts[name], size // len(numbers)) if task.even else parts[name][:size]
         texts, labels = zip(*chosen, strict=True)
         found[name] = Split(list(texts), [numbers[label] for label in labels])
     return found
-
-
-def _without_repeats(groups: Iterable[list[Example]]) -> list[list[Example]]:
-    """Keeps each text once, ignoring case and spaces."""
-    seen: set[str] = set()
-    kept = []
-    for group in groups:
-        new = []
-        for text, label in group:
-            text = " ".join(text.split())
-            if text and text.lower() not in seen:
-                seen.add(text.lower())
-                new.append((text, label))
-        if new:
-            kept.append(new)
-    return kept
-
-
-def _even(examples: list[Example], each: int) -> list[Example]:
-    count: dict[str, int] = defaultdict(int)
-    kept = []
-    for text, label in examples:
-        if count[label] < each:
-            count[label] += 1
-            kept.append((text, label))
-    return kept
 
 
 def _questions(folder: Path) -> Iterator[list[Example]]:

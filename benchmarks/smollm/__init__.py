@@ -1,0 +1,1 @@
+"""A benchmark of generative tasks with a small language model: see `command`."""
