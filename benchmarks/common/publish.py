@@ -48,17 +48,23 @@ def publish(
         sheets: the tables.
         notes: meaning of the columns.
     """
-    console = Console()
-    if not console.is_terminal:
-        console.width = 1000
-    for sheet in sheets:
-        console.print(_rich(sheet))
+    console = show(*sheets)
     stem.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"# {title}", machine.summary(result["machine"]), *map(_markdown, sheets), notes]
     stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
     stem.with_suffix(".json").write_text(text + "\n")
     console.print(f"wrote {stem}.*")
+
+
+def show(*sheets: Sheet) -> Console:
+    """Prints tables; returns where."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000
+    for sheet in sheets:
+        console.print(_rich(sheet))
+    return console
 
 
 def digits(seconds: float) -> str:

