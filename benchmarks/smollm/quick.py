@@ -15,6 +15,7 @@ from smollm.study import Study
 from smollm.tasks import Task
 
 WORDS = [f"w{i}" for i in range(24)]
+STEPS = 80
 TOKENS = ["<end>", ":", "Answer", "one", "two", "three", *WORDS]
 CONFIG = Config(
     vocabulary=len(TOKENS),
@@ -86,4 +87,4 @@ def quick(folder: Path) -> Study:
     """Returns a study of a tiny model and three tiny tasks."""
     tasks = [(_task(name, 2 * i), folder) for i, name in enumerate(("one", "two", "three"))]
     sizes = {"train": 400, "validation": 40, "test": 120}
-    return Study(folder, Tiny(), tasks, sizes=sizes, steps=60, dtype=jnp.float32)
+    return Study(folder, Tiny(), tasks, sizes=sizes, steps=STEPS, rate=0.03, dtype=jnp.float32)

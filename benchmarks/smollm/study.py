@@ -18,7 +18,7 @@ from smollm.encoding import Encoded, encode
 from smollm.model import ATTENTION, LINEAR, Config, load
 from smollm.scoring import Answers, Exam
 from smollm.tasks import Task, splits
-from smollm.training import STEPS, train
+from smollm.training import RATE, STEPS, train
 
 
 class Base(Protocol):
@@ -69,6 +69,7 @@ class Study:
         variant: of adapters.
         sizes: of the splits, by default those of `tasks.SIZES`.
         steps: of training.
+        rate: of learning.
         training: number of the training of all adapters; each has seeds of its own.
         dtype: of products.
         say: called with a message after each step.
@@ -80,6 +81,7 @@ class Study:
     variant: Variant = VARIANTS["attention"]
     sizes: dict[str, int] | None = None
     steps: int = STEPS
+    rate: float = RATE
     training: int = 0
     dtype: Any = jnp.bfloat16
     say: Callable[[str], object] = print
@@ -131,6 +133,7 @@ class Study:
                 self.examples[name]["train"],
                 seed,
                 self.steps,
+                self.rate,
                 lambda done, loss: progress(done, self.steps, f", loss {loss:.3f}"),
             )
             path.parent.mkdir(parents=True, exist_ok=True)

