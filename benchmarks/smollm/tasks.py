@@ -104,12 +104,12 @@ KINDS = {
 
 
 def _lemmas(folder: Path) -> Iterator[list[Example]]:
-    """Yields irregular or respelled forms of WordNet's words, grouped by word."""
+    """Yields respelled forms of WordNet's verbs and adjectives, grouped by word."""
     words = defaultdict(set)
-    for kind in ("verb", "noun", "adj"):
+    for kind in ("verb", "adj"):
         for line in (folder / f"usr/share/wordnet/{kind}.exc").read_text("utf-8").splitlines():
-            form, word, *more = line.split()
-            if not more and form.isalpha() and word.isalpha() and form != word:
+            form, word, *_ = line.split()
+            if form.isalpha() and _is_respelled(form, word):
                 words[form].add(word)
     groups = defaultdict(list)
     for form, found in sorted(words.items()):
@@ -117,6 +117,15 @@ def _lemmas(folder: Path) -> Iterator[list[Example]]:
             (word,) = found
             groups[word].append((form, word))
     yield from groups.values()
+
+
+def _is_respelled(form: str, word: str) -> bool:
+    """Returns if a form is that of a rule: of big, bigger; of happy, happiest; of panic, panicked.
+
+    Irregular forms are left out, as nothing tells those of words that training has not seen.
+    """
+    stem = re.sub("(ed|ing|er|est)$", "", form)
+    return stem != form and stem in (word + word[-1], word + "k", re.sub("y$", "i", word))
 
 
 def _dates(folder: Path) -> Iterator[list[Example]]:

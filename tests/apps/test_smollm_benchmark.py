@@ -63,16 +63,19 @@ def test_forms_dates_and_lists_are_made_from_files(tmp_path):
     write(
         tmp_path,
         {
-            "usr/share/wordnet/verb.exc": "ran run\nrunning run\nlay lie\nwent_on go_on\n",
-            "usr/share/wordnet/noun.exc": "mice mouse\nlay song\n",
-            "usr/share/wordnet/adj.exc": "",
+            "usr/share/wordnet/verb.exc": "ran run\nrunning run\npanicked panic\nlaid_on lay_on\n",
+            "usr/share/wordnet/adj.exc": "runnier runny\nrunniest runny\n",
             "usr/share/wordnet/cntlist.rev": counts + "verb%2:0:: 1 9\nrare%1:0:: 1 1\n",
             "package/main/en/ca-gregorian.json": calendar("en", ["Sunday", "Monday"], months),
             "package/main/fr/ca-gregorian.json": calendar("fr", ["dimanche", "lundi"], months),
         },
     )
     lemmas = list(find("lemma").parse(tmp_path))
-    assert lemmas == [[("mice", "mouse")], [("ran", "run"), ("running", "run")]]
+    assert lemmas == [
+        [("panicked", "panic")],
+        [("runnier", "runny"), ("runniest", "runny")],
+        [("running", "run")],
+    ]
     dates = list(find("dates").parse(tmp_path))
     assert len(dates) == 12 * 28
     assert dates[29] == [("Sunday 2 m1", "dimanche 2 m1"), ("Monday 2 m1", "lundi 2 m1")]
