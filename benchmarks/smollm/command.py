@@ -9,7 +9,6 @@ seconds.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,15 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"no task {', '.join(unknown)}; there are {', '.join(study.names)}")
         return 2
-    for training in options.trainings:
-        chosen = dataclasses.replace(study, variant=VARIANTS[options.variant], training=training)
-        # All trainings have one exam: it reads the model and compiles once.
-        chosen.__dict__ |= {x: study.__dict__[x] for x in ("exam", "examples") if x in vars(study)}
+    study.variant = VARIANTS[options.variant]
+    for study.training in options.trainings:  # with one exam, which reads the model and compiles
         if options.step == "train":
             for name in names:
-                chosen.adapter(name)
+                study.adapter(name)
         else:
-            show(sheet(describe(chosen, names), f"{options.variant}, training {training}"))
+            title = f"{options.variant}, training {study.training}"
+            show(sheet(describe(study, names), title))
     return 0
 
 

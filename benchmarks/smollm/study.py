@@ -141,25 +141,39 @@ class Study:
             self.say(f"trained {name}, {self.variant.name}, training {self.training}")
         return path
 
-    def plain(self, split: str = "test") -> Answers:
+    def plain(self, names: Sequence[str], split: str = "test") -> Answers:
         """Returns the base model's answers."""
-        return self.answers(f"base-{split}", lambda: self.answer("base", None, split))
+        return self._each(names, split, "base", lambda _: None)
 
     def alone(self, names: Sequence[str], split: str = "test") -> Answers:
         """Returns the answers of each task's own adapter."""
+        return self._each(names, split, "alone", self.adapter)
+
+    def _each(
+        self, names: Sequence[str], split: str, what: str, find: Callable[[str], Path | None]
+    ) -> Answers:
+        """Returns answers to tasks, each by the adapter that is found for it, if there is one."""
         found = []
         for name in names:
-            path = self.adapter(name)
+            path = find(name)
+            adapter = path and cm.load_peft(path)
+            key = self.key([path] if path else [], [name], split)
             found.append(
                 self.answers(
-                    f"alone-{split}-{name}-{steps.digest([path])}",
-                    lambda p=path, n=name: self.answer(n, cm.load_peft(p), split, [n]),
+                    f"{what}-{split}-{name}-{key}",
+                    lambda a=adapter, n=name: self.answer(f"{what}, {n}", a, split, [n]),
                 )
             )
         return Answers(
             {name: x for part in found for name, x in part.correct.items()},
             {name: x for part in found for name, x in part.likelihood.items()},
         )
+
+    def key(self, adapters: Sequence[Path], names: Sequence[str], split: str) -> str:
+        """Returns a name that changes with adapters and with the examples of a split."""
+        examples = [x for name in names for x in self.examples[name][split]]
+        tokens = [[x.prompt.tolist(), x.answer.tolist()] for x in examples]
+        return steps.digest(adapters, tokens)
 
     def answer(
         self, what: str, adapter: cm.Adapter | None, split: str, names: Sequence[str] | None = None
@@ -185,7 +199,7 @@ def _for_json(answers: Answers) -> Mapping[str, Any]:
 
 def describe(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
     """Describes tasks, with the answers of the base model and of their own adapters."""
-    plain, own = study.plain(), study.alone(names)
+    plain, own = study.plain(names), study.alone(names)
     licences = tasks.licences()
     return [
         {
