@@ -103,29 +103,47 @@ KINDS = {
 """Answers of the task of questions, by their labels in the corpus."""
 
 
-def _lemmas(folder: Path) -> Iterator[list[Example]]:
-    """Yields respelled forms of WordNet's verbs and adjectives, grouped by word."""
-    words = defaultdict(set)
-    for kind in ("verb", "adj"):
-        for line in (folder / f"usr/share/wordnet/{kind}.exc").read_text("utf-8").splitlines():
-            form, word, *_ = line.split()
-            if form.isalpha() and _is_respelled(form, word):
-                words[form].add(word)
-    groups = defaultdict(list)
-    for form, found in sorted(words.items()):
-        if len(found) == 1:
-            (word,) = found
-            groups[word].append((form, word))
-    yield from groups.values()
+SMALL = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
-def _is_respelled(form: str, word: str) -> bool:
-    """Returns if a form is that of a rule: of big, bigger; of happy, happiest; of panic, panicked.
+def words_of(number: int) -> str:
+    """Returns the English words of a number from 0 to 9999."""
+    for size, name in ((1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            many, rest = divmod(number, size)
+            return f"{SMALL[many]} {name}" + (f" {words_of(rest)}" if rest else "")
+    if number < 20:
+        return SMALL[number]
+    tens, ones = divmod(number, 10)
+    return TENS[tens - 2] + (f" {SMALL[ones]}" if ones else "")
 
-    Irregular forms are left out, as nothing tells those of words that training has not seen.
-    """
-    stem = re.sub("(ed|ing|er|est)$", "", form)
-    return stem != form and stem in (word + word[-1], word + "k", re.sub("y$", "i", word))
+
+def _numbers(_: Path) -> Iterator[list[Example]]:
+    """Yields numbers in words and in digits."""
+    for number in range(100, 10_000):
+        yield [(words_of(number), str(number))]
 
 
 def _dates(folder: Path) -> Iterator[list[Example]]:
@@ -195,7 +213,7 @@ TASKS = (
         longest=28,
         labels=tuple(text8.FIELDS),
     ),
-    Task("lemma", "wordnet", _cite("wordnet"), "Base form of the word", _lemmas, longest=20),
+    Task("numbers", "made", "made by this benchmark", "In digits", _numbers, longest=24),
     Task(
         "dates",
         "cldr",

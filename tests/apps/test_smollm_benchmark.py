@@ -55,7 +55,7 @@ def calendar(language, days, months):
     return json.dumps({"main": {language: dates}})
 
 
-def test_forms_dates_and_lists_are_made_from_files(tmp_path):
+def test_dates_and_lists_are_made_from_files(tmp_path):
     months = [f"m{i}" for i in range(12)]
     counts = "".join(
         f"wo{chr(97 + i)}{chr(97 + j)}%1:0:: 1 5\n" for i in range(9) for j in range(9)
@@ -63,19 +63,11 @@ def test_forms_dates_and_lists_are_made_from_files(tmp_path):
     write(
         tmp_path,
         {
-            "usr/share/wordnet/verb.exc": "ran run\nrunning run\npanicked panic\nlaid_on lay_on\n",
-            "usr/share/wordnet/adj.exc": "runnier runny\nrunniest runny\n",
             "usr/share/wordnet/cntlist.rev": counts + "verb%2:0:: 1 9\nrare%1:0:: 1 1\n",
             "package/main/en/ca-gregorian.json": calendar("en", ["Sunday", "Monday"], months),
             "package/main/fr/ca-gregorian.json": calendar("fr", ["dimanche", "lundi"], months),
         },
     )
-    lemmas = list(find("lemma").parse(tmp_path))
-    assert lemmas == [
-        [("panicked", "panic")],
-        [("runnier", "runny"), ("runniest", "runny")],
-        [("running", "run")],
-    ]
     dates = list(find("dates").parse(tmp_path))
     assert len(dates) == 12 * 28
     assert dates[29] == [("Sunday 2 m1", "dimanche 2 m1"), ("Monday 2 m1", "lundi 2 m1")]
@@ -102,6 +94,15 @@ def test_sums_are_right_and_no_pair_of_numbers_is_in_two_splits(tmp_path):
             first, _, second = text.split()
             pairs.setdefault(frozenset((first, second)), set()).add(name)
     assert all(len(names) == 1 for names in pairs.values())
+
+
+def test_numbers_have_their_words():
+    expected = {0: "zero", 17: "seventeen", 40: "forty", 305: "three hundred five"}
+    expected[9021] = "nine thousand twenty one"
+    assert {number: tasks.words_of(number) for number in expected} == expected
+    found = [group[0] for group in find("numbers").parse(None)]
+    assert len({text for text, _ in found}) == len(found) == 9900
+    assert ("one hundred", "100") in found
 
 
 def test_every_task_has_a_source_a_licence_and_an_instruction_of_its_own():
