@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import platformdirs
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,18 @@ def script(doc: str, **more: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], **more)
     what = "folder for the results; default: %(default)s"
     parser.add_argument("--output", type=Path, default=folder(), help=what)
+    return parser
+
+
+def resumable(doc: str, name: str) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark of long steps, whose results are kept in a folder."""
+    parser = script(doc, prog=name)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=platformdirs.user_cache_path("coremerge_jax") / name,
+        help="folder of downloads and finished steps; default: %(default)s",
+    )
     return parser
 
 

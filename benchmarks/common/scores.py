@@ -1,5 +1,7 @@
 """Scores of a model: its correct answers, relative to those of each task's own adapter."""
 
+import functools
+
 import numpy as np
 
 RESAMPLES = 2000
@@ -27,10 +29,16 @@ def resampled(correct: Correct, alone: Correct) -> np.ndarray:
     ratios = []
     for seed, name in enumerate(alone):
         if name in correct:
-            n = len(alone[name])
-            drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+            drawn = _drawn(seed, len(alone[name]))
             ratios.append((drawn @ correct[name]) / (drawn @ alone[name]))
     return np.mean(ratios, axis=0)
+
+
+@functools.lru_cache(maxsize=32)
+def _drawn(seed: int, n: int) -> np.ndarray:
+    """Returns how often each of n texts is drawn, ``(RESAMPLES, n)``."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    return drawn.astype(np.int32)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -1,24 +1,54 @@
 """Steps whose results are kept in files, and which are not done twice."""
 
+import contextlib
+import contextvars
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
+class MissingError(LookupError):
+    """A result that is not kept, while `reading`."""
+
+
+_is_reading = contextvars.ContextVar("is_reading", default=False)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Makes nothing meanwhile: `once` and `kept` raise `MissingError` for what is not there."""
+    token = _is_reading.set(True)
+    try:
+        yield
+    finally:
+        _is_reading.reset(token)
+
+
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """Makes a file or folder, unless it is there; returns its path."""
+    if not path.exists():
+        if _is_reading.get():
+            raise MissingError(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make()
+    return path
+
+
 def kept(folder: Path, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the result kept in a folder under a name, or makes and keeps it."""
     file = folder / f"{name}.json"
-    if not file.exists():
-        text = json.dumps(make())
-        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
         beside = file.with_suffix(".part")
-        beside.write_text(text)
+        beside.write_text(json.dumps(make()))
         beside.rename(file)
-    return json.loads(file.read_text())
+
+    return json.loads(once(file, write).read_text())
 
 
 def digest(adapters: Sequence[Path], values: Any = None) -> str:
@@ -28,10 +58,15 @@ def digest(adapters: Sequence[Path], values: Any = None) -> str:
         adapters: PEFT folders.
         values: anything that JSON can hold.
     """
-    hashes = [
-        hashlib.sha256((x / "adapter_model.safetensors").read_bytes()).hexdigest() for x in adapters
-    ]
+    files = [x / "adapter_model.safetensors" for x in adapters]
+    hashes = [_hash(x, x.stat().st_mtime_ns) for x in files]
     return hashlib.sha256(json.dumps([hashes, values]).encode()).hexdigest()[:12]
+
+
+@functools.lru_cache
+def _hash(file: Path, _: int) -> str:
+    """Returns the hash of a file's content, which is read once for each time of its change."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def bits(answers: np.ndarray) -> str:

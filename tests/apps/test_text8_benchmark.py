@@ -10,22 +10,12 @@ import numpy as np
 import pytest
 from common import packages, scores
 from common.publish import publish
+from evidence import figure, methods, results, tables
+from evidence.base import Learning
+from evidence.methods import AVERAGE, Method, Plan
 from flax import nnx
 from safetensors.numpy import save_file
-from text8 import (
-    figure,
-    methods,
-    minilm,
-    results,
-    scoring,
-    sources,
-    study,
-    tables,
-    tasks,
-    training,
-    unlabelled,
-)
-from text8.methods import Method
+from text8 import minilm, scoring, sources, study, tasks, training
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 CONFIG = minilm.Config(
@@ -79,14 +69,51 @@ def task(name, first):
     return tasks.Task(name, "minilm", "made here", prompts, parse)
 
 
+FEW = Method("task_arithmetic", scales=(0.4, 0.8))
+TSV = Method("tsv", scales=(0.5, 1.0))
+PLAN = Plan(
+    total=FEW,
+    paper=(AVERAGE, FEW, dataclasses.replace(FEW, space="full")),
+    more=(FEW,),
+    small=(Method("ties", cut=4, scales=(0.8,)),),
+    mixed=(FEW,),
+    curve=(FEW,),
+    counts=(2, 3),
+    orders=1,
+    learned=((FEW, "adapter"), (FEW, "module")),
+    tuned=TSV,
+    scaled=(TSV,),
+    few=(2, 3),
+    scales=(0.5, 1.0),
+    inputs=16,
+    taught=16,
+    numbers=(8, 16),
+    cut=2,
+    same=(("tsv", "full"),),
+)
+MACHINE = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
+
+
 @pytest.fixture(scope="module")
 def made(model, tmp_path_factory):
     """A study of three tasks."""
     chosen = [(task(name, 2 * i), model) for i, name in enumerate(("one", "two", "three"))]
     said = []
     sizes = {"train": 400, "validation": 60, "test": 200}
-    folder = tmp_path_factory.mktemp("study")
-    return study.Study(folder, model, chosen, sizes, epochs=6, say=said.append), said
+    run = study.Study(
+        folder=tmp_path_factory.mktemp("study"),
+        exam=scoring.Exam(model, chosen, sizes),
+        ranks=(4,),
+        epochs=6,
+        plan=PLAN,
+        learning=Learning(steps=12, decide=8),
+        say=said.append,
+    )
+    return run, said
+
+
+def joined(*parts):
+    return {name: jobs for part in parts for name, jobs in part.items()}
 
 
 def test_splits_share_no_text_and_no_group():
@@ -214,43 +241,31 @@ def _lenient():
 @pytest.mark.usefixtures("_lenient")
 def test_the_whole_study(made, tmp_path, monkeypatch):
     done, said = made
-    few = Method("task_arithmetic", scales=(0.4, 0.8))
-    sparse = Method("ties", cut=4, scales=(0.8,))
-    for name, chosen in {
-        "SUM": few,
-        "PAPER": (methods.AVERAGE, few, dataclasses.replace(few, space="full")),
-        "MORE": (few,),
-        "SMALL": (sparse,),
-        "MIXED": (few,),
-        "CURVE": (few,),
-        "LEARNED": (few,),
-    }.items():
-        monkeypatch.setattr(methods, name, chosen)
     monkeypatch.setattr(methods, "VALUES", {"ties.density": (0.5, 1.0)})
-    monkeypatch.setattr(results, "RANK", 4)
-    monkeypatch.setattr(results, "SMALL", 2)
-    monkeypatch.setattr(results, "ORDERS", 1)
-    monkeypatch.setattr(results, "SAME", (("tsv", "full"),))
+    monkeypatch.setattr(study, "MIXED", (4, 2))
     monkeypatch.setattr(training, "RATE", 0.03)
-    monkeypatch.setattr(study, "STEPS", 12)
-    monkeypatch.setattr(study, "DECIDE", 8)
-    found = results.collect(done)
+
+    def sections(studies):
+        parts = (results.tasks, results.merges, results.mixed, results.counts)
+        return joined(*(part(studies) for part in parts))
+
+    found = results.collect(sections([done]))
     for row in found["tasks"]:
         assert row["own adapter"] > row["base"] + 0.2
-        assert row["texts"] == {"train": 400, "validation": 60, "test": 200}
+        assert row["examples"] == {"train": 400, "validation": 60, "test": 200}
     (cut,) = found["small"]
     assert cut["rank"] == 4
     assert set(cut["parameters"]) == {"scale", "ties.density"}
     assert all(row["interval"][0] <= row["test"] <= row["interval"][1] for row in found["paper"])
-    total = found["paper"][1]
-    assert total["gain"] == (0, 0)
-    (difference,) = found["differences"]
-    assert abs(difference["gain"]) < 0.01
-    assert difference["interval"][0] <= difference["gain"] <= difference["interval"][1]
+    assert found["paper"][1]["gain"] == (0, 0)
+    (row,) = found["differences"]
+    assert abs(row["difference"]) < 0.01
+    assert row["gain"][0] <= row["difference"] <= row["gain"][1]
     assert all(row["off"] < 1e-5 for row in found["spaces"])
-    machine = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
-    made_of = {"machine": machine | {"others": None}, **found}
-    publish(tmp_path / "text8", "Title", made_of, tables.sheets(found), tables.NOTES)
+    assert [row["count"] for row in found["curve"]] == [2, 3]
+    made_of = {"machine": MACHINE | {"others": None}, **found}
+    words = tables.notes(PLAN, 1, "Ranks.")
+    publish(tmp_path / "text8", "Title", made_of, tables.sheets(made_of), words)
     assert "| task_arithmetic | core | scale " in (tmp_path / "text8.md").read_text()
     figure.draw(found, tmp_path / "text8.svg")
     assert "tasks merged" in (tmp_path / "text8.svg").read_text()
@@ -264,10 +279,8 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train", never)
     monkeypatch.setattr(scoring.Exam, "correct", never)
     count = len(said)
-    again = study.Study(
-        done.folder, done.model, done.tasks, done.sizes, done.epochs, say=said.append
-    )
-    assert results.collect(again) == found
+    assert results.collect(sections([done.of_training(0)])) == found
+    results.work("again", sections([done]), said.append)
     assert len(said) == count
 
 
@@ -276,27 +289,21 @@ def test_the_whole_study(made, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_lenient")
 def test_merges_with_unlabelled_inputs(made, tmp_path, monkeypatch):
     run, said = made
-    monkeypatch.setattr(results, "RANK", 4)
     monkeypatch.setattr(training, "RATE", 0.03)
-    monkeypatch.setattr(unlabelled, "COUNTS", (8, 16))
-    monkeypatch.setattr(unlabelled, "INPUTS", 16)
-    monkeypatch.setattr(unlabelled, "LEARNED", 16)
-    monkeypatch.setattr(unlabelled, "CUT", 2)
-    monkeypatch.setattr(unlabelled, "SCALES", (0.5, 1.0))
-    result = results.collect_unlabelled([run, dataclasses.replace(run, training=1)])
+    studies = [run, run.of_training(1)]
+    result = results.collect(joined(results.unlabelled(studies), results.scales(studies)))
     for rows in result.values():
         assert all(0 < row["test"] < 1.5 for row in rows)
-    first, *others = result["merges"]
+    first, *others = result["unlabelled"]
     assert first["differences"] == [0, 0]
     assert all(len(set(row["trainings"])) == 2 for row in others if "distilled" in row["merge"])
     assert {row["merge"] for row in others} >= {"regmean", "tsv, distilled"}
-    assert [row["merge"] for row in result["curve"]] == ["8 inputs", "16 inputs"]
+    assert [row["merge"] for row in result["inputs"]] == ["8 inputs", "16 inputs"]
     assert {row["rank"] for row in result["cuts"] if row["merge"].startswith("tsv, rank")} == {2}
-    assert any("seconds" in row and row["seconds"].get("learn") for row in others)
-    sheets = tables.unlabelled_sheets(result)
-    machine = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
-    made_of = {"machine": machine | {"others": None}, **result}
-    publish(tmp_path / "text8", "Texts", made_of, sheets, tables.UNLABELLED_NOTES)
+    assert any(row["seconds"].get("learn") for row in others)
+    made_of = {"machine": MACHINE | {"others": None}, **result}
+    words = tables.notes(PLAN, 2, "Ranks.")
+    publish(tmp_path / "text8", "Texts", made_of, tables.sheets(made_of), words)
     text = (tmp_path / "text8.md").read_text()
     assert text.count("| regmean |") == 1
     assert said

@@ -1,5 +1,6 @@
 """The results as a picture."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,14 +10,14 @@ from matplotlib.figure import Figure
 
 from coremerge_jax.figures import style
 from coremerge_jax.search.plot import save
-from text8.results import Row
+from evidence.results import Row
 
 COLOURS = {"full": "#8a8a8a", "knots": "#b3a125", "core": "#9c2f6f", "learned": "#2f6f9c"}
 LABELS = {"full": "full", "knots": "KnOTS", "core": "core", "learned": "core, learned coefficients"}
 
 
 def draw(result: Mapping[str, list[Row]], path: Path) -> None:
-    """Averages with their intervals, and how they fall with more tasks."""
+    """Draws averages with their intervals, and how they fall with more tasks."""
     rows = []
     for row in [*result["paper"], *result["more"]]:
         space, _, option = row["space"].partition(":")
@@ -29,7 +30,10 @@ def draw(result: Mapping[str, list[Row]], path: Path) -> None:
         figure = Figure(figsize=(11, 2 + 0.2 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
         _rules(left, sorted(rows, key=lambda x: x[-1]["test"]))
-        _curve(right, result["curve"])
+        if result["curve"]:
+            _curve(right, result["curve"])
+        else:
+            right.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
@@ -42,23 +46,23 @@ def _rules(ax: Axes, rows: Sequence[tuple[str, str, Row]]) -> None:
     ax.set_yticks(range(len(rows)), [name for _, name, _ in rows])
     ax.margins(y=0.02)
     ax.set_xlabel("accuracy relative to each task's own adapter, mean, %")
-    ax.set_title("Eight tasks", loc="left")
+    ax.set_title("All tasks", loc="left")
     for name, colour in COLOURS.items():
         ax.plot([], [], "o", color=colour, label=LABELS[name])
     ax.legend(frameon=False, title="space")
 
 
 def _curve(ax: Axes, rows: Sequence[Row]) -> None:
-    counts = sorted({row["count"] for row in rows})
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
-        found = [
-            [100 * x["test"] for x in rows if (x["rule"], x["count"]) == (rule, n)] for n in counts
-        ]
-        table = np.asarray(found)
-        ax.plot(counts, table.mean(1), "o-", color=f"C{i}", label=rule)
-        ax.fill_between(counts, table.min(1), table.max(1), color=f"C{i}", alpha=0.15)
-    ax.set_xticks(counts)
+        table: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            if row["rule"] == rule:
+                table[row["count"]].append(100 * row["test"])
+        xs, found = zip(*sorted(table.items()), strict=True)
+        ax.plot(xs, list(map(np.mean, found)), "o-", color=f"C{i}", label=rule)
+        ax.fill_between(xs, list(map(min, found)), list(map(max, found)), color=f"C{i}", alpha=0.15)
+    ax.set_xticks(sorted({row["count"] for row in rows}))
     ax.set_xlabel("tasks merged")
-    ax.set_ylabel("the same, and the range of two orders")
+    ax.set_ylabel("the same, and the range of random orders")
     ax.set_title("More and more tasks, in core space", loc="left")
     ax.legend(frameon=False)

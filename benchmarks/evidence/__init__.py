@@ -1,0 +1,1 @@
+"""Studies of merges, independent of the model and the tasks: see `base`."""
