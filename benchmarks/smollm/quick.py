@@ -8,10 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from common.splits import Example
+from evidence.base import Learning
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from smollm.model import NAMES, Config
-from smollm.study import Study
+from smollm.plan import QUICK
+from smollm.scoring import Exam
+from smollm.study import Study, encoded
 from smollm.tasks import Task
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -85,6 +88,15 @@ def _task(name: str, first: int) -> Task:
 
 def quick(folder: Path) -> Study:
     """Returns a study of a tiny model and three tiny tasks."""
-    tasks = [(_task(name, 2 * i), folder) for i, name in enumerate(("one", "two", "three"))]
+    tasks = [_task(name, 2 * i) for i, name in enumerate(("one", "two", "three"))]
     sizes = {"train": 400, "validation": 40, "test": 120}
-    return Study(folder, Tiny(), tasks, sizes=sizes, steps=STEPS, rate=0.03, dtype=jnp.float32)
+    examples = encoded(Tiny(), [(task, folder) for task in tasks], sizes)
+    return Study(
+        folder=folder,
+        tasks=tasks,
+        exam=Exam(Tiny(), examples, jnp.float32),
+        steps=STEPS,
+        rate=0.03,
+        plan=QUICK,
+        learning=Learning(steps=10, decide=8),
+    )

@@ -1,7 +1,10 @@
 """Answers of the model to all tasks, with an adapter or alone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,8 +14,9 @@ from common.scores import Correct
 from flax import nnx
 
 import coremerge_jax as cm
-from smollm.encoding import Batch, Encoded, batches, likelihoods
-from smollm.model import SmolLM
+from smollm.decoding import decode, prompts, until
+from smollm.encoding import Encoded, batches, likelihoods
+from smollm.model import Base, SmolLM, load
 
 BATCH = 64
 
@@ -34,39 +38,59 @@ class Exam:
     """The base model, and the examples of all tasks.
 
     Attributes:
-        state: the parameters of the base model.
+        base: the base model.
         examples: by task and split.
-
-    Args:
-        model: the base model, in float32, without factors.
-        examples: see the attribute.
         dtype: of products.
     """
 
     def __init__(
         self,
-        model: SmolLM,
+        base: Base,
         examples: Mapping[str, Mapping[str, Sequence[Encoded]]],
         dtype: Any = jnp.bfloat16,
     ) -> None:
-        self._graph, self.state = nnx.split(model)
-        self.examples, self._dtype = examples, dtype
-        self._likelihoods = jax.jit(self.likelihoods)
+        self.base, self.examples, self.dtype = base, examples, dtype
+        self._likelihoods = jax.jit(lambda state, batch: likelihoods(self.model(state), batch))
+        self._decode = jax.jit(lambda state, *x: decode(self.model(state), *x, base.end))
 
-    def likelihoods(self, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Returns `encoding.likelihoods` of the model with these parameters."""
-        return likelihoods(nnx.merge(self._graph, state), batch)
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """Returns the base model in parts; it is read when it is needed."""
+        return nnx.split(load(self.base))
 
-    def parameters(self, adapter: cm.Adapter | None) -> nnx.State:
-        """Returns the parameters of the base model with an adapter, in the dtype of products."""
-        state = self.state if adapter is None else cm.fold_tree(self.state, adapter)
-        return jax.tree.map(lambda x: x.astype(self._dtype) if x.ndim > 1 else x, state)
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Returns names of the tasks' examples, which change as these do."""
+        return {name: _fingerprint(parts.values()) for name, parts in self.examples.items()}
+
+    @property
+    def state(self) -> nnx.State:
+        """Returns the parameters of the base model, in float32."""
+        return self._split[1]
+
+    def model(self, state: nnx.State, adapter: cm.Adapter | None = None) -> SmolLM:
+        """Returns the model with some parameters and an adapter; JAX can differentiate it."""
+        return nnx.merge(self._split[0], self._rounded(state, adapter))
+
+    def _rounded(self, state: nnx.State, adapter: cm.Adapter | None) -> nnx.State:
+        folded = state if adapter is None else cm.fold_tree(state, adapter)
+        return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, folded)
+
+    def decode(self, adapter: cm.Adapter | None, examples: Sequence[Encoded]) -> list[np.ndarray]:
+        """Returns the answers that the base model gives, with an adapter or alone."""
+        state, found = self._rounded(self.state, adapter), []
+        tokens, lengths = prompts(examples)
+        for start in range(0, len(examples), BATCH):
+            rows = np.arange(start, start + BATCH) % len(examples)  # of one shape
+            said = np.asarray(self._decode(state, tokens[rows], lengths[rows]))
+            found += [until(self.base.end, x) for x in said]
+        return found[: len(examples)]
 
     def answer(
         self,
         adapter: cm.Adapter | None,
         split: str,
-        tasks: Sequence[str] | None = None,
+        names: Sequence[str],
         progress: Callable[[int, int], Any] = lambda *_: None,
     ) -> Answers:
         """Returns the answers of the base model, with an adapter or alone.
@@ -77,13 +101,12 @@ class Exam:
         Args:
             adapter: any.
             split: which examples.
-            tasks: of which tasks; by default of all.
+            names: of the tasks.
             progress: called with the number of examples done, and of all.
         """
-        names = list(tasks or self.examples)
         parts = [self.examples[name][split] for name in names]
         every = [example for part in parts for example in part]
-        state = self.parameters(adapter)
+        state = self._rounded(self.state, adapter)
         correct, likelihood = np.zeros(len(every), bool), np.zeros(len(every))
         done = 0
         for places, batch in batches(every, BATCH):
@@ -98,3 +121,8 @@ class Exam:
             dict(zip(names, np.split(correct, ends), strict=True)),
             dict(zip(names, np.split(likelihood, ends), strict=True)),
         )
+
+
+def _fingerprint(parts: Iterable[Sequence[Encoded]]) -> str:
+    tokens = [[x.prompt.tolist(), x.answer.tolist()] for part in parts for x in part]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()

@@ -1,37 +1,43 @@
-"""The steps of the benchmark. Each keeps its result in a file, and is not done twice."""
+"""The study of eight generative tasks: its adapters, and what merges of them are measured with."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from common import steps
 from common.progress import Progress
-from tokenizers import Tokenizer
+from common.scores import Correct
+from evidence import base
+from evidence.base import Learning
+from evidence.methods import Plan
 
 import coremerge_jax as cm
-from smollm import tasks
-from smollm.encoding import Encoded, encode
-from smollm.model import ATTENTION, LINEAR, Config, load
+from smollm.decoding import LONGEST
+from smollm.encoding import (
+    STEP,
+    Batch,
+    Encoded,
+    encode,
+    likelihoods,
+    pad,
+    predict,
+    read_mask,
+    uniform,
+)
+from smollm.model import ATTENTION, LINEAR, Base, load
+from smollm.plan import LEARNING, PLAN
 from smollm.scoring import Answers, Exam
-from smollm.tasks import Task, splits
+from smollm.tasks import Task, licences, splits
 from smollm.training import RATE, STEPS, train
 
-
-class Base(Protocol):
-    """A base model, such as a `model.File`."""
-
-    config: Config
-    end: int
-
-    def tensors(self) -> Any:
-        """Yields names and values of tensors."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer."""
+BATCH = 16
+"""Examples that the model reads at once for statistics."""
+SHARE = 8
+"""Examples of each task in a step that distils."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,161 +64,225 @@ VARIANTS = {
 }
 
 
-@dataclasses.dataclass
-class Study:
-    """All steps of the study, with their results kept in a folder.
+@dataclasses.dataclass(kw_only=True)
+class Study(base.Study):
+    """The steps of the study.
 
     Attributes:
-        folder: keeps adapters and results.
-        base: the base model.
-        tasks: each with the folder of its package.
+        tasks: all tasks.
+        exam: the base model and all examples.
         variant: of adapters.
-        sizes: of the splits, by default those of `tasks.SIZES`.
         steps: of training.
         rate: of learning.
-        training: number of the training of all adapters; each has seeds of its own.
-        dtype: of products.
-        say: called with a message after each step.
     """
 
-    folder: Path
-    base: Base
-    tasks: Sequence[tuple[Task, Path]]
+    tasks: Sequence[Task]
+    exam: Exam
     variant: Variant = VARIANTS["attention"]
-    sizes: dict[str, int] | None = None
     steps: int = STEPS
     rate: float = RATE
-    training: int = 0
-    dtype: Any = jnp.bfloat16
-    say: Callable[[str], object] = print
-
-    @cached_property
-    def examples(self) -> dict[str, dict[str, list[Encoded]]]:
-        """Returns all examples, by task and split."""
-        tokenizer, end = self.base.tokenizer(), self.base.end
-
-        def encoded(prompt: str, answer: str) -> Encoded:
-            return encode(tokenizer, prompt, f" {answer}", end)
-
-        def length(prompt: str, answer: str) -> int:
-            return len(encoded(prompt, answer).tokens)
-
-        return {
-            task.name: {
-                name: [encoded(task.prompt(text), answer) for text, answer in found]
-                for name, found in splits(task, folder, length, self.sizes).items()
-            }
-            for task, folder in self.tasks
-        }
-
-    @cached_property
-    def exam(self) -> Exam:
-        """Returns the base model and all examples."""
-        return Exam(load(self.base), self.examples, self.dtype)
+    plan: Plan = PLAN
+    learning: Learning = LEARNING
 
     @property
     def names(self) -> list[str]:
         """Returns the names of the tasks."""
-        return [task.name for task, _ in self.tasks]
+        return [task.name for task in self.tasks]
+
+    @property
+    def state(self) -> Any:
+        """Returns the parameters of the base model."""
+        return self.exam.state
 
     def rank(self, name: str) -> int:
         """Returns the rank of a task's adapter."""
         ranks = self.variant.ranks
         return ranks[self.names.index(name) % len(ranks)]
 
-    def adapter(self, name: str) -> Path:
-        """Returns the PEFT folder of a task's adapter, which is trained if it is not there."""
-        path = self.folder / "adapters" / f"training-{self.training}" / self.variant.name / name
-        if not path.exists():
-            seed = self.names.index(name) + len(self.names) * self.training
-            rank = self.rank(name)
-            model = load(self.base, rank, self.variant.adapted, seed, self.dtype)
-            progress = Progress(f"{path.relative_to(self.folder / 'adapters')}", self.say)
-            adapter = train(
-                model,
-                self.examples[name]["train"],
-                seed,
-                self.steps,
-                self.rate,
-                lambda done, loss: progress(done, self.steps, f", loss {loss:.3f}"),
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cm.save_peft(adapter, path)
-            self.say(f"trained {name}, {self.variant.name}, training {self.training}")
-        return path
+    def home(self, name: str) -> str:
+        """Returns the path of a task's adapter, by its variant."""
+        return f"{self.variant.name}/{name}"
+
+    def train(self, name: str, rank: int, seed: int) -> cm.Adapter:
+        """Trains a task's adapter."""
+        progress = Progress(f"training-{self.training}/{self.home(name)}", self.say)
+        return train(
+            load(self.exam.base, rank, self.variant.adapted, seed, self.exam.dtype),
+            self.exam.examples[name]["train"],
+            seed,
+            self.steps,
+            self.rate,
+            lambda done, loss: progress(done, self.steps, f", loss {loss:.3f}"),
+        )
+
+    def correct(self, adapter: cm.Adapter | None, split: str, names: Sequence[str]) -> Correct:
+        """Returns the answers of the base model, with an adapter or alone."""
+        return self.exam.answer(adapter, split, names).correct
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Describes a task, with the median of the number of tokens."""
+        (task,) = (task for task in self.tasks if task.name == name)
+        examples = self.exam.examples[name]
+        return {
+            "from": task.cite,
+            "licence": licences()[task.source],
+            "tokens": int(np.median([len(x.tokens) for x in examples["test"]])),
+            "examples": {x: len(y) for x, y in examples.items()},
+        }
+
+    def mixed(self) -> "Study":
+        """Returns the study of adapters of mixed ranks, on all linear modules."""
+        return dataclasses.replace(self, variant=VARIANTS["linear"])
+
+    # --- Answers and their likelihoods ---------------------------------------------------------
+    def base(self) -> Correct:
+        """Returns the base model's test answers."""
+        return self.plain(self.names).correct
+
+    def alone(self, names: Sequence[str], split: str) -> Correct:
+        """Returns the answers of each task's own adapter."""
+        return self.own(names, split).correct
 
     def plain(self, names: Sequence[str], split: str = "test") -> Answers:
-        """Returns the base model's answers."""
-        return self._each(names, split, "base", lambda _: None)
+        """Returns the base model's answers to some tasks, with their likelihoods."""
+        keys = {name: steps.digest([], self.exam.fingerprints[name]) for name in names}
+        return self._each("base", keys, split, lambda _: None)
 
-    def alone(self, names: Sequence[str], split: str = "test") -> Answers:
-        """Returns the answers of each task's own adapter."""
-        return self._each(names, split, "alone", self.adapter)
+    def own(self, names: Sequence[str], split: str = "test") -> Answers:
+        """Returns the answers of each task's own adapter, with their likelihoods."""
+        keys = {name: self.digest([name]) for name in names}
+        return self._each("alone", keys, split, lambda name: cm.load_peft(self.adapter(name)))
 
     def _each(
-        self, names: Sequence[str], split: str, what: str, find: Callable[[str], Path | None]
+        self,
+        what: str,
+        keys: Mapping[str, str],
+        split: str,
+        find: Callable[[str], cm.Adapter | None],
     ) -> Answers:
         """Returns answers to tasks, each by the adapter that is found for it, if there is one."""
         found = []
-        for name in names:
-            path = find(name)
-            adapter = path and cm.load_peft(path)
-            key = self.key([path] if path else [], [name], split)
-            found.append(
-                self.answers(
-                    f"{what}-{split}-{name}-{key}",
-                    lambda a=adapter, n=name: self.answer(f"{what}, {n}", a, split, [n]),
-                )
-            )
-        return Answers(
-            {name: x for part in found for name, x in part.correct.items()},
-            {name: x for part in found for name, x in part.likelihood.items()},
-        )
+        for name, key in keys.items():
+            progress = Progress(f"{what}, {name}, {split}", self.say)
 
-    def key(self, adapters: Sequence[Path], names: Sequence[str], split: str) -> str:
-        """Returns a name that changes with adapters and with the examples of a split."""
-        examples = [x for name in names for x in self.examples[name][split]]
-        tokens = [[x.prompt.tolist(), x.answer.tolist()] for x in examples]
-        return steps.digest(adapters, tokens)
+            def make(name: str = name, progress: Progress = progress) -> dict[str, Any]:
+                return _for_json(self.exam.answer(find(name), split, [name], progress))
 
-    def answer(
-        self, what: str, adapter: cm.Adapter | None, split: str, names: Sequence[str] | None = None
-    ) -> Answers:
-        """Returns `Exam.answer`, and reports progress under a name."""
-        return self.exam.answer(adapter, split, names, Progress(f"{what}, {split}", self.say))
+            kept = self.kept(f"{what}-{split}-{name}-{key}", make)
+            found.append((name, steps.from_bits(kept["correct"]), np.asarray(kept["likelihood"])))
+        return Answers({x: right for x, right, _ in found}, {x: nats for x, _, nats in found})
 
-    def answers(self, name: str, make: Callable[[], Answers]) -> Answers:
-        """Returns answers kept under a name, or makes and keeps them."""
-        kept = steps.kept(self.folder / "results", name, lambda: _for_json(make()))
-        return Answers(
-            {task: steps.from_bits(x) for task, x in kept["correct"].items()},
-            {task: np.asarray(x) for task, x in kept["likelihood"].items()},
-        )
+    def digest(self, names: Sequence[str], values: Any = None) -> str:
+        """Returns a name that changes with adapters, with values, and with the tasks' examples."""
+        return super().digest(names, [values, *(self.exam.fingerprints[name] for name in names)])
+
+    # --- Unlabelled training prompts, with the answers of the task's own adapter ---------------
+    def said(self, name: str, count: int) -> list[Encoded]:
+        """Returns the first training prompts of a task, with its own adapter's answers."""
+        prompts = self.exam.examples[name]["train"][: self.plan.most]
+
+        def make() -> dict[str, Any]:
+            answers = self.exam.decode(cm.load_peft(self.adapter(name)), prompts)
+            self.say(f"answers of its own adapter to {len(prompts)} prompts of {name}")
+            return {"answers": [x.tolist() for x in answers]}
+
+        key = self.digest([name], self.plan.most)
+        answers = self.kept(f"said-{name}-{key}", make)["answers"]
+        return [
+            Encoded(x.prompt, np.asarray(answer, np.int32))
+            for x, answer in zip(prompts, answers, strict=True)
+        ][:count]
+
+    def inputs(self, name: str, count: int) -> list[Batch]:
+        """Returns the first training prompts of a task and its own adapter's answers."""
+        return uniform(self.said(name, count), min(BATCH, count))
+
+    def read(self, state: Any, batch: Batch) -> jax.Array:
+        """Returns the logits of the model with some parameters."""
+        return predict(self.exam.model(state), batch)
+
+    def mask(self, batch: Batch) -> jax.Array:
+        """Returns the weights of tokens."""
+        return read_mask(batch).astype(jnp.float32)
+
+    def lessons(self, names: Sequence[str], count: int) -> list[list[Batch]]:
+        """Returns batches of each task, as `inputs` has them."""
+        return [uniform(self.said(name, count), SHARE) for name in names]
+
+    def predict(self, state: Any, adapter: cm.Adapter, batch: Batch) -> jax.Array:
+        """Returns the logits of the tokens of answers."""
+        return predict(self.exam.model(state, adapter), batch)
+
+    def positions(self, batch: Batch) -> jax.Array:
+        """Returns the weights of the tokens of answers, 0 for padding."""
+        return jnp.asarray(batch.mask, jnp.float32)
+
+    # --- Labelled validation examples ----------------------------------------------------------
+    def count(self, name: str) -> int:
+        """Returns the number of validation examples of a task."""
+        return len(self.exam.examples[name]["validation"])
+
+    def batch(self, places: Mapping[str, np.ndarray]) -> tuple:
+        """Returns validation examples: state of the base model, and a batch, task by task."""
+        parts = {name: self.exam.examples[name]["validation"] for name in places}
+        longest = max(len(x.tokens) for part in parts.values() for x in part)
+        chosen = [parts[name][i] for name, at in places.items() for i in at]
+        return self.state, pad(chosen, -(-longest // STEP) * STEP, LONGEST)
+
+    def loss(self, names: Sequence[str]) -> Callable[[cm.Adapter, tuple], jax.Array]:
+        """Returns the mean over tasks of the negative log-likelihood of a token of the answers."""
+
+        def loss(merged: cm.Adapter, batch: tuple) -> jax.Array:
+            state, examples = batch
+            found, _ = likelihoods(self.exam.model(state, merged), examples)
+            sums, counts = (x.reshape(len(names), -1).sum(1) for x in (found, examples.mask))
+            return -jnp.mean(sums / counts)
+
+        return loss
 
 
-def _for_json(answers: Answers) -> Mapping[str, Any]:
+def _for_json(answers: Answers) -> dict[str, Any]:
+    """Returns the answers to one task."""
+    ((right, nats),) = zip(answers.correct.values(), answers.likelihood.values(), strict=True)
+    return {"correct": steps.bits(right), "likelihood": np.round(nats, 4).tolist()}
+
+
+def encoded(
+    base: Base, tasks: Sequence[tuple[Task, Path]], sizes: dict[str, int] | None = None
+) -> dict[str, dict[str, list[Encoded]]]:
+    """Returns all examples, by task and split.
+
+    Args:
+        base: has the tokenizer.
+        tasks: each with the folder of its package.
+        sizes: of the splits, by default those of `tasks.SIZES`.
+    """
+    tokenizer = base.tokenizer()
+
+    def one(prompt: str, answer: str) -> Encoded:
+        return encode(tokenizer, prompt, f" {answer}", base.end)
+
+    def length(prompt: str, answer: str) -> int:
+        return len(one(prompt, answer).tokens)
+
     return {
-        "correct": {task: steps.bits(x) for task, x in answers.correct.items()},
-        "likelihood": {task: np.round(x, 4).tolist() for task, x in answers.likelihood.items()},
+        task.name: {
+            name: [one(task.prompt(text), answer) for text, answer in found]
+            for name, found in splits(task, folder, length, sizes).items()
+        }
+        for task, folder in tasks
     }
 
 
-def describe(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Describes tasks, with the answers of the base model and of their own adapters."""
-    plain, own = study.plain(names), study.alone(names)
-    licences = tasks.licences()
+def evaluate(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the answers to tasks by the base model and by their own adapters, as rows."""
+    answers = {"base": study.plain(names), "own": study.own(names)}
     return [
         {
-            "task": task.name,
-            "examples": {x: len(y) for x, y in study.examples[task.name].items()},
-            "tokens": float(np.median([len(x.tokens) for x in study.examples[task.name]["test"]])),
-            "base": float(np.mean(plain.correct[task.name])),
-            "own adapter": float(np.mean(own.correct[task.name])),
-            "base, log-likelihood": float(np.mean(plain.likelihood[task.name])),
-            "own, log-likelihood": float(np.mean(own.likelihood[task.name])),
-            "from": task.cite,
-            "licence": licences[task.source],
+            "task": name,
+            "tokens": study.describe(name)["tokens"],
+            **{x: float(np.mean(y.correct[name])) for x, y in answers.items()},
+            **{f"{x}, nats": float(np.mean(y.likelihood[name])) for x, y in answers.items()},
         }
-        for task, _ in study.tasks
-        if task.name in names
+        for name in names
     ]

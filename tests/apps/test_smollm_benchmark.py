@@ -1,5 +1,6 @@
 """The benchmark of generative tasks: its texts and steps, on a tiny model, and its real model."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from common import packages
 from common.progress import Progress
 from flax import nnx
 from helpers import distance
-from smollm import command, encoding, quick, scoring, sources, study, tasks, training
+from smollm import command, decoding, encoding, quick, scoring, sources, study, tasks, training
 from smollm import model as smollm
 from smollm.encoding import Encoded
 
@@ -164,17 +165,46 @@ def test_one_pass_over_right_answers_finds_what_greedy_decoding_gets_right():
             answer = example.answer
         examples.append(Encoded(example.prompt, answer))
         expected.append(np.array_equal(said, answer))
-    exam = scoring.Exam(model, {"task": {"test": examples}}, jnp.float32)
-    found = exam.answer(None, "test").correct["task"]
+    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
+    found = exam.answer(None, "test", ["task"]).correct["task"]
     np.testing.assert_array_equal(found, expected)
     assert 8 <= sum(found) < 16
+
+
+def test_own_answers_are_those_of_a_greedy_loop_over_single_tokens():
+    model = smollm.load(TINY)
+    program = jax.jit(lambda tokens: model(tokens))
+    examples = random_examples(20)
+    whole = [greedy(program, x.prompt, decoding.LONGEST) for x in examples]
+    end = int(np.bincount(np.concatenate(whole)).argmax())  # so that many answers end
+    expected = [decoding.until(end, x) for x in whole]
+    lengths = {len(x) for x in expected}
+    assert len(lengths) > 1
+    assert {x[-1] == end for x in expected} == {True, False}
+    exam = scoring.Exam(dataclasses.replace(TINY, end=end), {}, jnp.float32)
+    for given in (examples, [Encoded(x.prompt, x.prompt[:1]) for x in examples]):
+        found = exam.decode(None, given)  # right answers do not matter
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            assert end not in ours[:-1]
+
+
+def test_uniform_batches_have_one_shape_and_their_masks_are_of_what_is_read():
+    examples = random_examples(21)
+    found = encoding.uniform(examples, 8)
+    assert len({x.tokens.shape for x in found}) == 1
+    assert [len(x.tokens) for x in found] == [8, 8]
+    mask = np.concatenate([encoding.read_mask(x) for x in found])
+    tokens = np.concatenate([x.tokens for x in found])
+    for row, weights, example in zip(tokens, mask, examples[:16], strict=True):
+        np.testing.assert_array_equal(row[weights], example.tokens)
 
 
 def test_likelihoods_are_those_of_single_examples_without_padding():
     model = smollm.load(TINY)
     examples = random_examples(20)
-    exam = scoring.Exam(model, {"task": {"test": examples}}, jnp.float32)
-    found = exam.answer(None, "test").likelihood["task"]
+    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
+    found = exam.answer(None, "test", ["task"]).likelihood["task"]
     program, losses = jax.jit(lambda tokens: model(tokens)), []
     for example, mean in zip(examples, found, strict=True):
         logits = np.asarray(program(fill(example.tokens)), np.float64)[0]
@@ -273,9 +303,41 @@ def test_the_command_trains_evaluates_and_does_nothing_twice(tmp_path, monkeypat
     assert command.main([*quickly, "train", "other"]) == 2
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_all_steps_are_done_once_and_published(tmp_path, monkeypatch, capsys):
+    quickly = ["--folder", str(tmp_path), "--output", str(tmp_path / "out"), "--quick"]
+    for step in command.STEPS:
+        trainings = ["--trainings", "0", "1"] if step in ("train", "unlabelled", "tables") else []
+        assert command.main([*quickly, step, *trainings]) == 0
+    capsys.readouterr()
+    found = json.loads((tmp_path / "out/smollm.json").read_text())
+    sections = {"tasks", "paper", "differences", "small", "learned", "mixed", "spaces", "curve"}
+    sections |= {"unlabelled", "variants", "inputs", "cuts", "scales"}
+    assert {name for name, rows in found.items() if rows} == sections | {"machine"}
+    assert [len(row["trainings"]) for row in found["unlabelled"]] == 8 * [2]
+    assert [len(row["trainings"]) for row in found["mixed"]] == [1, 1]
+    assert all(row["own adapter"] > row["base"] + 0.5 for row in found["tasks"])
+    distilled = {row["merge"]: row["test"] for row in found["unlabelled"]}["tsv, distilled"]
+    assert distilled > 0.5
+    text = (tmp_path / "out/smollm.md").read_text()
+    assert "| regmean | core | scale 0.8 |" in text
+    assert "tasks merged" in (tmp_path / "out/smollm.svg").read_text()
+
+    def never(*_, **__):
+        raise AssertionError("done twice")
+
+    monkeypatch.setattr(study, "train", never)
+    monkeypatch.setattr(scoring.Exam, "answer", never)
+    monkeypatch.setattr(scoring.Exam, "decode", never)
+    for step in command.STEPS:
+        assert command.main([*quickly, step]) == 0
+    assert json.loads((tmp_path / "out/smollm.json").read_text())["paper"] == found["paper"]
+
+
 def test_ranks_are_mixed_over_all_linear_modules(tmp_path):
-    mixed = quick.quick(tmp_path)
-    mixed.variant, mixed.steps = study.VARIANTS["linear"], 2
+    mixed = quick.quick(tmp_path).mixed()
+    mixed.steps = 2
     ranks = {
         name: {x.rank for x in cm.load_peft(mixed.adapter(name)).values()}
         for name in mixed.names[:2]
