@@ -22,7 +22,7 @@ def notes(plan: Plan, trainings: int, adapters: str) -> str:
         "There is one training of the adapters."
         if trainings == 1
         else f"Figures are means over {trainings} trainings of the adapters, which differ in "
-        "their seeds; *trainings* are the differences of each. A table without has fewer trainings."
+        "their seeds; *trainings* are the differences of each. Tables without them have fewer."
     )
     return f"""\
 Numbers are accuracies on test examples in %. In the tables of merges they are relative to those of

@@ -1,5 +1,6 @@
 """The benchmark of eight text tasks: its texts, and all of its steps on a tiny model."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -91,6 +92,21 @@ PLAN = Plan(
     cut=2,
     same=(("tsv", "full"),),
 )
+
+
+@contextlib.contextmanager
+def lenient():
+    """optax and flax promote."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def _lenient():
+    with lenient():
+        yield
+
+
 MACHINE = {"cpu": "", "cores": 1, "memory_gib": 1, "os": "", "python": "", "packages": {}}
 
 
@@ -100,9 +116,11 @@ def made(model, tmp_path_factory):
     chosen = [(task(name, 2 * i), model) for i, name in enumerate(("one", "two", "three"))]
     said = []
     sizes = {"train": 400, "validation": 60, "test": 200}
+    with lenient():
+        exam = scoring.Exam(model, chosen, sizes)
     run = study.Study(
         folder=tmp_path_factory.mktemp("study"),
-        exam=scoring.Exam(model, chosen, sizes),
+        exam=exam,
         ranks=(4,),
         epochs=6,
         plan=PLAN,
@@ -228,13 +246,6 @@ def test_bootstrap_intervals_hold_the_mean_and_differences_are_paired():
     assert low < scores.normalized(worse, alone) < high < 1
     np.testing.assert_array_equal(drawn, scores.resampled(worse, alone))
     assert drawn.std() < scores.resampled(dict(reversed(worse.items())), alone).std() * 1.0001
-
-
-@pytest.fixture
-def _lenient():
-    """optax and flax promote."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.nightly
