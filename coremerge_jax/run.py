@@ -173,7 +173,8 @@ def run_merge(
         output: the folder to write. Without one, the run is dry.
         mesh: arrangement of the devices, ``ROWS`` or ``ROWSxCOLUMNS``; by default, one a row.
         max_memory: bytes that the whole process may take.
-        base_config: config.json of the base model, or its folder, for formats that need it.
+        base_config: config.json of the base model, its folder, or its GGUF file, for formats that
+            need it.
         force: replace a folder that coremerge wrote.
         dry_run: check everything, write nothing.
         progress: display of the stages.

@@ -8,18 +8,22 @@ Example = tuple[str, str]
 """A text and its label or answer."""
 
 
-def split(groups: Iterable[list[Example]], rng: random.Random) -> dict[str, list[Example]]:
+def split(
+    groups: Iterable[list[Example]], rng: random.Random, by_label: bool = True
+) -> dict[str, list[Example]]:
     """Returns ``"train"``, ``"validation"`` and ``"test"``, each text once, and groups whole.
 
-    Of the groups of each label, every third is for testing, every fifteenth for validation.
+    Every third group is for testing, every fifteenth for validation.
 
     Args:
         groups: of examples that stay together.
         rng: for their order.
+        by_label: every third group of each label, instead of all groups.
     """
     kept = _without_repeats(groups)
     rng.shuffle(kept)
-    kept.sort(key=lambda group: group[0][1])
+    if by_label:
+        kept.sort(key=lambda group: group[0][1])
     parts: dict[str, list[Example]] = defaultdict(list)
     for i, group in enumerate(kept):
         name = "test" if i % 3 == 0 else "validation" if i % 15 == 1 else "train"

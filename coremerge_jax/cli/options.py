@@ -26,8 +26,8 @@ run_option = partial(typer.Option, show_default=False, rich_help_panel="Run")
 Force = Annotated[bool, run_option("--force", help="Replace OUT if it exists.")]
 
 BASE_CONFIG = (
-    "With --to gguf: config.json of the base model, or its folder. Default: the folder that the "
-    "adapter names as its base model."
+    "With --to gguf: config.json of the base model, its folder, or its GGUF file. Default: the "
+    "folder that the adapter names as its base model."
 )
 
 Json = Annotated[bool, run_option("--json", help="Print the result as JSON.")]

