@@ -1,5 +1,7 @@
-"""Makes and runs the tutorial as a notebook: ``python docs/notebook.py`` (extra ``docs``)."""
+"""Makes and runs pages as notebooks: ``python docs/notebook.py [PAGE ...]`` (extra ``docs``)."""
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,8 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 DOCS = Path(__file__).parent
-PAGE, NOTEBOOK = DOCS / "tutorial.md", DOCS / "tour.ipynb"
+NOTEBOOKS = {"tutorial": "tour", "language-model": "language-tour"}
+"""Names of notebooks by those of pages."""
 
 
 def cells(text: str) -> list[nbformat.NotebookNode]:
@@ -33,16 +36,18 @@ def cells(text: str) -> list[nbformat.NotebookNode]:
     return found
 
 
-def main() -> None:
-    """Writes the notebook with its outputs."""
-    notebook = new_notebook(cells=cells(PAGE.read_text(encoding="utf-8")))
+def write(page: str) -> None:
+    """Writes the notebook of a page, with its outputs."""
+    notebook = new_notebook(cells=cells((DOCS / f"{page}.md").read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
-        NotebookClient(notebook, resources=where, coalesce_streams=True).execute()
+        NotebookClient(notebook, resources=where, coalesce_streams=True, timeout=None).execute()
     for cell in notebook.cells:
         cell.metadata = {}  # when it ran
-    nbformat.write(notebook, NOTEBOOK)
+    nbformat.write(notebook, DOCS / f"{NOTEBOOKS[page]}.ipynb")
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["PYTHONPATH"] = str(DOCS.parent / "benchmarks")  # of the model
+    for page in sys.argv[1:] or NOTEBOOKS:
+        write(page)

@@ -69,7 +69,7 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def run_page(page: Path) -> dict:
+def run_page(page: Path, compare: bool = True) -> dict:
     """Runs all blocks in the working directory; returns the names that the Python has set."""
     namespace: dict = {}
     for block in blocks(page):
@@ -81,7 +81,7 @@ def run_page(page: Path) -> dict:
             Path(name[1]).write_text(block.code, encoding="utf-8")
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             RUN[block.language](block.code, where, namespace)
-        if block.output is not None:
+        if compare and block.output is not None:
             assert_alike(stdout.getvalue(), block.output, where)
     return namespace
 

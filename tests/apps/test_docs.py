@@ -17,7 +17,8 @@ from coremerge_jax.cli import app
 __all__ = ["folder"]  # a fixture
 
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
-ELSEWHERE = {ROOT / "README.md", *DOCS.glob("howto/*.md")}  # in files of their own
+# In files of their own.
+ELSEWHERE = {ROOT / "README.md", DOCS / "language-model.md", *DOCS.glob("howto/*.md")}
 
 
 def name(page):
@@ -74,11 +75,14 @@ def test_options_that_are_named_exist(page):
             assert re.match(r"[^ =]+", part.content)[0] in OPTIONS, part.content
 
 
-def test_the_notebook_is_the_tutorial():
+@pytest.mark.parametrize(
+    ("name", "page"), [("tour", "tutorial"), ("language-tour", "language-model")]
+)
+def test_a_notebook_is_its_page(name, page):
     """Its code is that of the page, it has run in order, and printed the same."""
-    notebook = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((DOCS / f"{name}.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    python = [block for block in blocks(DOCS / "tutorial.md") if block.language == "python"]
+    python = [block for block in blocks(DOCS / f"{page}.md") if block.language == "python"]
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(python) + 1)]
     for cell, block in zip(cells, python, strict=True):
         assert "".join(cell["source"]) == block.code.rstrip()
