@@ -173,9 +173,9 @@ class _Base:
                 f"module {path!r}: llama.cpp has no weight of its own for it, as it is tied to the "
                 "embedding; leave it out"
             )
-        if self._shapes and (own := self._shapes.get(name)) != list(shape):
+        if self._shapes and (there := self._shapes.get(name)) != list(shape):
             raise MismatchError(
-                f"module {path!r} is {shape}; in {self.file} {name!r} is {own or 'missing'}; this "
+                f"module {path!r} is {shape}; in {self.file} {name!r} is {there or 'missing'}; this "
                 "is another model"
             )
         return str(name)
