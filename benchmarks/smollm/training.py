@@ -32,7 +32,7 @@ def train(
 
     Args:
         model: has factors; it is not changed.
-        examples: for training.
+        examples: of one task, for training.
         seed: of their order.
         steps: of training, each on `BATCH` examples.
         rate: of learning, at its highest.
@@ -64,10 +64,10 @@ def train(
 def batches(examples: Sequence[Encoded], steps: int, seed: int) -> Iterator[tuple]:
     """Yields batches of one shape; each example comes once before any comes again."""
     length = max(len(x.tokens) for x in examples)
-    answer = max(len(x.answer) for x in examples)
+    answer, shared = max(len(x.answer) for x in examples), examples[0].shared
     rng = np.random.default_rng(seed)
     order = np.concatenate(
         [rng.permutation(len(examples)) for _ in range(-(-steps * BATCH // len(examples)))]
     )
     for start in range(0, steps * BATCH, BATCH):
-        yield pad([examples[i] for i in order[start : start + BATCH]], length, answer)
+        yield pad([examples[i] for i in order[start : start + BATCH]], length, answer, shared)

@@ -27,13 +27,21 @@ def _lenient():
         yield
 
 
-def random_examples(count, seed=0):
+PREFIXES = [np.arange(3, 3 + n, dtype=np.int32) for n in (0, 2, 5)]
+
+
+def random_examples(count, seed=0, prefixes=PREFIXES[:1]):
     rng = np.random.default_rng(seed)
 
     def tokens(most):
         return rng.integers(3, TINY.config.vocabulary, rng.integers(1, most)).astype(np.int32)
 
-    return [Encoded(tokens(18), tokens(8)) for _ in range(count)]
+    found = []
+    for i in range(count):
+        prefix = prefixes[i % len(prefixes)]
+        prompt = np.concatenate([prefix, tokens(18)])
+        found.append(Encoded(prompt, tokens(8), len(prefix)))
+    return found
 
 
 def find(name):
@@ -84,7 +92,7 @@ def test_dates_and_lists_are_made_from_files(tmp_path):
 
 def test_sums_are_right_and_no_pair_of_numbers_is_in_two_splits(tmp_path):
     task = find("sums")
-    found = tasks.splits(task, tmp_path, lambda prompt, answer: len(prompt + answer))
+    found = tasks.splits(task, tmp_path, lambda text: 10 * len(text))
     assert not any(found.values())  # these are longer than the task allows
     found = tasks.splits(task, tmp_path, lambda *_: 0)
     assert found == tasks.splits(task, tmp_path, lambda *_: 0)
@@ -111,20 +119,24 @@ def test_every_task_has_a_source_a_licence_and_an_instruction_of_its_own():
     assert len({task.name for task in tasks.TASKS}) == len(tasks.TASKS) == 8
     assert len({task.instruction for task in tasks.TASKS}) == len(tasks.TASKS)
     assert all(tasks.licences()[task.source] for task in tasks.TASKS)
-    assert find("sums").prompt("1 + 2") == "Compute: 1 + 2\nAnswer:"
+    assert "".join(find("sums").prompt("1 + 2")) == (
+        "<|im_start|>user\nCompute.\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_examples_of_like_lengths_come_together_and_all_come_once():
-    examples, places = random_examples(50), []
+    examples, places = random_examples(50, prefixes=PREFIXES), []
     for at, batch in encoding.batches(examples, 8):
-        assert batch.tokens.shape[0] == 8
+        assert batch.tokens.shape[0] <= 8
         assert batch.tokens.shape[1] % encoding.STEP == 0
         assert batch.answers.shape[1] in encoding.ANSWERS
         for row, i in enumerate(at):
             example = examples[i]
+            np.testing.assert_array_equal(batch.prefix, example.prefix)
+            whole = np.concatenate([batch.prefix, batch.tokens[row]])
             n = len(example.tokens)
-            np.testing.assert_array_equal(batch.tokens[row, :n], example.tokens)
-            assert not batch.tokens[row, n:].any()
+            np.testing.assert_array_equal(whole[:n], example.tokens)
+            assert not whole[n:].any()
             np.testing.assert_array_equal(batch.answers[row][batch.mask[row]], example.answer)
             read = batch.tokens[row][batch.places[row]]  # each token follows the one before
             whole = np.concatenate([example.prompt, example.answer])
@@ -203,7 +215,7 @@ def test_uniform_batches_have_one_shape_and_their_masks_are_of_what_is_read():
 
 def test_likelihoods_are_those_of_single_examples_without_padding():
     model = smollm.load(TINY)
-    examples = random_examples(20)
+    examples = random_examples(20, prefixes=PREFIXES)
     exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
     found = exam.answer(None, "test", ["task"]).likelihood["task"]
     program, losses = jax.jit(lambda tokens: model(tokens)), []
@@ -220,12 +232,12 @@ def test_likelihoods_are_those_of_single_examples_without_padding():
 
 
 def test_training_draws_each_example_once_before_any_twice():
-    examples = random_examples(40)
+    examples = random_examples(40, prefixes=PREFIXES[2:])
     drawn = list(training.batches(examples, 5, seed=1))
     assert len({batch.tokens.shape for batch in drawn}) == 1
     tokens = np.concatenate([batch.tokens for batch in drawn])[:40]
-    length = drawn[0].tokens.shape[1]
-    rows = {encoding.pad([x], length, 12).tokens.tobytes() for x in examples}
+    length, shared = 5 + drawn[0].tokens.shape[1], 5
+    rows = {encoding.pad([x], length, 12, shared).tokens.tobytes() for x in examples}
     assert {row.tobytes() for row in tokens} == rows
     again = list(training.batches(examples, 5, seed=1))
     np.testing.assert_array_equal(drawn[3].tokens, again[3].tokens)

@@ -175,8 +175,8 @@ class _Base:
             )
         if self._shapes and (there := self._shapes.get(name)) != list(shape):
             raise MismatchError(
-                f"module {path!r} is {shape}; in {self.file} {name!r} is {there or 'missing'}; this "
-                "is another model"
+                f"module {path!r} is {shape}; in {self.file} {name!r} is {there or 'missing'}; "
+                "this is another model"
             )
         return str(name)
 
