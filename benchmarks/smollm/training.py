@@ -16,7 +16,7 @@ from smollm.model import NAME, SmolLM
 
 BATCH = 16
 STEPS = 300
-RATE = 2e-3
+RATE = 6e-4
 DECAY = 0.01
 
 

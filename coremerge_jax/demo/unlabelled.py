@@ -13,7 +13,7 @@ from coremerge_jax.demo.model import Params, fold, forward
 # Images of each task: for statistics, and for coefficients; and in a batch.
 INPUTS, LEARNED, BATCH = 64, 80, 8
 
-REGMEAN = cm.regmean(orthogonalize=False, ridge=0.01, norm=1.0)
+REGMEAN = cm.regmean(orthogonalize=False, ridge=0.01)
 
 
 def inputs(count: int = INPUTS) -> list[list[jax.Array]]:

@@ -27,7 +27,7 @@ def scale_to_norm(rule: Chain, tasks: int, merged: Any, updates: Any) -> Any:
     Args:
         rule: by which they were merged.
         tasks: the number T of adapters.
-        merged: sum of the squared norms of the merged updates.
+        merged: sum of the squared sizes of the merged updates, see `Rule.auto_square`.
         updates: sum of the squared norms of the adapters' updates.
 
     Returns:

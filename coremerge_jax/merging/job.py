@@ -182,16 +182,15 @@ class Job:
             counts, sizes = count_stack(self.rule, inputs, self.key, settings, once, **digit)
             return (counts, sizes) if self.traced else (np.asarray(counts), np.asarray(sizes))
 
-    def measure(self, batch: Group) -> tuple[Array, Array]:
-        """Returns the sums of the squared norms of merged updates and of the adapters' updates."""
+    def measure(self, batch: Group) -> Array:
+        """Returns the sums ``(2,)`` that the automatic scale is computed from."""
         given = batch.stack(self.present.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (inputs, settings),
             first_calls("measure", *self._kind(batch, *given), settings),
         ):
-            once = slice(len(batch.paths))
-            merged, updates = measure_stack(self.rule_of(batch), inputs, self.key, settings)
-            found = jnp.sum(merged[once]), jnp.sum(updates[once])
+            squares = measure_stack(self.rule_of(batch), inputs, self.key, settings)
+            found = jnp.sum(squares[: len(batch.paths)], axis=0)
             # Waits: the program may still read the scratch memory that the next batch overwrites.
             return found if self.traced else jax.device_get(found)
 

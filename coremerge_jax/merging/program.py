@@ -22,7 +22,7 @@ from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.rules import Chain, Context, Equivariance
-from coremerge_jax.rules.rule import Cores, Merged, dense, squared_norms
+from coremerge_jax.rules.rule import Cores, Merged
 from coremerge_jax.spaces import Projection, Space, core
 from coremerge_jax.spaces.space import of_present
 
@@ -58,8 +58,8 @@ class Facts:
             if all entries are, and not finite if one is not (or, which is rare, if they are so
             large that their sum overflows).
         peaks: ``(L, C)``, the largest magnitude in the merged B; not finite if it overflowed.
-        squares: ``(L, 2)``, the squared norm of the merged update before scaling, and the sum of
-            those of the adapters' updates; None if they were not asked for.
+        squares: ``(L, 2)``, as `Projection.auto_squares` returns them; None if they were not asked
+            for.
     """
 
     sizes: Any
@@ -91,7 +91,7 @@ class Settings(NamedTuple):
         dtype: to compute in.
         shape: ``(m, n)`` of the modules.
         devices: those that share the work; None for one device.
-        norms: True if merges also find the norms of updates.
+        norms: True if merges also find what the automatic scale is computed from.
     """
 
     ranks: tuple[int, ...]
@@ -266,7 +266,7 @@ def merge_stack(
             factors, kept = None, keep_a and bool(decisions.keeps_a)
             lora = merge_linear(rule, module, settings)
             if settings.norms:
-                squares = jnp.stack(_linear_squares(rule, module, settings))
+                squares = _linear_squares(rule, module, settings)
         else:
             projection = project_module(module, settings, elementwise=decisions.basis == "singular")
             factors, good = projection.factors, projection.keeps_a
@@ -274,7 +274,7 @@ def merge_stack(
             core = merge_cores(rule, key, projection, module.tasks, module.names)
             lora = projection.expand(core, keep_a=True if kept else None)
             if settings.norms:
-                squares = jnp.stack([jnp.sum(dense(core) ** 2), jnp.sum(projection.squares)])
+                squares = projection.auto_squares(rule, core)
         b = finish(jnp.asarray(lora.b), module.scale, inputs.b.dtype)
         facts = dataclasses.replace(_facts(rule, module, factors, b, settings), squares=squares)
         if kept:
@@ -302,8 +302,8 @@ def merge_stack(
 @partial(jax.jit, static_argnames="settings")
 def measure_stack(
     rule: Chain, inputs: Inputs, key: PRNGKeyArray | None, settings: Settings
-) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
-    """Merges modules for their norms alone.
+) -> Float[Array, "L 2"]:
+    """Merges modules only for what the automatic scale is computed from.
 
     Args:
         rule: the merge rule.
@@ -312,33 +312,28 @@ def measure_stack(
         settings: what the program is compiled for.
 
     Returns:
-        ``(L,)``, the squared norms of the merged updates before scaling, and ``(L,)``, the sums of
-        the squared norms of the adapters' updates.
+        ``(L, 2)``, as `Projection.auto_squares` returns them.
     """
     decisions = decide(rule, settings)
 
-    def measure_module(
-        rule: Chain, key: jax.Array | None, module: Inputs
-    ) -> tuple[jax.Array, jax.Array]:
+    def measure_module(rule: Chain, key: jax.Array | None, module: Inputs) -> jax.Array:
         if decisions.space is None:
             return _linear_squares(rule, module, settings)
         elementwise = decisions.basis == "singular"
         projection = project_module(module, settings, elementwise=elementwise)
         core = merge_cores(rule, key, projection, module.tasks, module.names)
-        return jnp.sum(dense(core) ** 2), jnp.sum(projection.squares)
+        return projection.auto_squares(rule, core)
 
     return _on_devices(
         lambda shared, modules: over_modules(partial(measure_module, *shared), modules),
         (rule, key),
         inputs,
         settings.devices,
-        lambda devices: (devices.specs[2], devices.specs[2]),
+        lambda devices: devices.specs[2],
     )
 
 
-def _linear_squares(
-    rule: Chain, module: Inputs, settings: Settings
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _linear_squares(rule: Chain, module: Inputs, settings: Settings) -> Float[Array, "2"]:
     """Returns the squared norms of a linear merge, and of the updates, from Gram matrices."""
     ranks, dtype = settings.ranks, settings.dtype
     a, b = module.a.astype(dtype), module.b.astype(dtype)
@@ -350,10 +345,8 @@ def _linear_squares(
     owner = np.repeat(np.arange(len(ranks)), ranks)
     own = jnp.asarray(owner[:, None] == owner[None, :], dtype)
     given = _by_rank(weights, ranks)
-    return (
-        jnp.sum(inner * by_rank[:, None] * by_rank[None, :]),
-        jnp.sum(inner * own * given[:, None] * given[None, :]),
-    )
+    merged = jnp.sum(inner * by_rank[:, None] * by_rank[None, :])
+    return jnp.stack([merged, jnp.sum(inner * own * given[:, None] * given[None, :])])
 
 
 @partial(jax.jit, static_argnames=("settings", "elementwise"))
@@ -376,7 +369,7 @@ def project_stack(
     return over_modules(one, inputs)
 
 
-@partial(jax.jit, static_argnames="keep_a")
+@partial(jax.jit, static_argnames=("keep_a", "norms"))
 def merge_projected(
     rule: Chain,
     key: PRNGKeyArray | None,
@@ -386,20 +379,23 @@ def merge_projected(
     weights: Float[Array, "L T"] | None,
     *,
     keep_a: bool,
-) -> tuple[Float[Array, "L r n"], Float[Array, "L m r"]]:
+    norms: bool,
+) -> tuple[Float[Array, "L r n"], Float[Array, "L m r"], Float[Array, "L 2"] | None]:
     """Merges projected modules, multiplied by weights ``(L, T)``.
 
     Returns:
-        A ``(L, r, n)`` and B ``(L, m, r)``, neither scaled nor rounded.
+        A ``(L, r, n)`` and B ``(L, m, r)``, neither scaled nor rounded; and with ``norms``,
+        ``(L, 2)``, as `Projection.auto_squares` returns them.
     """
 
-    def one(row: tuple) -> tuple[jax.Array, jax.Array]:
+    def one(row: tuple) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         projection, tasks, name, weight = row
         if weight is not None:
             projection = projection.weighted(weight)
         core = merge_cores(rule, key, projection, tasks, name)
         lora = projection.expand(core, keep_a=True if keep_a else None)
-        return jnp.asarray(lora.a), jnp.asarray(lora.b)
+        squares = projection.auto_squares(rule, core) if norms else None
+        return jnp.asarray(lora.a), jnp.asarray(lora.b), squares
 
     return over_modules(one, (projection, tasks, names, weights))
 
@@ -435,13 +431,6 @@ def finish_stack(
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
     b = jax.vmap(partial(finish, dtype=of_b))(b.astype(scales.dtype), scales)
     return a.astype(of_a), b, jnp.max(jnp.abs(b), axis=(1, 2)).astype(jnp.float32)
-
-
-@jax.jit
-def product_squares(a: Float[Array, "L r n"], b: Float[Array, "L m r"]) -> Float[Array, ""]:
-    """Returns the sum of the squared Frobenius norms of updates ``b a``."""
-    a = a.astype(b.dtype)  # the stacked A of the adapters keeps its own
-    return jnp.sum(over_modules(lambda x: squared_norms(LoRA(a=x[0][None], b=x[1][None])), (a, b)))
 
 
 @jax.jit

@@ -30,7 +30,6 @@ from coremerge_jax.merging.program import (
     finish_stack,
     merge_projected,
     norm_squares,
-    product_squares,
     project_stack,
     split_projected,
 )
@@ -47,12 +46,13 @@ class Updates:
     Attributes:
         factors: the merged A ``(L, r, n)`` and B ``(L, m, r)`` of each stack.
         rule: by which they were merged.
-        weights: ``(L, T)`` of each stack, by which the cores were multiplied; or None.
+        squares: ``(L, 2)`` of each stack, as `Projection.auto_squares` returns them; None where
+            the automatic scale does not need them.
     """
 
     factors: list[tuple[jax.Array, jax.Array]]
     rule: Chain
-    weights: list[jax.Array | None]
+    squares: list[jax.Array | None]
 
 
 @pytree
@@ -148,20 +148,20 @@ class Projected:
             raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
         self._check_weights(weights)
         with self._computing():
-            rows = [self._weights(stack, weights) for stack in self.stacks]
-            factors = [
+            merged = [
                 merge_projected(
                     parts,
                     key,
                     stack.projection,
                     stack.tasks,
                     stack.names,
-                    row,
+                    self._weights(stack, weights),
                     keep_a=stack.keeps_a,
+                    norms=given_scale(parts, stack.tasks.shape[1]) is None,
                 )
-                for stack, row in zip(self.stacks, rows, strict=True)
+                for stack in self.stacks
             ]
-        return Updates(factors, parts, rows)
+        return Updates([(a, b) for a, b, _ in merged], parts, [x for _, _, x in merged])
 
     def pieces(self, rule: Any, *, key: jax.Array | None = None) -> "Projected":
         """Splits merges by a rule into the shares of the adapters, which then are what is merged.
@@ -195,7 +195,7 @@ class Projected:
         """Scales merged updates. The adapter has NumPy factors unless they are traced."""
         scales = module_scales(self.order, scale)
         if any(number is AUTO for number in scales.values()):
-            auto = self._auto_scales(updates)
+            auto = self.auto_scales(updates)
             scales = {
                 path: auto[stack.tasks.shape[1]] if scales[path] is AUTO else scales[path]
                 for stack in self.stacks
@@ -219,23 +219,18 @@ class Projected:
             if not np.isfinite(peak):
                 raise overflow(path, stack.dtypes[1])
 
-    def _auto_scales(self, updates: Updates) -> dict[int, Any]:
+    def auto_scales(self, updates: Updates) -> dict[int, Any]:
         """Returns the automatic scales, by the number of adapters that have a module."""
         found: dict[int, Any] = {}
-        sums: dict[int, tuple[Any, Any]] = {}
+        sums: dict[int, Any] = {}
         with self._computing():
-            for stack, factors, weights in zip(
-                self.stacks, updates.factors, updates.weights, strict=True
-            ):
+            for stack, squares in zip(self.stacks, updates.squares, strict=True):
                 tasks = stack.tasks.shape[1]
                 found[tasks] = given_scale(updates.rule, tasks)
-                if found[tasks] is None:
-                    squares = norm_squares(stack.projection)
-                    own = squares if weights is None else squares * weights**2
-                    merged, given = sums.get(tasks, (0.0, 0.0))
-                    sums[tasks] = merged + product_squares(*factors), given + jnp.sum(own)
-            for tasks, (merged, given) in sums.items():
-                found[tasks] = scale_to_norm(updates.rule, tasks, merged, given)
+                if squares is not None:
+                    sums[tasks] = sums.get(tasks, 0.0) + jnp.sum(squares, axis=0)
+            for tasks, total in sums.items():
+                found[tasks] = scale_to_norm(updates.rule, tasks, *total)
         return found
 
     def norms(self) -> np.ndarray:

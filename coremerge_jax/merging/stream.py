@@ -173,13 +173,12 @@ class MergeStream:
         return self._scales_to_norms((_kind(batch, self._rule), x) for batch, x in measured)
 
     def _scales_to_norms(
-        self, squares: Iterable[tuple[tuple[int, bool], tuple[Any, Any]]]
+        self, squares: Iterable[tuple[tuple[int, bool], Any]]
     ) -> dict[tuple[int, bool], Any]:
         """Returns the automatic scales by kind.
 
         Args:
-            squares: kinds of modules, and sums of the squared norms of their merged updates and of
-                the adapters'.
+            squares: kinds of modules, and sums as `Job.measure` returns them.
         """
         job, most = self._job, len(self._job.present.adapters)
         rules = {False: self._rule, True: without_inputs(self._rule)}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from coremerge_jax.errors import RecipeError, UnsupportedError
 from coremerge_jax.linalg import pytree
@@ -120,9 +120,18 @@ class Chain(Rule):
         return None if self.before or self.after else self.reducer.auto_scale(tasks)
 
     def auto_norm(self, tasks: int) -> float | jax.Array:
-        """Returns the norm that the result should have: that of a flat one, or of the reducer."""
+        """Returns the norm that the result should have."""
+        return self._deciding.auto_norm(tasks)
+
+    def auto_square(self, merged: Dense, *, cores: Cores, context: Context) -> Float[Array, ""]:
+        """Returns the squared size of a result."""
+        return self._deciding.auto_square(merged, cores=cores, context=context)
+
+    @property
+    def _deciding(self) -> Rule:
+        """The part that decides on the automatic scale: one with a flat result, or the reducer."""
         parts = (*reversed(self.after), self.reducer)
-        return next((part for part in parts if part.flat), self.reducer).auto_norm(tasks)
+        return next((part for part in parts if part.flat), self.reducer)
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Merged:
         """Applies all parts in order."""

@@ -14,6 +14,7 @@ from coremerge_jax.linalg import (
     orthonormal_factors,
     polar,
     pytree,
+    root,
 )
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.linear import total
@@ -27,6 +28,7 @@ from coremerge_jax.rules.rule import (
     check,
     check_choice,
     side_by_side,
+    squared_norms,
     thin,
 )
 
@@ -49,7 +51,10 @@ class regmean(Rule):
     By default it is then multiplied from the left by P^{-1/2}, P = Σ_t U_t U_tᵀ with orthonormal
     U_t of the columns of M_t, as `tsv` does on both sides. That is our own.
 
-    The norm of the result is too small by about two: merge with ``scale="auto"``.
+    The result is too small: merge with ``scale="auto"``, which is about outputs here. With y_t and
+    y the outputs of adapter t and of the merge on task t's inputs, weighted by λ_t of IterIS, it
+    takes the geometric mean of two scales: that at which Σ_t ‖y‖² is Σ_t ‖y_t‖², and the larger one
+    at which Σ_t y · y_t is.
 
     Attributes:
         ridge: above 0; with few inputs, S does not have full rank.
@@ -57,27 +62,33 @@ class regmean(Rule):
             2411.15231). ``"trace"``: 1 / tr K_t. With both, tasks with many or large inputs do not
             count for more. ``"none"``: 1, as in RegMean's paper.
         orthogonalize: False for the solution itself, as in RegMean's paper.
-        norm: of the result at the automatic scale, as a multiple of √(Σ_t ‖ΔW_t‖²) over all
-            modules; None is 1, or 0.75 if not orthogonalized.
     """
 
     ridge: float | jax.Array = 0.03
     weighting: str = field(default="iteris", metadata={"static": True})
     orthogonalize: bool = field(default=True, metadata={"static": True})
-    norm: float | jax.Array | None = None
     equivariance = Equivariance.ORTHOGONAL
     needs_inputs = True
 
     def __post_init__(self) -> None:
         check("ridge", self.ridge, lambda x: x > 0, "a number above 0")
-        check("norm", self.norm, lambda x: x > 0, "a number above 0")
         check_choice("weighting", self.weighting, ("trace", "iteris", "none"))
         check_choice("orthogonalize", self.orthogonalize, (False, True))
 
-    def auto_norm(self, tasks: int) -> float | jax.Array:
-        if self.norm is not None:
-            return self.norm
-        return 1.0 if self.orthogonalize else 0.75
+    def auto_norm(self, tasks: int) -> float:
+        return 1.0
+
+    def auto_square(self, merged: Dense, *, cores: Cores, context: Context) -> Float[Array, ""]:
+        """Returns the squared norm of outputs, times their correlation with the adapters' own."""
+        if context.inputs is None:  # of one adapter
+            return super().auto_square(merged, cores=cores, context=context)
+        b, a = thin(cores)
+        grams = _balanced(b, a, context.inputs)
+        seen = matmul(merged[None], grams)
+        outputs = jnp.sum(seen * merged[None])
+        common = jnp.sum(matmul(seen, jnp.swapaxes(a, 1, 2)) * b)
+        alone = jnp.sum(_outputs(b, a, grams))
+        return common * root(outputs * inverse(alone))
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
         return total(self.pieces(cores, key=key, context=context))
@@ -113,11 +124,7 @@ class regmean(Rule):
             return grams
         if self.weighting == "trace":
             return grams * inverse(jnp.trace(grams, axis1=1, axis2=2))[:, None, None]
-        squares = matmul(jnp.swapaxes(b, 1, 2), b)
-        a_t = jnp.swapaxes(a, 1, 2)
-        norms = jnp.sum(squares * matmul(a, a_t), axis=(1, 2))
-        outputs = jnp.sum(squares * matmul(matmul(a, grams), a_t), axis=(1, 2))
-        return grams * (norms * inverse(outputs))[:, None, None]
+        return _balanced(b, a, grams)
 
     def operations(self, cores: Sizes) -> Operations:
         q, abreast = cores.q, cores.abreast
@@ -128,3 +135,19 @@ class regmean(Rule):
         polars = polar_factors(cores, abreast)
         # Of one side.
         return counted + thin_bases(cores) + Operations(polars.products / 2, passing=polars.passing)
+
+
+def _balanced(
+    b: Float[Array, "T p r"], a: Float[Array, "T r q"], grams: Float[Array, "T q q"]
+) -> Float[Array, "T q q"]:
+    """Multiplies Gram matrices so that outputs are as large as the updates: λ_t of IterIS."""
+    norms = squared_norms(LoRA(a=a, b=b))
+    return grams * (norms * inverse(_outputs(b, a, grams)))[:, None, None]
+
+
+def _outputs(
+    b: Float[Array, "T p r"], a: Float[Array, "T r q"], grams: Float[Array, "T q q"]
+) -> Float[Array, " T"]:
+    """Returns the squared norms of the outputs of each adapter on its own inputs."""
+    seen = matmul(matmul(a, grams), jnp.swapaxes(a, 1, 2))
+    return jnp.sum(matmul(jnp.swapaxes(b, 1, 2), b) * seen, axis=(1, 2))

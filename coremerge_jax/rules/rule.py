@@ -190,6 +190,18 @@ class Rule:
         """
         return _norm(tasks, self.flat)
 
+    def auto_square(self, merged: Dense, *, cores: Cores, context: Context) -> Float[Array, ""]:
+        """Returns the squared size of a merge, which the automatic scale brings to `auto_norm`.
+
+        Here it is the squared Frobenius norm.
+
+        Args:
+            merged: ``(p, q)``, the result.
+            cores: ``(T, p, q)``, of the adapters.
+            context: facts about the cores.
+        """
+        return jnp.sum(merged**2)
+
     def operations(self, cores: Sizes) -> Operations:
         """Counts operations and memory, from leading terms; here, in the jaxpr of `merge`."""
         return counted(_merge, self, *abstract(cores))

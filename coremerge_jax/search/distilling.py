@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coremerge_jax.linalg import product_norm
 from coremerge_jax.lora import Adapter, widest
-from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.checks import check_whole
 from coremerge_jax.merging.projected import Projected
 from coremerge_jax.rules import Chain, as_rule, chain, task_arithmetic
@@ -84,8 +82,8 @@ def distill(
         teachers: adapters to learn from, one for each task; by default, the adapters as they were
             projected. Needed if the adapters have extras, such as heads of their own.
         steps: number of steps.
-        initial: coefficients to start from: one, or one per adapter; by default, the one that gives
-            the merge the norm that ``merge(..., scale="auto")`` gives it.
+        initial: coefficients to start from: one, or one per adapter; by default, the
+            automatic scale of ``merge``.
         optimizer: an optimizer of optax; by default Adam (0.9, 0.95), with a learning rate of 0.08
             of that number, which falls to 0 by a cosine.
         every: steps between two evaluations of the validation inputs.
@@ -110,7 +108,7 @@ def distill(
     reader, parts = Reader(forward, params, mask), chain(as_rule(rule))
     projected = as_projected(adapters, teachers)
     pieces = projected.pieces(parts, key=key)
-    size = natural_size(parts, projected, pieces)
+    size = natural_size(parts, projected, key)
     lessons = reader.teach(projected, inputs, teachers)
     judge = None
     if len(validation):
@@ -136,17 +134,10 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b1=0.9, b2=0.95)
 
 
-def natural_size(rule: Chain, projected: Projected, pieces: Projected) -> float:
-    """Returns the coefficient of all shares that gives a merge the norm of the automatic scale."""
-    tasks = projected.adapters
-    if (known := given_scale(rule, tasks)) is not None:
-        return known
-    merged = pieces.merge(task_arithmetic(), scale=1.0)
-    squares = sum(
-        product_norm(*(np.asarray(x, np.float64) for x in (lora.b, lora.a))) ** 2
-        for lora in merged.values()
-    )
-    return scale_to_norm(rule, tasks, squares, float(np.sum(projected.norms() ** 2)))
+def natural_size(rule: Chain, projected: Projected, key: jax.Array | None) -> float:
+    """Returns the automatic scale of a merge: of the modules that most adapters have."""
+    scales = projected.auto_scales(projected.updates(rule, key=key))
+    return float(scales[max(scales)])
 
 
 def _batches(

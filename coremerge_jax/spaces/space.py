@@ -231,6 +231,23 @@ class Projection:
         context = dataclasses.replace(context, cores=self._weighed_cores())
         return rule.finish(self._weigh(merged), key=key, context=context)
 
+    def auto_squares(self, rule: Chain, merged: Merged) -> Float[Array, "2"]:
+        """Returns what the automatic scale is computed from.
+
+        Args:
+            rule: the rule.
+            merged: its result, as `merge_cores` returns it.
+
+        Returns:
+            ``(2,)``, the squared size of the merged update before scaling, and the sum of the
+            squared norms of the adapters' updates.
+        """
+        cores = self._weighed_cores()
+        tasks = jnp.arange(tasks_in(cores), dtype=jnp.int32)
+        context = Context(shape=self.shape, tasks=tasks, inputs=self.inputs)
+        size = rule.auto_square(dense(merged), cores=cores, context=context)
+        return jnp.stack([size, jnp.sum(squared_norms(cores))])
+
     def lift(self, merged: Float[Array, "p q"]) -> LoRA:
         """Returns the update that a matrix of the merge space stands for.
 

@@ -27,8 +27,7 @@ BY_NORM = {
     "isotropize": cm.isotropize(),
     "tsv, isotropize": cm.chain(cm.tsv(), cm.isotropize()),
     "ties of the model": cm.ties(scope="model"),
-    "regmean": cm.regmean(),
-    "regmean of a norm": cm.regmean(orthogonalize=False, norm=0.4),
+    "regmean, isotropize": cm.chain(cm.regmean(), cm.isotropize()),
 }
 
 
@@ -56,6 +55,28 @@ def test_a_merge_has_the_norm_that_it_should_have(adapters, name):
         np.testing.assert_allclose(norm(merged, [path]), expected, rtol=1e-9)
         factor = norm(merged, [path]) / norm(plain, [path])
         assert_same({path: merged[path]}, {path: factor * dense(plain[path])}, 1e-9)
+
+
+@pytest.mark.parametrize("rule", [cm.regmean(), cm.regmean(orthogonalize=False)], ids=str)
+def test_of_regmean_it_is_about_outputs_on_the_inputs(adapters, rule):
+    """Those of the merge have the norm of the adapters' own, or reach them; here it is between."""
+    inputs = random_inputs(adapters)
+    statistics = statistics_of(adapters, inputs)
+    merged = cm.merge(adapters, rule, statistics=statistics)
+    plain = plain_merge(adapters, rule, statistics=statistics)
+    for path in ("a.q", "b.q"):
+        ours = mine = common = 0.0
+        for adapter, x in zip(adapters, inputs, strict=True):
+            if path in adapter:
+                own, y = (x[path] @ dense(of[path]).T for of in (adapter, plain))
+                weight = (norm(adapter, [path]) / np.linalg.norm(own)) ** 2
+                ours += weight * np.sum(own**2)
+                mine += weight * np.sum(y**2)
+                common += weight * np.sum(own * y)
+        expected = np.sqrt(np.sqrt(ours / mine) * ours / common)
+        assert_same({path: merged[path]}, {path: expected * dense(plain[path])}, 1e-9)
+    projected = cm.project(adapters, statistics=statistics)
+    assert_same(projected.merge(rule), dict(merged), 1e-9)
 
 
 def test_modules_have_one_scale():
