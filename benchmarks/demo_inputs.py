@@ -36,7 +36,7 @@ def merges(normalized: Normalized) -> dict[str, float]:
     given, inputs = normalized.adapters, {"statistics": demo.statistics()}
     found = {rule: cm.merge(given, parse_chain(rule)) for rule in RULES}
     found["regmean"] = cm.merge(given, cm.regmean(), **inputs)
-    found["regmean, not orthogonalized, ridge 0.01, norm 1"] = cm.merge(given, REGMEAN, **inputs)
+    found["regmean, not orthogonalized, ridge 0.01"] = cm.merge(given, REGMEAN, **inputs)
     for name, rule in {
         "task_arithmetic": cm.task_arithmetic(),
         "tsv": cm.tsv(),

@@ -51,10 +51,10 @@ class regmean(Rule):
     By default it is then multiplied from the left by P^{-1/2}, P = Σ_t U_t U_tᵀ with orthonormal
     U_t of the columns of M_t, as `tsv` does on both sides. That is our own.
 
-    The result is too small: merge with ``scale="auto"``, which is about outputs here. With y_t and
-    y the outputs of adapter t and of the merge on task t's inputs, weighted by λ_t of IterIS, it
-    takes the geometric mean of two scales: that at which Σ_t ‖y‖² is Σ_t ‖y_t‖², and the larger one
-    at which Σ_t y · y_t is.
+    Where tasks conflict, the result is too small: merge with ``scale="auto"``, which is about
+    outputs here. With y_t and y those of adapter t and of the merge on task t's inputs, weighted by
+    λ_t of IterIS, it is for one module the geometric mean of two scales: that at which Σ_t ‖y‖² is
+    Σ_t ‖y_t‖², and the larger one at which Σ_t y · y_t is.
 
     Attributes:
         ridge: above 0; with few inputs, S does not have full rank.
