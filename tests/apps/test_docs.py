@@ -34,6 +34,24 @@ def test_examples_run(page):
     run_page(page)
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("folder")
+def test_a_language_model_is_trained_and_merged():
+    """On other machines, its page prints slightly other numbers."""
+    pytest.importorskip("gguf")
+    try:
+        found = run_page(DOCS / "language-model.md", compare=False)
+    except RuntimeError as error:  # no download
+        pytest.skip(str(error))
+    models = found["load"](found["base"]), found["model"], found["plain"]
+    for batch in found["tests"].values():
+        before, merged, folded = (found["accuracy"](model, batch) for model in models)
+        assert before < 0.3
+        assert merged > 0.8
+        assert folded == pytest.approx(merged, abs=0.02)
+
+
 def inline(page):
     return [part for token in read(page) for part in token.children or []]
 
