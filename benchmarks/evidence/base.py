@@ -89,6 +89,10 @@ class Study(abc.ABC):
     def correct(self, adapter: cm.Adapter | None, split: str, names: Sequence[str]) -> Correct:
         """Returns the answers of the base model, with an adapter or alone, to some tasks."""
 
+    def tests(self, adapter: cm.Adapter, names: Sequence[str]) -> dict[str, Any]:
+        """Returns test results of a merge, for JSON: ``"correct"``, as bits, and maybe others."""
+        return {"correct": self._bits(adapter, "test", names)}
+
     @abc.abstractmethod
     def describe(self, name: str) -> dict[str, Any]:
         """Describes a task: its source as ``"from"``, ``"licence"`` and ``"examples"`` by split."""
@@ -203,13 +207,13 @@ class Study(abc.ABC):
             make: returns a merge and what else to keep.
 
         Returns:
-            That, the rank of the merge as ``"rank"``, and its answers as ``"correct"``.
+            That, the rank of the merge as ``"rank"``, and its `tests`.
         """
 
         def tested() -> dict[str, Any]:
             merged, more = make()
             rank = max(lora.rank for lora in merged.values())
-            return {**more, "rank": rank, "correct": self._bits(merged, "test", tasks)}
+            return {**more, "rank": rank, **self.tests(merged, tasks)}
 
         found = self.kept(name, tested)
         return found | {"correct": _from_bits(found["correct"])}

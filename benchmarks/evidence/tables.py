@@ -34,7 +34,8 @@ change, not what other trainings would. {many}
 
 {adapters} Every parameter is chosen on validation examples: the scale first, then the others in
 turn (arXiv 2509.17786, appendix D.3), except for `mean`, which is the plain average at scale 1.
-Test examples decide nothing. With learned coefficients, *parameters* are the scale that they start
+Test examples decide nothing. *nats* is the mean log-likelihood of a token of the right answers, if
+answers have several. With learned coefficients, *parameters* are the scale that they start
 from, and the steps after which they were kept.
 
 *Core is better by* is the difference of the averages: the same rule, with parameters chosen in each
@@ -119,11 +120,13 @@ def _ways(title: str, rows: Sequence[Row]) -> Sheet:
 def _average(row: Row) -> list[str]:
     """Returns the cells of each task, of the average, and of its difference to another merge."""
     parts = map(_percent, [*row["tasks"].values(), row["test"]])
-    return [*parts, _range(row["interval"]), *_difference(row)]
+    nats = [f"{row['nats']:.2f}"] if "nats" in row else []
+    return [*parts, _range(row["interval"]), *nats, *_difference(row)]
 
 
 def _average_header(row: Row, to: str) -> list[str]:
-    return [*row["tasks"], "average", "95 %", *_difference_header(row, to)]
+    nats = ["nats"] if "nats" in row else []
+    return [*row["tasks"], "average", "95 %", *nats, *_difference_header(row, to)]
 
 
 def _difference(row: Row) -> list[str]:

@@ -119,6 +119,14 @@ class Study(base.Study):
         """Returns the answers of the base model, with an adapter or alone."""
         return self.exam.answer(adapter, split, names).correct
 
+    def tests(self, adapter: cm.Adapter, names: Sequence[str]) -> dict[str, Any]:
+        """Also returns, as ``"nats"``, the mean log-likelihood of a token of right answers."""
+        answers = self.exam.answer(adapter, "test", names)
+        return {
+            "correct": {name: steps.bits(x) for name, x in answers.correct.items()},
+            "nats": {name: float(np.mean(x)) for name, x in answers.likelihood.items()},
+        }
+
     def describe(self, name: str) -> dict[str, Any]:
         """Describes a task, with the median of the number of tokens."""
         (task,) = (task for task in self.tasks if task.name == name)
