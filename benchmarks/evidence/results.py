@@ -25,7 +25,7 @@ Row = dict[str, Any]
 Sections = Mapping[str, Sequence[Callable[[], Row]]]
 """By name of a section, functions that return its rows. They do what is not done yet."""
 Found = Sequence[Mapping[str, Any]]
-"""Of each training, a result as `Study.tested` returns it."""
+"""Results as `Study.tested` returns them, one of each training."""
 
 
 def work(title: str, sections: Sections, say: Callable[[str], object]) -> None:

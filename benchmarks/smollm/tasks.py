@@ -19,7 +19,7 @@ from text8 import tasks as text8
 from smollm.sources import MADE, SOURCES
 
 SIZES = {"train": 4800, "validation": 100, "test": 300}
-"""How many examples a split has at most."""
+"""The largest numbers of examples that splits have."""
 SEED = 0
 
 

@@ -59,7 +59,7 @@ def test_a_merge_has_the_norm_that_it_should_have(adapters, name):
 
 @pytest.mark.parametrize("rule", [cm.regmean(), cm.regmean(orthogonalize=False)], ids=str)
 def test_of_regmean_it_is_about_outputs_on_the_inputs(adapters, rule):
-    """Those of the merge have the norm of the adapters' own, or reach them; here it is between."""
+    """It lies between two: outputs as large as the adapters' own, or as far along these."""
     inputs = random_inputs(adapters)
     statistics = statistics_of(adapters, inputs)
     merged = cm.merge(adapters, rule, statistics=statistics)
