@@ -20,7 +20,6 @@ from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_writer import Written, write_adapter
 from coremerge_jax.io.file_layout import pad
-from coremerge_jax.io.gguf.gguf_format import SUFFIX
 from coremerge_jax.io.one_file.keyed_layout import KINDS
 from coremerge_jax.io.outputs import GGUF
 from coremerge_jax.io.tensors import TensorReader
@@ -128,7 +127,7 @@ class _Base:
         gguf = _import_gguf()
         self.file = file
         self._shapes: dict[str, list[int]] = {}
-        if file.suffix.lower() == SUFFIX:
+        if file.suffix.lower() == f".{GGUF}":
             config, self._shapes = _read_base(file)
         else:
             config = untrusted.read_json(file, "the configuration of the base model")
