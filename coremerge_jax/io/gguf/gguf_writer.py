@@ -127,7 +127,7 @@ class _Base:
         gguf = _import_gguf()
         self.file = file
         self._shapes: dict[str, list[int]] = {}
-        if file.suffix.lower() == f".{GGUF}":
+        if file.suffix.lower() == ".gguf":
             config, self._shapes = _read_base(file)
         else:
             config = untrusted.read_json(file, "the configuration of the base model")
