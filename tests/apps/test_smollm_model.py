@@ -106,7 +106,9 @@ def assert_same(found, expected):
     assert off < 1e-4
 
 
-both_files = pytest.mark.parametrize("which", ["small_file", "real_file"])
+both_files = pytest.mark.parametrize(
+    "which", ["small_file", pytest.param("real_file", marks=pytest.mark.nightly)]
+)
 
 
 @both_files
@@ -118,6 +120,7 @@ def test_logits_are_those_of_transformers(which, request):
     assert_same(found, expected_logits(theirs(file), tokens))
 
 
+@pytest.mark.nightly
 def test_tokens_are_those_of_transformers(real_file):
     transformers = pytest.importorskip("transformers")
     tokenizer = smollm.File(real_file).tokenizer()
