@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from coremerge_jax.lora import Adapter, widest
+from coremerge_jax.merging.auto_scale import given_scale
 from coremerge_jax.merging.checks import check_whole
 from coremerge_jax.merging.projected import Projected
 from coremerge_jax.rules import Chain, as_rule, chain, task_arithmetic
@@ -136,6 +137,8 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
 
 def natural_size(rule: Chain, projected: Projected, key: jax.Array | None) -> float:
     """Returns the automatic scale of a merge: of the modules that most adapters have."""
+    if (known := given_scale(rule, projected.adapters)) is not None:
+        return known
     scales = projected.auto_scales(projected.updates(rule, key=key))
     return float(scales[max(scales)])
 
