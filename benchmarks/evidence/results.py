@@ -201,8 +201,9 @@ class Compare:
         row = {"tasks": _joined(_mean, shares), **self._against(found, self.other)}
         if "rank" in found[0]:
             row["rank"] = found[0]["rank"]
-        if "nats" in found[0]:
-            row["nats"] = _mean([_mean([*x["nats"].values()]) for x in found])
+        for name in ("form", "nats"):
+            if name in found[0]:
+                row[name] = _mean([_mean([*x[name].values()]) for x in found])
         if "validation" in found[0]:
             row["validation"] = _mean([x["validation"] for x in found])
         row["parameters"] = _joined(list, [x.get("parameters", {}) for x in found])

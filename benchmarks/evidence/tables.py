@@ -34,9 +34,10 @@ change, not what other trainings would. {many}
 
 {adapters} Every parameter is chosen on validation examples: the scale first, then the others in
 turn (arXiv 2509.17786, appendix D.3), except for `mean`, which is the plain average at scale 1.
-Test examples decide nothing. *nats* is the mean log-likelihood of a token of the right answers, if
-answers have several. With learned coefficients, *parameters* are the scale that they start
-from, and the steps after which they were kept.
+Test examples decide nothing. If answers are generated, *form* is the share, in %, of those that
+begin with a token that answers to the task's training prompts begin with, and *nats* is the mean
+log-likelihood of a token of the right answers. With learned coefficients, *parameters* are the
+scale that they start from, and the steps after which they were kept.
 
 *Core is better by* is the difference of the averages: the same rule, with parameters chosen in each
 space.
@@ -120,13 +121,13 @@ def _ways(title: str, rows: Sequence[Row]) -> Sheet:
 def _average(row: Row) -> list[str]:
     """Returns the cells of each task, of the average, and of its difference to another merge."""
     parts = map(_percent, [*row["tasks"].values(), row["test"]])
-    nats = [f"{row['nats']:.2f}"] if "nats" in row else []
-    return [*parts, _range(row["interval"]), *nats, *_difference(row)]
+    more = [show(row[name]) for name, show in MORE.items() if name in row]
+    return [*parts, _range(row["interval"]), *more, *_difference(row)]
 
 
 def _average_header(row: Row, to: str) -> list[str]:
-    nats = ["nats"] if "nats" in row else []
-    return [*row["tasks"], "average", "95 %", *nats, *_difference_header(row, to)]
+    more = [name for name in MORE if name in row]
+    return [*row["tasks"], "average", "95 %", *more, *_difference_header(row, to)]
 
 
 def _difference(row: Row) -> list[str]:
@@ -181,6 +182,14 @@ def _scales(rows: Sequence[Row]) -> Sheet:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}"
+
+
+MORE = {"form": _percent, "nats": _nats}
+"""Columns of studies whose answers are texts."""
 
 
 def _range(values: Sequence[float], sign: str = "") -> str:

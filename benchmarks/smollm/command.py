@@ -132,6 +132,7 @@ def _of_tasks(study: Study, options: argparse.Namespace) -> int:
 def sheet(rows: Sequence[Row], title: str) -> Sheet:
     """Returns a table of what `evaluate` has found."""
     shown = {"base": "base, %", "own": "own, %"}
+    shown |= {f"{x}, form": f"{x}, form, %" for x in shown}
     nats = ("base, nats", "own, nats")
     lines = [
         [

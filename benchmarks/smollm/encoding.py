@@ -146,15 +146,14 @@ def predict(model: SmolLM, batch: Batch) -> jax.Array:
 
 
 def likelihoods(model: SmolLM, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns log-likelihoods of the tokens of answers, and if they are the likeliest, ``(N, A)``.
+    """Returns log-likelihoods of the tokens of answers, and the likeliest tokens, ``(N, A)``.
 
     Padding counts as a token of likelihood 1.
     """
     logits = predict(model, batch)
     chosen = jnp.take_along_axis(logits, jnp.asarray(batch.answers)[:, :, None], axis=-1)[:, :, 0]
     found = chosen - jax.nn.logsumexp(logits, axis=-1)
-    best = jnp.argmax(logits, axis=-1) == batch.answers
-    return jnp.where(batch.mask, found, 0.0), best | ~batch.mask
+    return jnp.where(batch.mask, found, 0.0), jnp.argmax(logits, axis=-1)
 
 
 def answer_loss(model: SmolLM, batch: Batch) -> jax.Array:

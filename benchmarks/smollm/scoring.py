@@ -28,10 +28,13 @@ class Answers:
     Attributes:
         correct: where decoding greedily gives the answer and the token at the end, and no more.
         likelihood: the mean log-likelihood of the tokens of each right answer, ``(N,)``.
+        in_form: where the likeliest first token is one that answers to training prompts of the
+            task begin with.
     """
 
     correct: Correct
     likelihood: dict[str, np.ndarray]
+    in_form: Correct
 
 
 class Exam:
@@ -62,6 +65,12 @@ class Exam:
     def fingerprints(self) -> dict[str, str]:
         """Returns names of the tasks' examples, which change as these do."""
         return {name: _fingerprint(parts.values()) for name, parts in self.examples.items()}
+
+    @cached_property
+    def _starts(self) -> dict[str, np.ndarray]:
+        """Returns the tokens that the answers to a task's training prompts begin with, by task."""
+        answers = {x: [y.answer[0] for y in z["train"]] for x, z in self.examples.items()}
+        return {name: np.unique(tokens) for name, tokens in answers.items()}
 
     @property
     def state(self) -> nnx.State:
@@ -108,19 +117,21 @@ class Exam:
         every = [example for part in parts for example in part]
         state = self._rounded(self.state, adapter)
         correct, likelihood = np.zeros(len(every), bool), np.zeros(len(every))
+        first = np.zeros(len(every), np.int32)
         done = 0
         for places, batch in batches(every, BATCH):
-            found, best = (np.asarray(x) for x in self._likelihoods(state, batch))
+            found, said = (np.asarray(x) for x in self._likelihoods(state, batch))
             rows = slice(0, len(places))
-            correct[places] = best[rows].all(axis=1)
+            correct[places] = ((said == batch.answers) | ~batch.mask)[rows].all(axis=1)
+            first[places] = said[rows, 0]
             likelihood[places] = found[rows].sum(axis=1) / batch.mask[rows].sum(axis=1)
             done += len(places)
             progress(done, len(every))
         ends = np.cumsum([len(part) for part in parts])[:-1]
-        return Answers(
-            dict(zip(names, np.split(correct, ends), strict=True)),
-            dict(zip(names, np.split(likelihood, ends), strict=True)),
-        )
+        by_task = (np.split(x, ends) for x in (correct, likelihood, first))
+        right, nats, begun = (dict(zip(names, x, strict=True)) for x in by_task)
+        in_form = {name: np.isin(begun[name], self._starts[name]) for name in names}
+        return Answers(right, nats, in_form)
 
 
 def _fingerprint(parts: Iterable[Sequence[Encoded]]) -> str:

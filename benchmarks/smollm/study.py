@@ -120,11 +120,15 @@ class Study(base.Study):
         return self.exam.answer(adapter, split, names).correct
 
     def tests(self, adapter: cm.Adapter, names: Sequence[str]) -> dict[str, Any]:
-        """Also returns, as ``"nats"``, the mean log-likelihood of a token of right answers."""
+        """Also returns ``"form"``, the share of answers that begin as answers to the task do.
+
+        And ``"nats"``, the mean log-likelihood of a token of right answers.
+        """
         answers = self.exam.answer(adapter, "test", names)
         return {
             "correct": {name: steps.bits(x) for name, x in answers.correct.items()},
             "nats": {name: float(np.mean(x)) for name, x in answers.likelihood.items()},
+            "form": {name: float(np.mean(x)) for name, x in answers.in_form.items()},
         }
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class Study(base.Study):
         find: Callable[[str], cm.Adapter | None],
     ) -> Answers:
         """Returns answers to tasks, each by the adapter that is found for it, if there is one."""
-        found = []
+        found = Answers({}, {}, {})
         for name, key in keys.items():
             progress = Progress(f"{what}, {name}, {split}", self.say)
 
@@ -177,8 +181,10 @@ class Study(base.Study):
                 return _for_json(self.exam.answer(find(name), split, [name], progress))
 
             kept = self.kept(f"{what}-{split}-{name}-{key}", make)
-            found.append((name, steps.from_bits(kept["correct"]), np.asarray(kept["likelihood"])))
-        return Answers({x: right for x, right, _ in found}, {x: nats for x, _, nats in found})
+            found.correct[name] = steps.from_bits(kept["correct"])
+            found.likelihood[name] = np.asarray(kept["likelihood"])
+            found.in_form[name] = steps.from_bits(kept["form"])
+        return found
 
     def digest(self, names: Sequence[str], values: Any = None) -> str:
         """Returns a name that changes with adapters, with values, and with the tasks' examples."""
@@ -252,8 +258,10 @@ class Study(base.Study):
 
 def _for_json(answers: Answers) -> dict[str, Any]:
     """Returns the answers to one task."""
-    ((right, nats),) = zip(answers.correct.values(), answers.likelihood.values(), strict=True)
-    return {"correct": steps.bits(right), "likelihood": np.round(nats, 4).tolist()}
+    parts = (answers.correct, answers.likelihood, answers.in_form)
+    right, nats, form = (next(iter(part.values())) for part in parts)
+    nats = np.round(nats, 4).tolist()
+    return {"correct": steps.bits(right), "likelihood": nats, "form": steps.bits(form)}
 
 
 def encoded(
@@ -288,6 +296,7 @@ def evaluate(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
             "task": name,
             "tokens": study.describe(name)["tokens"],
             **{x: float(np.mean(y.correct[name])) for x, y in answers.items()},
+            **{f"{x}, form": float(np.mean(y.in_form[name])) for x, y in answers.items()},
             **{f"{x}, nats": float(np.mean(y.likelihood[name])) for x, y in answers.items()},
         }
         for name in names

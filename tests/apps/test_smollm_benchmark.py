@@ -119,8 +119,9 @@ def test_every_task_has_a_source_a_licence_and_an_instruction_of_its_own():
     assert len({task.name for task in tasks.TASKS}) == len(tasks.TASKS) == 8
     assert len({task.instruction for task in tasks.TASKS}) == len(tasks.TASKS)
     assert all(tasks.licences()[task.source] for task in tasks.TASKS)
-    assert "".join(find("sums").prompt("1 + 2")) == (
-        "<|im_start|>user\nCompute.\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
+    task = find("sums")
+    assert "".join(task.prompt("1 + 2")) == (
+        f"<|im_start|>user\n{task.instruction}\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -178,10 +179,20 @@ def test_one_pass_over_right_answers_finds_what_greedy_decoding_gets_right():
             answer = example.answer
         examples.append(Encoded(example.prompt, answer))
         expected.append(np.array_equal(said, answer))
-    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
-    found = exam.answer(None, "test", ["task"]).correct["task"]
+    exam = scoring.Exam(TINY, {"task": {"train": examples, "test": examples}}, jnp.float32)
+    found = exam.answer(None, "test", ["task"])
+    np.testing.assert_array_equal(found.correct["task"], expected)
+    assert 8 <= sum(expected) < 16
+
+
+def test_answers_in_form_begin_as_one_to_a_training_prompt():
+    examples = random_examples(24)
+    exam = scoring.Exam(TINY, {"task": {"train": examples[:4], "test": examples}}, jnp.float32)
+    starts = {x.answer[0] for x in examples[:4]}
+    expected = [said[0] in starts for said in exam.decode(None, examples)]
+    found = exam.answer(None, "test", ["task"]).in_form["task"]
     np.testing.assert_array_equal(found, expected)
-    assert 8 <= sum(found) < 16
+    assert 0 < sum(expected) < 24
 
 
 def test_own_answers_are_those_of_a_greedy_loop_over_single_tokens():
@@ -216,7 +227,7 @@ def test_uniform_batches_have_one_shape_and_their_masks_are_of_what_is_read():
 def test_likelihoods_are_those_of_single_examples_without_padding():
     model = smollm.load(TINY)
     examples = random_examples(20, prefixes=PREFIXES)
-    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
+    exam = scoring.Exam(TINY, {"task": {"train": examples, "test": examples}}, jnp.float32)
     found = exam.answer(None, "test", ["task"]).likelihood["task"]
     program, losses = jax.jit(lambda tokens: model(tokens)), []
     for example, mean in zip(examples, found, strict=True):
