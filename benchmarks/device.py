@@ -29,8 +29,9 @@ from common.shapes import SHAPES, Kind, Shape
 import coremerge_jax as cm
 from coremerge_jax.linalg import lapack, matmul
 from coremerge_jax.merging.cost import cost
-from coremerge_jax.merging.groups import Group, over_modules
+from coremerge_jax.merging.groups import Group
 from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.stacks import over_modules
 from coremerge_jax.rules import Chain, Context, Equivariance, chain
 from coremerge_jax.spaces import Projection
 

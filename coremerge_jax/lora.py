@@ -2,22 +2,30 @@
 
 A LoRA update of one module is ``ΔW = b @ a`` with ``a`` of shape ``(r, n)`` and ``b`` of shape
 ``(m, r)``; any scaling (alpha / r and its variants) is already part of ``b``.
+
+JAX is imported in methods only, so that files are opened and described without it; `pytrees`
+makes the two known to it.
 """
 
 import dataclasses
 import functools
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from coremerge_jax.errors import FormatError
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import NamedSharding
+
+    Array = jax.Array | np.ndarray
+else:
+    Array = Any
 
 # A module's path, the lengths of the axes of its inputs, and of those of its outputs.
 Lengths = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -45,11 +53,44 @@ LINEAR = Kind()
 
 def widest(*dtypes: np.dtype) -> np.dtype:
     """Returns the dtype that holds all of these, whatever JAX's promotion and x64 settings."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    import jax
+    import jax.numpy as jnp
+
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-@jax.tree_util.register_dataclass
+def is_traced(value: object) -> bool:
+    """Returns True if a transformation of JAX traces a value; without JAX, none is."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def product_norm(b: np.ndarray, a: np.ndarray) -> float:
+    """Returns ‖b a‖ from Gram matrices, on the host: to half the digits where terms cancel."""
+    return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The shape and the dtype of a factor, in its place.
+
+    Attributes:
+        shape: of the factor.
+        dtype: of the factor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """A low-rank update ``ΔW = b @ a`` of one module, scaling included.
@@ -105,15 +146,21 @@ class LoRA:
         a, b = self.a.astype(self.dtype), self.b.astype(self.dtype)
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return b @ a
+        import jax
+        import jax.numpy as jnp
+
         where = _sharding_of_product(b, a)
         return jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
 
 
-def _sharding_of_product(b: Any, a: Any) -> NamedSharding | None:
+def _sharding_of_product(b: Any, a: Any) -> "NamedSharding | None":
     """Returns the sharding of ``b @ a`` if its factors have explicit mesh axes.
 
     Rows are spread as those of ``b``, and columns as those of ``a``, unless by the same axis.
     """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
     rows, columns = (jax.typeof(x).sharding for x in (b, a))
     if not any((*rows.spec, *columns.spec)):
         return None
@@ -165,7 +212,6 @@ class Metadata:
     beside: tuple[Path, ...] = dataclasses.field(default=(), compare=False)
 
 
-@jax.tree_util.register_pytree_with_keys_class
 class Adapter(Mapping[str, LoRA]):
     """An ordered mapping from module path to `LoRA`; a pytree.
 
@@ -244,7 +290,7 @@ class Adapter(Mapping[str, LoRA]):
         """The adapter with shapes and dtypes in place of its factors."""
 
         def shape(x: Array) -> Any:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return Shape(x.shape, x.dtype)
 
         return self.replace(
             modules={
@@ -269,7 +315,8 @@ class Adapter(Mapping[str, LoRA]):
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         """Returns the children in the order of the mapping (a plain dict would be sorted)."""
-        key = jax.tree_util.DictKey
+        from jax.tree_util import DictKey as key  # noqa: N813
+
         modules = tuple((key(path), lora) for path, lora in self._modules.items())
         extras = tuple((key(name), value) for name, value in self.extras.items())
         return modules + extras, (tuple(self._modules), tuple(self.extras), self.metadata)
@@ -391,6 +438,8 @@ class ModuleStream(Protocol):
             together: the paths of all modules, in lists of those that one process has to do; by
                 default, each by itself.
         """
+        import jax
+
         del together
         return self, dict.fromkeys(self.outline, jax.process_index())
 

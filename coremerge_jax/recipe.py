@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from coremerge_jax import declared
 from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import merge_targets
@@ -81,9 +82,15 @@ def parse_rule(text: str) -> "Rule":
     Raises:
         RecipeError: the name, a parameter or a value does not exist.
     """
+    call = read_rule(text)
     from coremerge_jax.rules import RULES
 
-    return build("rule", text, RULES)
+    return call.made_of(RULES)
+
+
+def read_rule(text: str) -> "Call":
+    """Reads the description of a rule, without JAX."""
+    return _read("rule", text, {name: x.defaults for name, x in declared.rules().items()})
 
 
 def format_rule(rule: "Rule") -> str:
@@ -95,9 +102,15 @@ def format_rule(rule: "Rule") -> str:
 
 def parse_space(text: str) -> "Space":
     """Returns the merge space that ``NAME[:key=value,...]`` describes."""
+    call = read_space(text)
     from coremerge_jax.spaces import SPACES
 
-    return build("space", text, SPACES)
+    return call.made_of(SPACES)
+
+
+def read_space(text: str) -> "Call":
+    """Reads the description of a space, without JAX."""
+    return _read("space", text, {name: x.defaults for name, x in declared.spaces().items()})
 
 
 def format_space(space: "Space") -> str:
@@ -118,24 +131,62 @@ def build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
     Raises:
         RecipeError: the name, a parameter or a value does not exist.
     """
+    defaults = {
+        name: {key: x.default for key, x in inspect.signature(make).parameters.items()}
+        for name, make in table.items()
+    }
+    return _read(what, text, defaults).made_of(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The parts of a text ``NAME[:key=value,...]``.
+
+    Attributes:
+        what: the noun for such objects in messages.
+        text: the text.
+        name: of the function that makes the object.
+        values: its arguments.
+    """
+
+    what: str
+    text: str
+    name: str
+    values: Mapping[str, Any]
+
+    def made_of(self, table: Mapping[str, Callable[..., Any]]) -> Any:
+        """Returns the object, made by the function of a table.
+
+        Raises:
+            RecipeError: the function refuses a value.
+        """
+        try:
+            return table[self.name](**self.values)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{self.what} {self.text!r:.200}: {error}") from error
+
+
+def _read(what: str, text: str, table: Mapping[str, Mapping[str, Any]]) -> Call:
+    """Reads a text, given the defaults of the parameters by name.
+
+    Raises:
+        RecipeError: the name, a parameter or a value does not exist.
+    """
     name, _, arguments = text.partition(":")
     if name not in table:
         raise unknown(what, name, table)
-    parameters = inspect.signature(table[name]).parameters
+    defaults = table[name]
     values = _parse_arguments(what, text, arguments)
     for key, value in values.items():
-        if not parameters:
+        if not defaults:
             raise RecipeError(f"{what} {name!r} has no parameters, got {str(key)!r}")
-        if key not in parameters:
-            raise unknown(f"parameter of {what} {name!r}:", key, parameters)
-        default = parameters[key].default
+        if key not in defaults:
+            raise unknown(f"parameter of {what} {name!r}:", key, defaults)
+        default = defaults[key]
         test, expected = _PARAMETERS.get(type(default), (lambda _: True, ""))
         if value is not default and not test(value):
             raise RecipeError(f"{what} {text!r:.200}: {key} must be {expected}, got {value!r:.200}")
-    try:
-        return table[name](**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{what} {text!r:.200}: {error}") from error
+    return Call(what, text, name, values)
 
 
 def _parse_arguments(what: str, text: str, arguments: str) -> dict[str, Any]:
@@ -462,7 +513,10 @@ class Recipe:
         Raises:
             RecipeError: a rule or space does not exist, or the rules cannot be chained.
         """
-        from coremerge_jax.rules import chain
+        for text in self.rules:
+            read_rule(text)
+        read_space(self.space)
+        from coremerge_jax.rules import chain  # JAX, for which typing errors should not wait
 
         rules, space = tuple(map(parse_rule, self.rules)), parse_space(self.space)
         explicit = dataclasses.replace(

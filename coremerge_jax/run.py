@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,9 @@ from coremerge_jax.merging.projected import project
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.recipe import Recipe, Resolved, build
 from coremerge_jax.record import describe_sources, provenance
-from coremerge_jax.search.methods import METHODS, Line
-from coremerge_jax.search.sweeping import Metrics, Record, Search, Sweep, measured
+
+if TYPE_CHECKING:
+    from coremerge_jax.search.sweeping import Metrics, Record, Sweep
 
 # Memory for compiling: a first start against a second one in benchmarks/end_to_end.py, rounded up.
 _COMPILATION = 256 * 2**20  # bytes
@@ -434,7 +435,7 @@ class Swept:
     """
 
     output: str
-    sweep: Sweep
+    sweep: "Sweep"
     table: Path
     best: Path | None
 
@@ -448,7 +449,7 @@ def run_sweep(
     output: str | Path,
     values: Mapping[str, Sequence[Any]],
     *,
-    evaluate: Callable[[Adapter], Metrics] | None = None,
+    evaluate: "Callable[[Adapter], Metrics] | None" = None,
     method: str = "grid",
     objective: str | None = None,
     maximize: bool = True,
@@ -475,6 +476,10 @@ def run_sweep(
         RecipeError: there is nothing to try; or candidates are to be compared without
             ``evaluate``.
     """
+    # Merges do without optax.
+    from coremerge_jax.search.methods import METHODS, Line
+    from coremerge_jax.search.sweeping import Search, measured
+
     output, way = Path(output), build("method", method, METHODS)
     if not values:
         raise RecipeError("nothing to try: give --values, such as --values scale=0.5:2:0.5")
@@ -514,7 +519,7 @@ def run_sweep(
             **candidate.arguments_of("save_peft"),
         )
 
-    def write_candidate(record: Record, merged: Adapter) -> Mapping[str, float]:
+    def write_candidate(record: "Record", merged: Adapter) -> Mapping[str, float]:
         name = ",".join(f"{name}={record.parameters[name]}" for name in values)
         write(resolved.with_rule(record.rule, record.scale), merged, name)
         return {}

@@ -106,7 +106,7 @@ def collect(
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.io.outputs import STATISTICS, check_output
     from coremerge_jax.io.statistics_files import save_statistics
-    from coremerge_jax.merging.checks import check_same_base
+    from coremerge_jax.merging.belonging import check_same_base
 
     reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)
     stage = Stages()

@@ -50,8 +50,13 @@ def inspect(
 
 def _problem(adapters: "Sequence[Adapter]") -> str | None:
     """Returns the reason why default options cannot merge the adapters; None if they can."""
+    from coremerge_jax.merging.present import find_present
+
+    default = Recipe()
     try:
-        Recipe(rules=("mean",)).resolve().stream(adapters)
+        find_present(
+            adapters, None, default.extras, default.allow_other_base, default.allow_disjoint
+        )
     except CoreMergeError as error:
         return str(error)
     return None
@@ -83,7 +88,7 @@ def _norm(lora: "LoRA") -> float:
     """Returns the Frobenius norm of b @ a."""
     import numpy as np
 
-    from coremerge_jax.linalg import product_norm
+    from coremerge_jax.lora import product_norm
 
     return product_norm(np.asarray(lora.b, np.float64), np.asarray(lora.a, np.float64))
 

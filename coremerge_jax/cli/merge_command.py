@@ -27,6 +27,7 @@ from coremerge_jax.cli.options import (
     takes_recipe,
 )
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.formats import check_source
 from coremerge_jax.recipe import OPTIONS, Recipe
 
 if TYPE_CHECKING:
@@ -114,9 +115,13 @@ def merge(
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     room = parse_size(max_memory) if max_memory else None
 
+    if not distributed:  # else all processes fail together
+        for source in recipe.adapters:
+            check_source(source)
+    resolved = recipe.resolve()
+    # All of the above does without JAX.
     from coremerge_jax.run import Merged, run_merge
 
-    resolved = recipe.resolve()
     if distributed:
         join_job(patience)
     result = run_merge(

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from coremerge_jax import declared
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.recipe import MOST, OPTIONS, Recipe, frozen, load_yaml
-
-SPACES = ("core", "full", "knots", "tucker")  # those of `spaces.SPACES`, which imports JAX
 
 _LARGEST = 1e15  # in a range: all smaller whole numbers are exact
 
@@ -240,11 +239,8 @@ def _helps() -> dict[str, str]:
 
 def _completion(name: str) -> Callable[[str], list[str]] | None:
     def complete(incomplete: str) -> list[str]:
-        choices: Sequence[str] = SPACES if name == "space" else OPTIONS[name].choices
-        if name == "rules":
-            from coremerge_jax.rules import RULES
-
-            choices = list(RULES)
+        tables = {"rules": declared.rules, "space": declared.spaces}
+        choices = list(tables[name]()) if name in tables else OPTIONS[name].choices
         return [x.removesuffix("ADAPTER") for x in choices if x.startswith(incomplete)]
 
     return complete if name in ("rules", "space") or OPTIONS[name].choices else None

@@ -17,7 +17,8 @@ from coremerge_jax.collecting.rebuild import Rebuilt, State
 from coremerge_jax.errors import FormatError, MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.lora import Adapter, Array
 from coremerge_jax.merging.alignment import align
-from coremerge_jax.merging.checks import as_adapters, common_metadata
+from coremerge_jax.merging.belonging import common_metadata
+from coremerge_jax.merging.checks import as_adapters
 from coremerge_jax.merging.groups import label
 from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.merging.statistics import Gram, Statistics

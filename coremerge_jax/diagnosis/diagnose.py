@@ -15,16 +15,13 @@ from coremerge_jax.io.atomic import atomic_file
 from coremerge_jax.linalg.threads import processors
 from coremerge_jax.lora import Adapter
 from coremerge_jax.merging.base_names import best_name
-from coremerge_jax.merging.checks import (
-    as_adapter,
-    as_adapters,
-    present_adapters,
-    refuse_values,
-)
+from coremerge_jax.merging.belonging import present_adapters
+from coremerge_jax.merging.checks import as_adapter, as_adapters, refuse_values
 from coremerge_jax.merging.cost import Machine, batch_size, cost, expected_seconds
 from coremerge_jax.merging.groups import Group, group_modules, label
 from coremerge_jax.merging.mesh import implicit
 from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.stacks import stack_factors
 from coremerge_jax.rules import RULES, chain, mean
 from coremerge_jax.spaces import core
 
@@ -133,7 +130,7 @@ def _modules(group: Group, adapters: Sequence[Adapter], merged: Adapter | None) 
     """Measures the modules of one signature, all by the same compiled program."""
     size = batch_size(group, chain(mean()), core(), 1, None)
     for batch in group.split(size):
-        a, b = batch.stack(adapters)
+        a, b = stack_factors(batch, adapters)
         results = {} if merged is None else merged.read([x for x in batch.paths if x in merged])
         with computing(None) as dtype:
             run = partial(_measure, ranks=batch.ranks, dtype=dtype)

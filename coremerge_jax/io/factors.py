@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.io.tensors import LazyTensor, TensorFiles, TensorReader
-from coremerge_jax.lora import AdapterFile, Kind, LoRA, Metadata
+from coremerge_jax.lora import AdapterFile, Kind, LoRA, Metadata, Shape
 
 Read = Callable[[str], np.ndarray]
 Factors = tuple[np.ndarray, np.ndarray]
@@ -95,8 +94,8 @@ class FactorFile(AdapterFile):
 
 def outline_of(rank: int, m: int, n: int, kind: Kind) -> LoRA:
     """Returns a module of these sizes, with shapes in place of its factors."""
-    a: Any = jax.ShapeDtypeStruct((rank, n), np.float32)
-    b: Any = jax.ShapeDtypeStruct((m, rank), np.float32)
+    a: Any = Shape((rank, n), np.dtype(np.float32))
+    b: Any = Shape((m, rank), np.dtype(np.float32))
     return LoRA(a, b, kind)
 
 

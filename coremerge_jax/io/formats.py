@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from coremerge_jax.errors import FormatError, RecipeError
-from coremerge_jax.io.folders import not_found, source_name
+from coremerge_jax.io.folders import is_hub_id, not_found, source_name
 from coremerge_jax.io.gguf.gguf_format import GgufFormat
 from coremerge_jax.io.hub_files import find_hub_file
 from coremerge_jax.io.mlx.mlx_format import MlxFormat
@@ -155,6 +155,16 @@ def _find(source: str | Path) -> tuple[Format, str | Path]:
         if known.recognises(place):
             return known, place
     raise not_found(source, described())
+
+
+def check_source(source: str | Path) -> None:
+    """Checks that a source is an adapter by its files, or the name of something on the hub.
+
+    Raises:
+        FormatError: it is neither.
+    """
+    if not is_hub_id(source):
+        find_format(source)
 
 
 def find_target(to: str) -> Format:

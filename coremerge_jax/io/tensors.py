@@ -16,13 +16,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # gives NumPy bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io.untrusted import is_regular, parse_json
+from coremerge_jax.lora import Shape
 
 # Names of dtypes in the format, those of NumPy's own first.
 _CODES = {
@@ -105,7 +105,7 @@ class TensorReader:
                 "others are quantized or packed: save it again in float32 or bfloat16"
             )
         self.tensors = {
-            key: jax.ShapeDtypeStruct(self.shape(key), jnp.dtype(_CODES[code]))
+            key: Shape(self.shape(key), np.dtype(_CODES[code]))
             for key, code in codes.items()
             if code in _CODES
         }

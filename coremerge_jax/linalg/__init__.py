@@ -10,6 +10,7 @@ order of κ² times 1e-16. Each function measures κ, and takes the slower way w
 In float32, where κ² would cost too much, the slower way is the only one.
 """
 
+from coremerge_jax import pytrees as pytrees
 from coremerge_jax.linalg import lapack
 from coremerge_jax.linalg.basis import Basis, basis, orthonormal_factors, pad_rows
 from coremerge_jax.linalg.definite import inverse_definite
@@ -19,7 +20,6 @@ from coremerge_jax.linalg.numerics import (
     in_range,
     inverse,
     matmul,
-    product_norm,
     pytree,
     root,
     rounding,
@@ -53,7 +53,6 @@ __all__ = [
     "orthonormal_factors",
     "pad_rows",
     "polar",
-    "product_norm",
     "pytree",
     "root",
     "rounding",

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -66,11 +65,6 @@ def root(s: Float[Array, "*k"]) -> Float[Array, "*k"]:
 def complement(q: Float[Array, "m p"], x: Float[Array, "m k"]) -> Float[Array, "m k"]:
     """Returns the part of ``x`` orthogonal to the columns of ``q``."""
     return x - matmul(q, matmul(q.T, x))
-
-
-def product_norm(b: np.ndarray, a: np.ndarray) -> float:
-    """Returns ‖b a‖ from Gram matrices, on the host: to half the digits where terms cancel."""
-    return float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
 
 
 def gram_pays(x: Float[Array, "p q"]) -> bool:

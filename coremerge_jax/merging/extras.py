@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
-from coremerge_jax.lora import AdapterSource, Array
+from coremerge_jax.lora import AdapterSource, Array, is_traced
 from coremerge_jax.merging.groups import label
 
 Config = Mapping[str, Any]
@@ -142,7 +141,7 @@ def _all_equal(adapters: Sequence[AdapterSource]) -> bool:
         return False
     if any(_difference(adapters, 0, t) for t in range(len(adapters))):
         return False
-    if any(isinstance(x, jax.core.Tracer) for a in adapters for x in a.extras.values()):
+    if any(is_traced(x) for a in adapters for x in a.extras.values()):
         return False
     return all(
         np.array_equal(np.asarray(value), np.asarray(adapter.extras[name]))

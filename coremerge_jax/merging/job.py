@@ -15,7 +15,7 @@ from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.lora import Array, LoRA
 from coremerge_jax.merging.batches import first_calls
 from coremerge_jax.merging.checks import refuse_values
-from coremerge_jax.merging.groups import Group, Scratch, label
+from coremerge_jax.merging.groups import Group, label
 from coremerge_jax.merging.mesh import Devices, is_host, rows_like
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
@@ -28,6 +28,7 @@ from coremerge_jax.merging.program import (
     measure_stack,
     merge_stack,
 )
+from coremerge_jax.merging.stacks import Scratch, stack_factors, stacked_shapes
 from coremerge_jax.merging.statistics import Matched, check_stack
 from coremerge_jax.merging.trimming import count_stack
 from coremerge_jax.rules import Chain, tsv
@@ -134,7 +135,7 @@ class Job:
 
     def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
         """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
-        given = batch.stack(self.present.adapters, self.scratch)
+        given = stack_factors(batch, self.present.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (inputs, settings),
             first_calls("merge", *self._kind(batch, *given), settings),
@@ -173,7 +174,7 @@ class Job:
     def count(self, batch: Group, **digit: Any) -> tuple[Array, Array]:
         """Counts the next digit of trimming thresholds in a batch, see `count_stack`."""
         assert self.rule is not None
-        a, b = batch.stack(self.present.adapters)
+        a, b = stack_factors(batch, self.present.adapters)
         with (
             self.prepared(batch, a, b) as (inputs, settings),
             first_calls("count", *self._kind(batch, a, b), settings),
@@ -184,7 +185,7 @@ class Job:
 
     def measure(self, batch: Group) -> Array:
         """Returns the sums ``(2,)`` that the automatic scale is computed from."""
-        given = batch.stack(self.present.adapters, self.scratch)
+        given = stack_factors(batch, self.present.adapters, self.scratch)
         with (
             self.prepared(batch, *given) as (inputs, settings),
             first_calls("measure", *self._kind(batch, *given), settings),
@@ -211,14 +212,16 @@ class Job:
         """Returns the automatic decisions for a batch, without running a program."""
         rule = self.rule_of(batch)
         assert rule is not None
-        with self.prepared(batch, *batch.shapes(self.present.outlines)) as (_, settings):
+        given = stacked_shapes(batch, self.present.outlines)
+        with self.prepared(batch, *given) as (_, settings):
             found = decide(rule, settings)
         if found.keeps_a is None and self._outline(batch)[1] is not None:
             return dataclasses.replace(found, keeps_a=False)
         return found
 
     def _outline(self, batch: Group) -> tuple[Inputs, Any, Any]:
-        with self.prepared(batch, *batch.shapes(self.present.outlines)) as (inputs, settings):
+        given = stacked_shapes(batch, self.present.outlines)
+        with self.prepared(batch, *given) as (inputs, settings):
             merge = partial(merge_stack, settings=settings, keep_a=True)  # traced once for both
             a, b, *_ = jax.eval_shape(merge, self.rule_of(batch), inputs, self.key)
         return inputs, a, b

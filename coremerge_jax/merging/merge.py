@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coremerge_jax.errors import RecipeError
+from coremerge_jax.errors import RecipeError, unknown
 from coremerge_jax.lora import Adapter, AdapterSource, Array
 from coremerge_jax.merging.checks import (
     Scale,
@@ -19,12 +19,15 @@ from coremerge_jax.merging.checks import (
 )
 from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
-from coremerge_jax.merging.present import find_present, match_inputs
-from coremerge_jax.merging.statistics import Statistics
+from coremerge_jax.merging.present import Present, find_present
+from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
 from coremerge_jax.merging.stream import MergeStream
-from coremerge_jax.rules import Rule, as_rule, chain
+from coremerge_jax.rules import Chain, Rule, as_rule, chain
 from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Space
+
+# What to do with modules without statistics; also in `recipe`, which does not import JAX.
+MISSING = ("error", "tsv")
 
 
 def merge(
@@ -163,8 +166,8 @@ def merge_stream(
         present = dataclasses.replace(present, metadata=metadata)
     matched = None
     if parts.needs_inputs:
-        matched = match_inputs(parts, present, statistics, len(adapters), missing_statistics)
-        present = present.with_inputs(matched)
+        matched = _match_inputs(parts, present, statistics, len(adapters), missing_statistics)
+        present = present.with_inputs(matched.size)
     devices, processes = _devices(mesh, present.adapters, (parts, weights, scale, matched))
     job = Job(
         present=present,
@@ -201,3 +204,30 @@ def _devices(
         devices, processes = devices.local(), devices.processes
     # On its one device, a process does better with batches side by side.
     return None if devices.is_default else devices, processes
+
+
+def _match_inputs(
+    rule: Chain, present: Present, statistics: Statistics | None, given: int, missing: str
+) -> Matched:
+    """Matches statistics with the adapters that take part, for a rule that needs them.
+
+    Args:
+        rule: the rule.
+        present: the adapters.
+        statistics: of the inputs.
+        given: the number of adapters that the user gave.
+        missing: ``"error"``, or ``"tsv"`` for modules without statistics.
+
+    Raises:
+        MismatchError: there are no statistics of an adapter or a module.
+        RecipeError: an argument is of another kind.
+        UnsupportedError: there are no statistics.
+    """
+    if missing not in MISSING:
+        raise unknown("missing_statistics", missing, MISSING)
+    if statistics is None:
+        refuse_missing(None, rule, ())
+    found = match(statistics, present.adapters, present.places.tolist(), given)
+    if missing == "error":
+        refuse_missing(found, rule, present.paths)
+    return found

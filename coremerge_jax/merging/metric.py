@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 from coremerge_jax.errors import CoreMergeWarning, MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.linalg import Basis, basis, in_range, inverse, lapack, matmul, roundoff
 from coremerge_jax.lora import Adapter, AdapterSource
-from coremerge_jax.merging.checks import as_adapters, present_adapters
+from coremerge_jax.merging.belonging import present_adapters
+from coremerge_jax.merging.checks import as_adapters
 from coremerge_jax.merging.groups import Group
 from coremerge_jax.merging.mesh import implicit, is_spread
+from coremerge_jax.merging.stacks import stack_factors
 from coremerge_jax.merging.statistics import (
     Matched,
     Statistics,
@@ -131,7 +133,7 @@ class InputMetric:
         grams, squares = self.matched.stack(inputs)
         if squares is None:
             return grams, None
-        rows = a if self.sources is None else inputs.stack(self.sources)[0]
+        rows = a if self.sources is None else stack_factors(inputs, self.sources)[0]
         check_stack(
             inputs.paths, squares, rows, _check_kept if self.sources is None else check_rows
         )

@@ -1,4 +1,7 @@
-"""Adapters that take part in a merge, and what is the same for all of their modules."""
+"""Adapters that take part in a merge, and what is the same for all of their modules.
+
+JAX is not imported here.
+"""
 
 import dataclasses
 import functools
@@ -7,16 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from coremerge_jax.errors import unknown
 from coremerge_jax.lora import Adapter, AdapterSource, Array, LoRA, Metadata
-from coremerge_jax.merging.checks import common_metadata, present_adapters
+from coremerge_jax.merging.belonging import common_metadata, present_adapters
 from coremerge_jax.merging.extras import merge_extras
 from coremerge_jax.merging.groups import Group, group_modules
-from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
-from coremerge_jax.rules import Chain
-
-# What to do with modules without statistics; also in `recipe`, which does not import JAX.
-MISSING = ("error", "tsv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +55,13 @@ class Present:
         groups = [group.only(wanted) for group in self.groups]
         return dataclasses.replace(self, groups=[group for group in groups if group.paths])
 
-    def with_inputs(self, statistics: Matched) -> "Present":
-        """Returns the same with groups of modules that have Gram matrices of one size."""
-        groups = [part for group in self.groups for part in group.by_inputs(statistics.size)]
+    def with_inputs(self, size: Callable[[str, np.ndarray], int | None]) -> "Present":
+        """Returns the same with groups of modules that have Gram matrices of one size.
+
+        Args:
+            size: as in `Group.by_inputs`.
+        """
+        groups = [part for group in self.groups for part in group.by_inputs(size)]
         return dataclasses.replace(self, groups=groups)
 
     def adapter(self, modules: Mapping[str, LoRA]) -> Adapter:
@@ -92,30 +93,3 @@ def find_present(
         extras=merged.tensors,
         metadata=common_metadata(present, merged.config, merged.beside),
     )
-
-
-def match_inputs(
-    rule: Chain, present: Present, statistics: Statistics | None, given: int, missing: str
-) -> Matched:
-    """Matches statistics with the adapters that take part, for a rule that needs them.
-
-    Args:
-        rule: the rule.
-        present: the adapters.
-        statistics: of the inputs.
-        given: the number of adapters that the user gave.
-        missing: ``"error"``, or ``"tsv"`` for modules without statistics.
-
-    Raises:
-        MismatchError: there are no statistics of an adapter or a module.
-        RecipeError: an argument is of another kind.
-        UnsupportedError: there are no statistics.
-    """
-    if missing not in MISSING:
-        raise unknown("missing_statistics", missing, MISSING)
-    if statistics is None:
-        refuse_missing(None, rule, ())
-    found = match(statistics, present.adapters, present.places.tolist(), given)
-    if missing == "error":
-        refuse_missing(found, rule, present.paths)
-    return found

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from coremerge_jax.linalg import matmul, pytree
 from coremerge_jax.lora import LoRA, widest
-from coremerge_jax.merging.groups import over_modules
 from coremerge_jax.merging.mesh import Devices
+from coremerge_jax.merging.stacks import over_modules
 from coremerge_jax.rules import Chain, Context, Equivariance
 from coremerge_jax.rules.rule import Cores, Merged
 from coremerge_jax.spaces import Projection, Space, core

@@ -33,6 +33,7 @@ from coremerge_jax.merging.program import (
     project_stack,
     split_projected,
 )
+from coremerge_jax.merging.stacks import stack_factors
 from coremerge_jax.merging.statistics import Statistics, match
 from coremerge_jax.rules import Chain, as_rule, chain, ties
 from coremerge_jax.rules.rule import AUTO
@@ -309,7 +310,7 @@ def project(
     if statistics is not None:
         places = present.places.tolist()
         matched = match(statistics, present.adapters, places, len(adapters))
-        present = present.with_inputs(matched)
+        present = present.with_inputs(matched.size)
     job = Job(present, space, weights=weights, precision=precision, statistics=matched)
     return Projected(
         stacks=tuple(_project(job, group, elementwise) for group in present.groups),
@@ -323,7 +324,7 @@ def project(
 
 def _project(job: Job, group: Group, elementwise: bool) -> Stack:
     present = job.present
-    a, b = group.stack(present.adapters)
+    a, b = stack_factors(group, present.adapters)
     with job.prepared(group, a, b) as (inputs, settings):
         projection, kept, finite = project_stack(inputs, settings, elementwise)
         tasks, names = jnp.asarray(inputs.tasks), jnp.asarray(inputs.names)

@@ -20,6 +20,7 @@ from coremerge_jax.merging.job import Job, scaled, without_inputs
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import Decisions, Facts
+from coremerge_jax.merging.stacks import stacked_shapes
 from coremerge_jax.merging.trimming import Counts, find_thresholds
 from coremerge_jax.rules import Chain, ties, ties_above
 from coremerge_jax.rules.rule import AUTO
@@ -246,7 +247,8 @@ class MergeStream:
             or not any(map(self._is_measured, self._batches))
         ):
             return False
-        dtypes = {batch.shapes(job.present.outlines)[1].dtype.name for batch in self._batches}
+        shapes = (stacked_shapes(batch, job.present.outlines) for batch in self._batches)
+        dtypes = {b.dtype.name for _, b in shapes}
         return dtypes <= {"float32", "float64"}
 
     def _scaled_last(self) -> dict[str, LoRA]:

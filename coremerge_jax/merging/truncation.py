@@ -15,11 +15,12 @@ from coremerge_jax.linalg import Basis, basis, inverse, lapack, matmul, roundoff
 from coremerge_jax.linalg import truncate as leading
 from coremerge_jax.lora import Adapter, LoRA
 from coremerge_jax.merging.checks import as_adapter, check_number, check_whole, refuse_values
-from coremerge_jax.merging.groups import Group, group_modules, label, over_modules
+from coremerge_jax.merging.groups import Group, group_modules, label
 from coremerge_jax.merging.limits import Limit
 from coremerge_jax.merging.mesh import implicit, placed_like, refuse_explicit
 from coremerge_jax.merging.metric import InputMetric, Inputs, metric_or_none, metric_roots
 from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.stacks import over_modules, stack_factors
 from coremerge_jax.merging.statistics import Statistics
 
 
@@ -191,7 +192,7 @@ class Cut:
         for whole in group_modules([adapter]):
             parts = self.metric.split(whole) if self.metric else [(whole, None)]
             for group, inputs in parts:
-                a, b = group.stack([adapter])
+                a, b = stack_factors(group, [adapter])
                 yield group, (a, b, self._inputs(inputs, a))
 
     def _inputs(self, inputs: Group | None, a: Any) -> Inputs | None:

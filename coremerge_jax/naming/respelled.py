@@ -3,10 +3,18 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
-
-from coremerge_jax.lora import Adapter, AdapterFile, AdapterSource, Array, Kind, LoRA, Metadata
+from coremerge_jax.lora import (
+    Adapter,
+    AdapterFile,
+    AdapterSource,
+    Array,
+    Kind,
+    LoRA,
+    Metadata,
+    Shape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +36,10 @@ class Piece:
         if self.rows is None:
             return dataclasses.replace(lora, kind=self.kind)
         start, stop = self.rows
-        if isinstance(lora.b, jax.ShapeDtypeStruct):
-            return LoRA(lora.a, lora.b.update(shape=(stop - start, lora.rank)), self.kind)
-        return LoRA(lora.a, lora.b[start:stop], self.kind)
+        b: Any = Shape((stop - start, lora.rank), lora.b.dtype)
+        if hasattr(lora.b, "__getitem__"):  # an array
+            b = lora.b[start:stop]
+        return LoRA(lora.a, b, self.kind)
 
 
 def respell(

@@ -9,8 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from coremerge_jax.linalg import product_norm
-from coremerge_jax.lora import Array, LoRA
+from coremerge_jax.lora import Array, LoRA, product_norm
 
 # Narrower dtypes that values of a dtype may have gone through unnoticed, the coarsest first.
 _NARROWER = {"float32": ("bfloat16", "float16"), "float16": ("bfloat16",)}

@@ -15,6 +15,7 @@ import coremerge_jax as cm
 from coremerge_jax.linalg import basis
 from coremerge_jax.merging import program
 from coremerge_jax.merging.groups import group_modules
+from coremerge_jax.merging.stacks import stack_factors
 from coremerge_jax.rules import Equivariance, chain
 
 pytestmark = pytest.mark.usefixtures("all_devices")
@@ -46,7 +47,7 @@ def collectives(adapters, rule, there):
     stream = plain_stream(adapters, rule, mesh=there, key=KEY)
     job, found = stream._job, []
     for batch in stream._batches:
-        given = batch.stack(job.present.adapters)
+        given = stack_factors(batch, job.present.adapters)
         with job.prepared(batch, *given) as (arrays, settings):
             lowered = program.merge_stack.lower(job.rule, arrays, job.key, settings=settings)
             found += COLLECTIVE.findall(lowered.compile().as_text())
@@ -97,7 +98,7 @@ def test_stacks_go_from_each_device_to_where_they_belong(adapters):
     """All devices exchange parts; none, and not all of them, gets everything."""
     del adapters
     sharded = put(random_adapters({f"q.{i}": (24, 64) for i in range(8)}, RANKS), mesh(8))
-    a, _ = group_modules(sharded)[0].stack(sharded)
+    a, _ = stack_factors(group_modules(sharded)[0], sharded)
     assert a.sharding.spec[2] == "modules"
     to = NamedSharding(mesh(8), P("modules"))
     text = jax.jit(lambda x: x, out_shardings=to).lower(a).compile().as_text()

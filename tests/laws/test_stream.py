@@ -14,6 +14,7 @@ from coremerge_jax.merging import batches
 from coremerge_jax.merging.cost import cost
 from coremerge_jax.merging.groups import group_modules
 from coremerge_jax.merging.program import merge_stack
+from coremerge_jax.merging.stacks import stack_factors
 
 MODULES = {f"l.{i}.q": (8, 6) for i in range(5)} | {"o": (6, 9), "p": (9, 6)}
 RULES = {
@@ -142,7 +143,7 @@ def test_memory_is_not_underestimated(rule, space, shape):
     adapters = random_adapters({"q": shape}, (16,) * 6, dtype="float32")
     (group,) = group_modules(adapters)
     stream = plain_stream(adapters, rule, space=space, key=KEY)
-    with stream._job.prepared(group, *group.stack(adapters)) as (arrays, settings):
+    with stream._job.prepared(group, *stack_factors(group, adapters)) as (arrays, settings):
         lowered = merge_stack.lower(stream._job.rule, arrays, KEY, settings)
         used = lowered.compile().memory_analysis()
     (expected,) = stream.costs()

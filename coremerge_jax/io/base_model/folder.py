@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jax
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.folders import find_folder
 from coremerge_jax.io.tensors import TensorReader
-from coremerge_jax.lora import FLOATS
+from coremerge_jax.lora import FLOATS, Shape
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -91,7 +90,7 @@ class BaseModel:
                     "the download may be incomplete"
                 )
 
-    def tensor(self, name: str) -> jax.ShapeDtypeStruct:
+    def tensor(self, name: str) -> Shape:
         """Returns the shape and dtype of a tensor.
 
         Raises:
@@ -105,7 +104,7 @@ class BaseModel:
             )
         return reader.tensors[name]
 
-    def floating(self, name: str) -> jax.ShapeDtypeStruct:
+    def floating(self, name: str) -> Shape:
         """Returns the shape and dtype of a tensor that takes an update.
 
         Raises:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from coremerge_jax.errors import CoreMergeWarning, FormatError, UnsupportedError, nearest
@@ -36,7 +35,7 @@ from coremerge_jax.io.peft.config import (
 )
 from coremerge_jax.io.peft.files import find_beside, find_checkpoints, locate, weights_files
 from coremerge_jax.io.tensors import LazyTensor, TensorFiles, TensorReader
-from coremerge_jax.lora import Adapter, Kind, Metadata
+from coremerge_jax.lora import Adapter, Kind, Metadata, Shape
 
 # Names of Tinker's for layers that have another in transformers.
 _RENAMED = dict.fromkeys(("unembed_tokens", "model.unembed_tokens"), "lm_head")
@@ -117,10 +116,10 @@ class Contents:
             origin[path, part] = key
             (self._groups.setdefault(path, {}) if found else self._others)[part] = key
 
-    def _tensor(self, key: str) -> jax.ShapeDtypeStruct:
+    def _tensor(self, key: str) -> Shape:
         return self._reader.tensors[key]
 
-    def _factor(self, key: str) -> jax.ShapeDtypeStruct:
+    def _factor(self, key: str) -> Shape:
         """Returns the shape and dtype of a tensor that is part of an update."""
         tensor = self._tensor(key)
         if not is_float(tensor.dtype):
