@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from coremerge_jax.merging.base_names import is_local
 from coremerge_jax.text import printable
 
 # What Markdown acts on within a line: emphasis, links, images, code, cells, math.
 _MARKUP = re.compile(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www)\.")
+
+# As `huggingface_hub.utils.validate_repo_id`, whose import would take as long as a small merge.
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 
 
 def model_card(
@@ -28,11 +29,12 @@ def model_card(
         library: the library that loads the adapter.
     """
     content = {"base_model": base_model, **card}
-    data = ModelCardData(
-        base_model=_hub_name(base_model),
-        library_name=library,
-        tags=["lora", "merge", "coremerge"],
-    )
+    fields = {
+        "base_model": _hub_name(base_model),
+        "library_name": library,
+        "tags": ["lora", "merge", "coremerge"],
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
     sources = content.get("sources", ())
     details = [
         f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |"
@@ -41,7 +43,7 @@ def model_card(
     ]
     text = [
         "---",
-        data.to_yaml(),
+        yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
         f"# {'Merged LoRA adapter' if sources else 'LoRA adapter'}",
@@ -74,11 +76,7 @@ def _hub_name(base_model: str | None) -> str | None:
         return None
     if "/" in base_model and is_local(base_model):
         return None
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return None
-    return base_model
+    return base_model if _HUB_NAME.fullmatch(base_model) else None
 
 
 def _cell(value: Any) -> str:
