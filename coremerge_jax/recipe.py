@@ -606,7 +606,8 @@ class Resolved:
             adapters,
             self.rule,
             space=self.space,
-            key=jax.random.key(self.recipe.seed),
+            # Making a key compiles two small programs.
+            key=jax.random.key(self.recipe.seed) if self.rule.needs_key else None,
             mesh=mesh,
             max_memory=max_memory,
             statistics=self.statistics,

@@ -185,7 +185,8 @@ class MergeStream:
         rules = {False: self._rule, True: without_inputs(self._rule)}
         kinds = list(itertools.product(range(1, most + 1), rules))
         found = {kind: given_scale(rules[kind[1]], kind[0]) for kind in kinds}
-        sums: dict[tuple[int, bool], Any] = dict.fromkeys(kinds, (0.0, 0.0))
+        nothing = 0.0, 0.0
+        sums: dict[tuple[int, bool], Any] = dict.fromkeys(kinds, nothing)
         for kind, (merged, updates) in squares:
             sums[kind] = sums[kind][0] + merged, sums[kind][1] + updates
         if self._shared:
@@ -193,7 +194,9 @@ class MergeStream:
             sums = dict(zip(kinds, rows.tolist(), strict=True))
         with computing(job.precision, *job.traced):
             for kind, scale in found.items():
-                if scale is None:
+                if scale is None and sums[kind] is nothing:  # of no module
+                    found[kind] = 1.0
+                elif scale is None:
                     found[kind] = scale_to_norm(rules[kind[1]], kind[0], *sums[kind])
         return found
 

@@ -57,6 +57,14 @@ def test_a_second_merge_compiles_nothing(compiled, name):
     assert np.any(np.asarray(again["x0"].b) != np.asarray(merged["x0"].b))
 
 
+@pytest.mark.parametrize(("rule", "programs"), [("tsv", 1), ("mean", 2)])
+def test_a_recipe_of_one_signature_compiles_no_more_than_its_merge(compiled, rule, programs):
+    # At the automatic scale, the mean takes a second program, for a norm.
+    jax.clear_caches()
+    cm.recipe.Recipe(rules=(rule,)).run(random_adapters(SHAPES, RANKS, 0))
+    assert len(compiled) == programs
+
+
 @pytest.mark.parametrize("name", ["ties", "tsv of a rank", "dare|ties"])
 def test_a_second_merge_of_a_projection_compiles_nothing(compiled, name):
     projected = cm.project(random_adapters(SHAPES, RANKS))
