@@ -507,16 +507,23 @@ class Recipe:
             extras = f"keep={adapters[recipe.adapters.index(kept)]}"
         return dataclasses.replace(recipe, adapters=adapters, extras=extras, statistics=statistics)
 
+    def check(self) -> None:
+        """Checks names and parameters of the rules and the space, without JAX.
+
+        Raises:
+            RecipeError: one does not exist, or a value is of another kind.
+        """
+        for text in self.rules:
+            read_rule(text)
+        read_space(self.space)
+
     def resolve(self) -> "Resolved":
         """Parses the rules and the space.
 
         Raises:
             RecipeError: a rule or space does not exist, or the rules cannot be chained.
         """
-        for text in self.rules:
-            read_rule(text)
-        read_space(self.space)
-        from coremerge_jax.rules import chain  # JAX, for which typing errors should not wait
+        from coremerge_jax.rules import chain
 
         rules, space = tuple(map(parse_rule, self.rules)), parse_space(self.space)
         explicit = dataclasses.replace(

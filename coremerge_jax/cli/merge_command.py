@@ -115,13 +115,15 @@ def merge(
         raise RecipeError("no output: give -o OUT, or --dry-run to only check")
     room = parse_size(max_memory) if max_memory else None
 
+    # Mistakes that show without JAX do not wait for it.
+    recipe.check()
     if not distributed:  # else all processes fail together
         for source in recipe.adapters:
             check_source(source)
-    resolved = recipe.resolve()
-    # All of the above does without JAX.
+
     from coremerge_jax.run import Merged, run_merge
 
+    resolved = recipe.resolve()
     if distributed:
         join_job(patience)
     result = run_merge(

@@ -41,7 +41,7 @@ def run(*args):
         (["inspect", "a"], 1, "a: no such folder"),
         (["inspect", "ADAPTER", "--modules"], 0, "base model: org/base"),
         (["inspect", "ADAPTER", "OTHER"], 0, "can be merged"),
-        (["merge", "ADAPTER", "-o", "x", "--rule", "tvs"], 2, "did you mean 'tsv'?"),
+        (["merge", "nowhere", "-o", "x", "--rule", "tvs"], 2, "did you mean 'tsv'?"),
         (["merge", "ADAPTER", "-o", "x", "--rule", "ties:density=x"], 2, "must be a number"),
         (["merge", "ADAPTER", "-o", "x", "--space", "croe"], 2, "did you mean 'core'?"),
     ],
