@@ -33,7 +33,11 @@ from .io import (
     save_statistics,
 )
 from .lora import Adapter, Kind, LoRA, Metadata
+from .merging.compiled import Merge as Merge
+from .merging.compiled import compile_merge
 from .merging.merge import merge, merge_stream
+from .merging.packing import Pack as Pack
+from .merging.packing import pack
 from .merging.projected import Projected as Projected
 from .merging.projected import project
 from .merging.statistics import Gram as Gram
@@ -88,6 +92,7 @@ __all__ = [
     "cart",
     "chain",
     "collect",
+    "compile_merge",
     "core",
     "dare",
     "dc_merge",
@@ -110,6 +115,7 @@ __all__ = [
     "open_adapter",
     "open_orbax",
     "open_peft",
+    "pack",
     "pico",
     "project",
     "prune",

@@ -51,6 +51,16 @@ class Basis:
         """Returns ``u @ z`` for ``z: (p, k)``: a basis if the columns of ``z`` are orthonormal."""
         return Basis(x=self.x, frame=matmul(self.frame, z))
 
+    def multiples_of(self, x: Float[Array, "m R"]) -> Float[Array, "R p"]:
+        """Returns ``z: (R, p)`` with ``u = x z``, for the matrix that the basis was found for."""
+        if self.x is not None:
+            return self.frame
+        x = x.astype(self.frame.dtype)
+        left, coordinates, _, _ = basis(x, roundoff(x), singular=True)
+        squares = jnp.sum(coordinates**2, axis=1)
+        inner = matmul(left.columns().T, self.frame)
+        return matmul((coordinates * inverse(squares)[:, None]).T, inner)
+
 
 class _Parts(NamedTuple):
     """Parts of the result of `basis`."""

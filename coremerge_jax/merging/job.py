@@ -17,6 +17,7 @@ from coremerge_jax.merging.batches import first_calls
 from coremerge_jax.merging.checks import refuse_values
 from coremerge_jax.merging.groups import Group, label
 from coremerge_jax.merging.mesh import Devices, is_host, rows_like
+from coremerge_jax.merging.packed import stack_coordinates
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.program import (
@@ -24,6 +25,7 @@ from coremerge_jax.merging.program import (
     Facts,
     Inputs,
     Settings,
+    compile_stack,
     decide,
     measure_stack,
     merge_stack,
@@ -78,14 +80,37 @@ class Job:
         leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales, statistics))
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
 
+    def coordinates(self, batch: Group) -> LoRA | None:
+        """Returns the coordinates of packed adapters that stand for their factors, if they may."""
+        if self.devices or not self.space.takes_coordinates:
+            return None
+        return stack_coordinates(batch, self.present.adapters)
+
     @contextlib.contextmanager
-    def prepared(self, batch: Group, a: Any, b: Any) -> Iterator[tuple[Inputs, Settings]]:
+    def reduced(self, batch: Group) -> Iterator[tuple[Inputs, Settings]]:
+        """Does as `prepared`, for programs that take coordinates in place of the factors."""
+        found = self.coordinates(batch)
+        if found is None:
+            with self.prepared(
+                batch, *stack_factors(batch, self.present.adapters, self.scratch)
+            ) as (inputs, settings):
+                yield inputs, settings
+            return
+        with self.prepared(batch, found.a, found.b) as (inputs, settings):
+            given = stacked_shapes(batch, self.present.outlines)[0].dtype
+            yield inputs, settings._replace(shape=found.shape, given=given)
+
+    @contextlib.contextmanager
+    def prepared(
+        self, batch: Group, a: Any, b: Any, coordinates: LoRA | None = None
+    ) -> Iterator[tuple[Inputs, Settings]]:
         """Enters the precision to compute in, and yields the inputs of a compiled program.
 
         Args:
             batch: the modules.
             a: their stacked A, or its shape and dtype.
             b: their stacked B, likewise.
+            coordinates: of both, if a program takes them.
         """
         tasks = self.present.places[np.asarray(batch.padded(batch.tasks))]
         with computing(self.precision, *self.traced) as dtype:
@@ -103,9 +128,14 @@ class Job:
                 scales = xp.stack([xp.asarray(number, dtype) for number in numbers])
             # Tasks and names are concrete, inside a user's jit too.
             grams = self._grams(batch, a)
+            settings = Settings(
+                batch.ranks, self.space, dtype, batch.shape, self.devices, self.norms
+            )
+            if coordinates is not None:
+                settings = settings._replace(given=a.dtype)
             yield (
-                Inputs(a, b, weights, tasks, batch.names, scales, grams),
-                Settings(batch.ranks, self.space, dtype, batch.shape, self.devices, self.norms),
+                Inputs(a, b, weights, tasks, batch.names, scales, grams, coordinates),
+                settings,
             )
 
     def _grams(self, batch: Group, a: Any) -> Any:
@@ -137,8 +167,8 @@ class Job:
         """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
         given = stack_factors(batch, self.present.adapters, self.scratch)
         with (
-            self.prepared(batch, *given) as (inputs, settings),
-            first_calls("merge", *self._kind(batch, *given), settings),
+            self.prepared(batch, *given, self.coordinates(batch)) as (inputs, settings),
+            first_calls("merge", *self._kind(batch, inputs), settings),
         ):
             a, b, facts = self._run(self.rule_of(batch), inputs, settings)
             if self.traced:
@@ -174,10 +204,9 @@ class Job:
     def count(self, batch: Group, **digit: Any) -> tuple[Array, Array]:
         """Counts the next digit of trimming thresholds in a batch, see `count_stack`."""
         assert self.rule is not None
-        a, b = stack_factors(batch, self.present.adapters)
         with (
-            self.prepared(batch, a, b) as (inputs, settings),
-            first_calls("count", *self._kind(batch, a, b), settings),
+            self.reduced(batch) as (inputs, settings),
+            first_calls("count", *self._kind(batch, inputs), settings),
         ):
             once = np.arange(batch.length) < len(batch.paths)
             counts, sizes = count_stack(self.rule, inputs, self.key, settings, once, **digit)
@@ -185,19 +214,39 @@ class Job:
 
     def measure(self, batch: Group) -> Array:
         """Returns the sums ``(2,)`` that the automatic scale is computed from."""
-        given = stack_factors(batch, self.present.adapters, self.scratch)
         with (
-            self.prepared(batch, *given) as (inputs, settings),
-            first_calls("measure", *self._kind(batch, *given), settings),
+            self.reduced(batch) as (inputs, settings),
+            first_calls("measure", *self._kind(batch, inputs), settings),
         ):
             squares = measure_stack(self.rule_of(batch), inputs, self.key, settings)
             found = jnp.sum(squares[: len(batch.paths)], axis=0)
             # Waits: the program may still read the scratch memory that the next batch overwrites.
             return found if self.traced else jax.device_get(found)
 
-    def _kind(self, batch: Group, a: Array, b: Array) -> tuple:
+    def compile(self, batch: Group) -> np.ndarray:
+        """Merges a batch of modules to ``(L, R, R)``, the matrices between their stacked factors.
+
+        Raises:
+            FormatError: a factor has NaN or infinite values.
+            MismatchError: a matrix overflows.
+            UnsupportedError: the space does not merge in bases of the factors.
+        """
+        with (
+            self.reduced(batch) as (inputs, settings),
+            first_calls("compile", *self._kind(batch, inputs), settings),
+        ):
+            found = compile_stack(self.rule_of(batch), inputs, self.key, settings)
+            cores = np.asarray(jax.device_get(found))
+        for path, core in zip(batch.paths, cores, strict=False):
+            if not np.isfinite(core).all():
+                refuse_values(self.present.adapters, [path], label)
+                raise overflow(path, cores.dtype)
+        return cores
+
+    def _kind(self, batch: Group, inputs: Inputs) -> tuple:
+        a, b, small = inputs.a, inputs.b, inputs.coordinates
         rule = jax.tree.structure(self.rule_of(batch))
-        return rule, batch.inputs, a.shape, a.dtype, b.shape, b.dtype
+        return rule, batch.inputs, a.shape, a.dtype, b.shape, b.dtype, small and small.shape
 
     def shapes(self, batch: Group) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Returns the shapes and dtypes of the results of `merge`."""

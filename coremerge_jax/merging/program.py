@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
-from coremerge_jax.linalg import matmul, pytree
+from coremerge_jax.linalg import basis, matmul, pytree, roundoff
 from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.merging.mesh import Devices
 from coremerge_jax.merging.stacks import over_modules
 from coremerge_jax.rules import Chain, Context, Equivariance
 from coremerge_jax.rules.rule import Cores, Merged
 from coremerge_jax.spaces import Projection, Space, core
-from coremerge_jax.spaces.space import of_present
+from coremerge_jax.spaces.space import of_present, well_conditioned
 
 
 @pytree
@@ -39,6 +39,7 @@ class Inputs:
     names: Any  # uint32 (L,), hashes of the paths
     scale: Any  # (L,); None if modules are only projected
     grams: Any = None  # (L, T, k, k), of inputs; None for rules that need none
+    coordinates: LoRA | None = None  # of a, (L, R, q), and b, (L, p, R); see `packed`
 
     def specs(self, devices: Devices) -> "Inputs":
         """Returns the partition spec of each field."""
@@ -92,6 +93,7 @@ class Settings(NamedTuple):
         shape: ``(m, n)`` of the modules.
         devices: those that share the work; None for one device.
         norms: True if merges also find what the automatic scale is computed from.
+        given: dtype to whose precision factors are known, if it is not that of A.
     """
 
     ranks: tuple[int, ...]
@@ -100,6 +102,7 @@ class Settings(NamedTuple):
     shape: tuple[int, int]
     devices: Devices | None = None
     norms: bool = False
+    given: np.dtype | None = None
 
     @property
     def axis(self) -> str | None:
@@ -165,15 +168,25 @@ def decide(rule: Chain, settings: Settings) -> Decisions:
 
 def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> Projection:
     """Projects a module's updates, multiplied by their weights, to the merge space."""
-    ranks, dtype, b = settings.ranks, settings.dtype, module.b
-    if module.weights is not None:
-        b = b.astype(dtype) * _by_rank(module.weights, ranks)[None, :]
-    spread: dict[str, Any] = {}
+    ranks, dtype = settings.ranks, settings.dtype
+
+    def weighted(b: jax.Array) -> jax.Array:
+        if module.weights is None:
+            return b
+        return b.astype(dtype) * _by_rank(module.weights, ranks)[None, :]
+
+    more: dict[str, Any] = {"dtype": dtype, "given": settings.given}
     if settings.axis:
-        spread = {"axis": settings.axis, "shape": settings.shape}
-    found = settings.space.project(
-        module.a, b, ranks, dtype=dtype, elementwise=elementwise, **spread
-    )
+        more |= {"axis": settings.axis, "shape": settings.shape}
+
+    def project(a: jax.Array, b: jax.Array) -> Projection:
+        return settings.space.project(a, weighted(b), ranks, elementwise=elementwise, **more)
+
+    if module.coordinates is None:
+        found = project(module.a, module.b)
+    else:
+        a, b = map(jnp.asarray, (module.coordinates.a, module.coordinates.b))
+        found = project(a, b).of_factors(module.a, weighted(module.b))
     if module.grams is None:
         return found
     grams = module.grams if module.weights is None else of_present(module.grams, module.weights)
@@ -297,6 +310,40 @@ def merge_stack(
         settings.devices,
         specs,
     )
+
+
+@partial(jax.jit, static_argnames="settings")
+def compile_stack(
+    rule: Chain, inputs: Inputs, key: PRNGKeyArray | None, settings: Settings
+) -> Float[Array, "L R R"]:
+    """Merges modules to the matrices between their stacked factors.
+
+    Args:
+        rule: the merge rule.
+        inputs: the stacked modules.
+        key: PRNG key, for rules that draw random numbers.
+        settings: what the program is compiled for.
+
+    Returns:
+        ``(L, R, R)``, the scaled C of each module, in the dtype of the computation: its merged
+        update is ``b @ C @ a``.
+    """
+    decisions = decide(rule, settings)
+
+    def compile_module(rule: Chain, key: jax.Array | None, module: Inputs) -> jax.Array:
+        given = jnp.ones(len(settings.ranks), settings.dtype)
+        by_rank = _by_rank(given if module.weights is None else module.weights, settings.ranks)
+        if decisions.space is None:
+            found = jnp.diag(_by_rank(_coefficients(rule, module, settings), settings.ranks))
+        else:
+            elementwise = decisions.basis == "singular"
+            projection = project_module(module, settings, elementwise=elementwise)
+            core = merge_cores(rule, key, projection, module.tasks, module.names)
+            b = module.b.astype(settings.dtype) * by_rank[None, :]
+            found = projection.between_factors(core, module.a, b)
+        return by_rank[:, None] * found * module.scale
+
+    return over_modules(partial(compile_module, rule, key), inputs)
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -446,6 +493,42 @@ def _on_devices(
     if devices is None:
         return program(shared, inputs)
     return devices.map(program, shared, inputs, inputs.specs(devices), specs(devices))
+
+
+@partial(jax.jit, static_argnames="keep_a")
+def lift_stack(
+    a: Float[Array, "L R n"],
+    b: Float[Array, "L m R"],
+    cores: Float[Array, "L R R"],
+    *,
+    keep_a: bool,
+) -> tuple[Float[Array, "L q n"] | None, Float[Array, "L m q"], Bool[Array, " L"]]:
+    """Multiplies stacked factors by the matrices between them.
+
+    Args:
+        a: the stacked A.
+        b: the stacked B.
+        cores: what `compile_stack` returns.
+        keep_a: the result has the stacked A, if it can.
+
+    Returns:
+        A, or None where the stacked A is kept; B; and bool ``(L,)``, as of `merge_stack`.
+    """
+
+    def lift_module(
+        module: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        a, b, core = module
+        product = matmul(b.astype(core.dtype), core)
+        right, coordinates, _, spread = basis(
+            a.T, roundoff(a), singular=False, dtype=core.dtype, rows=a.shape[1]
+        )
+        if keep_a and len(a) <= min(a.shape[1], len(b)):
+            return None, product.astype(b.dtype), well_conditioned(spread)
+        rows = right.columns().T.astype(a.dtype)
+        return rows, matmul(product, coordinates.T).astype(b.dtype), jnp.asarray(True)
+
+    return over_modules(lift_module, (a, b, cores))
 
 
 # --- Facts -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.lora import Adapter, AdapterSource, LoRA
 from coremerge_jax.merging.auto_scale import given_scale, scale_to_norm
 from coremerge_jax.merging.batches import map_batches, split_groups
@@ -18,6 +19,7 @@ from coremerge_jax.merging.cost import Cost, cost
 from coremerge_jax.merging.groups import Group
 from coremerge_jax.merging.job import Job, scaled, without_inputs
 from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.processes import failing_together, gather, owners, total
 from coremerge_jax.merging.program import Decisions, Facts
 from coremerge_jax.merging.stacks import stacked_shapes
@@ -224,6 +226,29 @@ class MergeStream:
         )
         above = ties_above(rule=reducer, thresholds=thresholds)
         return dataclasses.replace(job, rule=dataclasses.replace(rule, reducer=above))
+
+    def compile(self) -> dict[str, np.ndarray]:
+        """Merges to the matrices between the adapters' stacked factors, see `Merge`.
+
+        Raises:
+            UnsupportedError: a transformation of JAX traces factors, or devices share the merge;
+                or the space does not merge in bases of the factors.
+        """
+        if self._job.traced or self._job.devices or self.processes:
+            raise UnsupportedError(
+                "compiled merges are of adapters that JAX does not trace, on one device; leave the "
+                "mesh out, or use merge"
+            )
+        job = dataclasses.replace(self._with_thresholds, scales=self.scales)
+        found: dict[str, np.ndarray] = {}
+        for batch, cores in map_batches(job.compile, self._batches, self._workers):
+            found |= dict(zip(batch.paths, cores, strict=False))
+        return {path: found[path] for path in job.present.paths}
+
+    @property
+    def present(self) -> Present:
+        """The adapters that are merged, and what is the same for all of their modules."""
+        return self._job.present
 
     def collect(self) -> Adapter:
         """Collects the whole merge in memory."""

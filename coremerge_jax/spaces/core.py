@@ -70,6 +70,10 @@ class core(Space):
         if self.rtol is not None:
             check_static("rtol", self.rtol, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
+    @property
+    def takes_coordinates(self) -> bool:
+        return self.rows == "given"
+
     def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
         (m, n), rtol = stacked.shape, self._rtol(stacked)
         balanced = elementwise and self.gauge == "balanced"
@@ -97,9 +101,7 @@ class core(Space):
     def _rtol(self, stacked: Stacked) -> float:
         if self.rtol is not None:
             return float(self.rtol)
-        given, computed = widest(stacked.a.dtype, np.dtype(np.float32)), stacked.dtype
-        eps = float(jnp.finfo(given).eps) + 8 * float(jnp.finfo(computed).eps)
-        return math.sqrt(stacked.a.shape[0]) * eps
+        return default_rtol(stacked.a.shape[0], stacked.given, stacked.dtype)
 
     def operations(
         self, shape: tuple[int, int], ranks: tuple[int, ...], *, elementwise: bool
@@ -117,6 +119,12 @@ class core(Space):
             kept = 6 * total * max(p, q)
         lift = 2 * shape[0] * total * sizes.side
         return sizes, Operations(products + lift, core, kept)
+
+
+def default_rtol(total: int, given: np.dtype, computed: np.dtype) -> float:
+    """Returns the default `core.rtol`, for factors of a rank in all, of a given dtype."""
+    known = widest(given, np.dtype(np.float32))
+    return math.sqrt(total) * (float(jnp.finfo(known).eps) + 8 * float(jnp.finfo(computed).eps))
 
 
 def count_bases(shape: tuple[int, int], ranks: tuple[int, ...]) -> tuple[Sizes, Operations]:

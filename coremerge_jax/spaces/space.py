@@ -37,6 +37,7 @@ class Stacked:
         dtype: to compute in.
         axis: the mapped axis (of `jax.shard_map`) over which the columns of A and the rows of B
             are spread, if they are.
+        given: dtype to whose precision the factors are known.
     """
 
     a: Float[Array, "R n"]
@@ -44,7 +45,8 @@ class Stacked:
     ranks: tuple[int, ...]
     shape: tuple[int, int]
     dtype: np.dtype
-    axis: str | None = None
+    axis: str | None
+    given: np.dtype
 
     def refuse_axis(self, space: "Space") -> None:
         """Refuses modules that are spread over devices.
@@ -186,7 +188,7 @@ class Projection:
             return False
         if columns < len(self.right.frame):  # the factors' rank, which is more than n
             return False
-        return self.spread <= _SPREAD
+        return well_conditioned(self.spread)
 
     def merge(
         self,
@@ -248,6 +250,56 @@ class Projection:
         size = rule.auto_square(dense(merged), cores=cores, context=context)
         return jnp.stack([size, jnp.sum(squared_norms(cores))])
 
+    def of_factors(self, a: Float[Array, "R n"], b: Float[Array, "m R"]) -> "Projection":
+        """Returns the projection of other factors, of which the projected ones are coordinates.
+
+        If ``Uᵀ b`` and ``a V`` were projected, with orthonormal U and V whose columns span those
+        of b and aᵀ, then the bases are U and V times the ones found: the same combinations of the
+        columns of b and aᵀ.
+
+        Args:
+            a: ``(R, n)``.
+            b: ``(m, R)``.
+
+        Raises:
+            MismatchError: the projected factors have fewer rows or columns than their rank.
+            UnsupportedError: the space does not merge in bases of the factors' columns.
+        """
+        left, right = self._combinations()
+        if left.x is None or right.x is None:
+            raise MismatchError("coordinates of more ranks than they have rows or columns")
+        return dataclasses.replace(
+            self,
+            left=dataclasses.replace(left, x=b),
+            right=dataclasses.replace(right, x=a.T),
+        )
+
+    def between_factors(
+        self, merged: Merged, a: Float[Array, "R n"], b: Float[Array, "m R"]
+    ) -> Float[Array, "R R"]:
+        """Returns the matrix C with ``ΔW = b C a``.
+
+        Args:
+            merged: a result of `merge_cores`.
+            a: ``(R, n)``, the stacked factors that were projected.
+            b: ``(m, R)``.
+
+        Raises:
+            UnsupportedError: as `of_factors`.
+        """
+        left, right = self._combinations()
+        core = matmul(left.multiples_of(b), dense(merged))
+        return matmul(core, right.multiples_of(a.T).T)
+
+    def _combinations(self) -> tuple[Basis, Basis]:
+        """Returns the bases, which must be those of the stacked factors' columns."""
+        if self.left is None or self.right is None:
+            raise UnsupportedError(
+                "merged updates are no products of the adapters' stacked factors with a matrix "
+                "between them, as the space does not merge in bases of these; merge in core space"
+            )
+        return self.left, self.right
+
     def lift(self, merged: Float[Array, "p q"]) -> LoRA:
         """Returns the update that a matrix of the merge space stands for.
 
@@ -305,6 +357,15 @@ class Space:
 
     lossless: ClassVar[bool]
 
+    @property
+    def takes_coordinates(self) -> bool:
+        """True if factors and their coordinates in orthonormal bases are merged alike.
+
+        That is so where merge spaces are found from inner products alone, in bases of the
+        factors' columns. See `Projection.of_factors`.
+        """
+        return False
+
     # Constructors check their parameters themselves, with messages for users: in tests too.
     __no_type_check__: ClassVar[bool] = True
 
@@ -318,6 +379,7 @@ class Space:
         elementwise: bool = True,
         axis: str | None = None,
         shape: tuple[int, int] | None = None,
+        given: DTypeLike | None = None,
     ) -> Projection:
         """Projects the updates of one module into the merge space.
 
@@ -333,6 +395,7 @@ class Space:
                 are spread, for modules too large for one device. The lifted factors are spread
                 alike.
             shape: ``(m, n)`` of the module, if some rows or columns only fill up, with zeros.
+            given: dtype to whose precision the factors are known; by default that of A.
 
         Raises:
             MismatchError: the ranks are not those of the factors.
@@ -342,7 +405,8 @@ class Space:
             parts = 1 if axis is None else jax.lax.axis_size(axis)
             shape = parts * lora_b.shape[0], parts * lora_a.shape[1]
         dtype = np.dtype(dtype or widest(lora_a.dtype, lora_b.dtype))
-        stacked = Stacked(lora_a, lora_b, ranks, shape, dtype, axis)
+        given = np.dtype(given or lora_a.dtype)
+        stacked = Stacked(lora_a, lora_b, ranks, shape, dtype, axis, given)
         return self.project_stacked(stacked, elementwise=elementwise)
 
     def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
@@ -374,6 +438,11 @@ class Space:
         width = max(ranks) if thin else min(p, q)
         sizes = Sizes(tasks, p, q, width, dense=not thin)
         return sizes, counted(_there_and_back, a, b, **static)
+
+
+def well_conditioned(spread: Float[Array, ""]) -> Bool[Array, ""]:
+    """Returns True if merged factors can have the stacked A factors, which have this spread."""
+    return spread <= _SPREAD
 
 
 def of_present(grams: Float[Array, "T k k"], weights: Float[Array, " T"]) -> Float[Array, "T k k"]:

@@ -50,6 +50,10 @@ class tucker(Space):
         check_static("beta", self.beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         check_static("tolerance", self.tolerance, lambda x: x >= 0, "a number of at least 0")
 
+    @property
+    def takes_coordinates(self) -> bool:
+        return True
+
     def project_stacked(self, stacked: Stacked, *, elementwise: bool) -> Projection:
         inner = core().project_stacked(stacked, elementwise=False)
         assert inner.left is not None
