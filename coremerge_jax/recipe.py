@@ -23,6 +23,7 @@ from coremerge_jax import declared
 from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import merge_targets
+from coremerge_jax.io.packs.pack_folder import expand
 from coremerge_jax.io.untrusted import Kind, is_number, is_whole
 from coremerge_jax.merging.limits import Limit
 
@@ -440,11 +441,6 @@ class Recipe:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 OPTIONS[field.name].check(field.name, value)
-        if self.weights and self.adapters and len(self.weights) != len(self.adapters):
-            raise RecipeError(
-                f"weights: got {len(self.weights)} for {len(self.adapters)} adapters; "
-                "give one number per adapter, in the same order"
-            )
         # Its default depends on the limit, which options may replace.
         if self.uniform_rank is (not self.limit.whole_model):
             object.__setattr__(self, "uniform_rank", None)
@@ -507,6 +503,21 @@ class Recipe:
             extras = f"keep={adapters[recipe.adapters.index(kept)]}"
         return dataclasses.replace(recipe, adapters=adapters, extras=extras, statistics=statistics)
 
+    def expanded(self) -> Self:
+        """Returns the recipe with the adapters of each pack in its place.
+
+        Raises:
+            FormatError: a pack is broken.
+            RecipeError: there is not one weight per adapter.
+        """
+        adapters = expand(self.adapters)
+        if self.weights and adapters and len(self.weights) != len(adapters):
+            raise RecipeError(
+                f"weights: got {len(self.weights)} for {len(adapters)} adapters; "
+                "give one number per adapter, in the same order"
+            )
+        return dataclasses.replace(self, adapters=adapters)
+
     def check(self) -> None:
         """Checks names and parameters of the rules and the space, without JAX.
 
@@ -518,18 +529,20 @@ class Recipe:
         read_space(self.space)
 
     def resolve(self) -> "Resolved":
-        """Parses the rules and the space.
+        """Parses the rules and the space, and expands packs.
 
         Raises:
+            CoreMergeError: as `expanded`.
             RecipeError: a rule or space does not exist, or the rules cannot be chained.
         """
         from coremerge_jax.rules import chain
 
+        recipe = self.expanded()
         rules, space = tuple(map(parse_rule, self.rules)), parse_space(self.space)
         explicit = dataclasses.replace(
-            self, rules=tuple(map(format_rule, rules)), space=format_space(space)
+            recipe, rules=tuple(map(format_rule, rules)), space=format_space(space)
         )
-        return Resolved(self, explicit, chain(*rules), space)
+        return Resolved(recipe, explicit, chain(*rules), space)
 
     def run(self, adapters: "Sequence[Adapter]") -> "Adapter":
         """Returns the merge of opened adapters, in memory.

@@ -30,6 +30,7 @@ from coremerge_jax.cli.demo_command import demo
 from coremerge_jax.cli.inputs import TakesInputs
 from coremerge_jax.cli.inspect_command import inspect
 from coremerge_jax.cli.merge_command import EPILOG, merge
+from coremerge_jax.cli.pack_command import app as pack
 from coremerge_jax.cli.report_command import EPILOG as REPORT_EPILOG
 from coremerge_jax.cli.report_command import report
 from coremerge_jax.cli.rules_command import rules
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=SWEEP_EPILOG, cls=TakesInputs)(sweep)
+app.add_typer(pack, name="pack")
 app.command(epilog=COLLECT_EPILOG, cls=TakesInputs)(collect)
 app.command(epilog=APPLY_EPILOG)(apply)
 app.command(epilog=VERIFY_EPILOG)(verify)

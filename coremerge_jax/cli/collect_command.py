@@ -105,12 +105,14 @@ def collect(
 
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.io.outputs import STATISTICS, check_output
+    from coremerge_jax.io.packs.pack_folder import expand
     from coremerge_jax.io.statistics_files import save_statistics
     from coremerge_jax.merging.belonging import check_same_base
 
     reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)
     stage = Stages()
     merge = None if source in ("own", "base") else source
+    sources = list(expand(sources))
     with stage("open"):
         read = [*sources, base, *inputs, *([merge] if merge else [])]
         check_output(output, kind=STATISTICS, inputs=read, force=force)

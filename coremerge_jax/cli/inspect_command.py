@@ -33,7 +33,9 @@ def inspect(
 ) -> None:
     """Show what adapters are, and whether they can be merged."""
     from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.packs.pack_folder import expand
 
+    sources = list(expand(sources))
     adapters = [open_adapter(source) for source in sources]
     problem = _problem(adapters)
     described = [_describe(*pair) for pair in zip(sources, adapters, strict=True)]

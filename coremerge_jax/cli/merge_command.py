@@ -118,6 +118,7 @@ def merge(
     # Mistakes that show without JAX do not wait for it.
     recipe.check()
     if not distributed:  # else all processes fail together
+        recipe = recipe.expanded()
         for source in recipe.adapters:
             check_source(source)
 

@@ -63,12 +63,13 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a merge: merge again as recorded, and compare."""
+    from coremerge_jax.io.packs.pack_folder import expand
     from coremerge_jax.run import keep_compiled_programs
     from coremerge_jax.verification import verify as check
 
     options = dict(given.options)
     # Words after the first of --sources are parsed as arguments.
-    names = [*(sources or ()), *options.pop("adapters", ())] or None
+    names = expand([*(sources or ()), *options.pop("adapters", ())]) or None
     recipe: Any = options
     if given.file:
         recipe = dataclasses.replace(Recipe.load(given.file), **options)

@@ -19,6 +19,7 @@ from coremerge_jax.io.one_file.original import OriginalFormat
 from coremerge_jax.io.one_file.peft_file import PeftFileFormat
 from coremerge_jax.io.orbax.orbax_format import OrbaxFormat
 from coremerge_jax.io.outputs import WRITER_OPTIONS
+from coremerge_jax.io.packs.pack_format import PackFormat
 from coremerge_jax.io.peft.format import PeftFormat
 from coremerge_jax.io.single_file import SUFFIX
 from coremerge_jax.io.untrusted import check_path
@@ -113,6 +114,7 @@ class Layouts(Protocol):
 # Orbax first: its checkpoints may have an adapter_config.json beside them. So have MLX's folders,
 # which are no PEFT adapters.
 FORMATS: list[Format] = [
+    PackFormat(),
     OrbaxFormat(),
     MlxFormat(),
     KohyaFormat(),

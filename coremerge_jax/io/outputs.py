@@ -31,6 +31,7 @@ ADAPTER = "PEFT adapter"
 CHECKPOINT = "orbax adapter"
 GGUF = "GGUF adapter"
 MODEL = "model"
+PACK = "pack"
 STATISTICS = "statistics"
 
 # Options of `adapter_writer.write_adapter` that the `save` of a format hands on.
@@ -141,6 +142,8 @@ def _relation(
 ) -> str | None:
     """Returns how an output and an input touch each other; None if they do not."""
     place = Path(os.path.realpath(source))
+    if not place.exists() and (place.parent / RECORD).is_file():
+        place = place.parent  # an adapter of a pack
     identity = _identity(place)
     if identity is None:
         return None

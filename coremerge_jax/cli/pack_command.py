@@ -1,0 +1,154 @@
+"""``coremerge pack``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+from typer.core import TyperGroup
+
+from coremerge_jax.cli.console import Stages, folder_size, print_json, say
+from coremerge_jax.cli.options import Force, Json, run_option
+from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.formats import described
+
+if TYPE_CHECKING:
+    from coremerge_jax.merging.packing import Pack
+
+EPILOG = """[bold]Examples[/]
+
+coremerge pack adapters/* -o pack
+
+coremerge merge pack -o merged; coremerge merge pack/math pack/code -o two
+
+coremerge pack add pack adapters/new; coremerge pack remove pack math"""
+
+PACK = typer.Argument(metavar="PACK", help="The folder of a pack.", show_default=False)
+OtherBase = Annotated[
+    bool,
+    run_option("--allow-other-base", help="Pack even if the adapters name different base models."),
+]
+
+
+class _Commands(TyperGroup):
+    """The commands of packs; ``make`` may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses arguments; the first is a command, or an argument of ``make``."""
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help="Prepare adapters for many merges; coremerge pack ADAPTER... -o PACK is short for make.",
+    epilog=EPILOG,
+)
+
+
+@app.command()
+def make(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help=f"Packs, or adapters, each {described()}.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PACK", help="Folder to write.", show_default=False),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Names of the adapters in the pack. Default: those of their folders.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_other_base: OtherBase = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a pack of adapters: commands take it, or PACK/NAME, wherever they take adapters."""
+    if output is None:
+        raise RecipeError("no output: give -o PACK")
+
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.outputs import PACK as KIND
+    from coremerge_jax.io.outputs import check_output
+    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.merging.packing import pack
+
+    stage = Stages()
+    with stage("open"):
+        check_output(output, kind=KIND, inputs=sources, force=force)
+        adapters = [open_adapter(source) for source in expand(sources)]
+    with stage("pack"):
+        listed = names.split(",") if names else None
+        made = pack(adapters, names=listed, allow_other_base=allow_other_base)
+    _write(made, output, force, stage, as_json)
+
+
+@app.command()
+def add(
+    folder: Annotated[Path, PACK],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Adapters to add.", show_default=False),
+    ],
+    allow_other_base: OtherBase = False,
+    as_json: Json = False,
+) -> None:
+    """Add adapters to a pack, which is replaced as a whole."""
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.packs.pack_files import open_pack
+
+    stage = Stages()
+    with stage("open"):
+        made, adapters = open_pack(folder), [open_adapter(source) for source in sources]
+    with stage("pack"):
+        for adapter in adapters:
+            made = made.add(adapter, allow_other_base=allow_other_base)
+    _write(made, folder, True, stage, as_json)
+
+
+@app.command()
+def remove(
+    folder: Annotated[Path, PACK],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="Adapters to remove.", show_default=False),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Remove adapters from a pack, which is replaced as a whole."""
+    from coremerge_jax.io.packs.pack_files import open_pack
+
+    stage = Stages()
+    with stage("open"):
+        made = open_pack(folder)
+    with stage("pack"):
+        for name in names:
+            made = made.remove(name)
+    _write(made, folder, True, stage, as_json)
+
+
+def _write(made: "Pack", output: Path, force: bool, stage: Stages, as_json: bool) -> None:
+    from coremerge_jax.io.packs.pack_files import save_pack
+
+    with stage("write"):
+        save_pack(made, output, force=force)
+    size = folder_size(output)
+    if as_json:
+        report = {"output": str(output), "bytes": size, "adapters": made.names}
+        return print_json({**report, "seconds": stage.seconds})
+    return say(
+        f"packed {len(made)} adapters in {sum(stage.seconds.values()):.1f} s: "
+        f"{', '.join(made.names)}",
+        f"wrote {output} ({decimal(size)})",
+    )
