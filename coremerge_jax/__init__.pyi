@@ -9,6 +9,7 @@ from . import linalg as linalg
 from . import recipe as recipe
 from . import rules as rules
 from . import search as search
+from . import serve as serve
 from . import spaces as spaces
 from . import trees as trees
 from . import verification as verification
@@ -23,12 +24,14 @@ from .errors import RecipeError as RecipeError
 from .errors import UnsupportedError as UnsupportedError
 from .io import (
     apply_adapter,
+    load_merge,
     load_peft,
     load_statistics,
     open_adapter,
     open_orbax,
     open_pack,
     open_peft,
+    save_merge,
     save_orbax,
     save_pack,
     save_peft,
@@ -109,6 +112,7 @@ __all__ = [
     "iso_cts",
     "isotropize",
     "knots",
+    "load_merge",
     "load_peft",
     "load_statistics",
     "mean",
@@ -123,6 +127,7 @@ __all__ = [
     "project",
     "prune",
     "regmean",
+    "save_merge",
     "save_orbax",
     "save_pack",
     "save_peft",

@@ -33,6 +33,10 @@ class Merge:
     cores: Mapping[str, Array]
     present: Present
 
+    def __repr__(self) -> str:
+        names = ", ".join(str(adapter.metadata.name) for adapter in self.adapters)
+        return f"Merge({names}; {len(self.cores)} modules, {self.nbytes} bytes)"
+
     @property
     def nbytes(self) -> int:
         """The number of bytes of all matrices."""
