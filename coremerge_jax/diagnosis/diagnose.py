@@ -20,12 +20,13 @@ from coremerge_jax.merging.checks import as_adapter, as_adapters, refuse_values
 from coremerge_jax.merging.cost import Machine, batch_size, cost, expected_seconds
 from coremerge_jax.merging.groups import Group, group_modules, label
 from coremerge_jax.merging.mesh import implicit
+from coremerge_jax.merging.packed import stack_coordinates
 from coremerge_jax.merging.precision import computing
-from coremerge_jax.merging.stacks import stack_factors
+from coremerge_jax.merging.stacks import stack_factors, stacked_shapes
 from coremerge_jax.rules import RULES, chain, mean
 from coremerge_jax.spaces import core
 
-_measure = jax.jit(measure, static_argnames=("ranks", "dtype"))
+_measure = jax.jit(measure, static_argnames=("ranks", "dtype", "given"))
 
 
 class Diagnosis(Results):
@@ -130,10 +131,12 @@ def _modules(group: Group, adapters: Sequence[Adapter], merged: Adapter | None) 
     """Measures the modules of one signature, all by the same compiled program."""
     size = batch_size(group, chain(mean()), core(), 1, None)
     for batch in group.split(size):
-        a, b = stack_factors(batch, adapters)
+        small = None if merged is not None else stack_coordinates(batch, adapters)
+        given = stacked_shapes(batch, [x.outline for x in adapters])[0].dtype
+        a, b = stack_factors(batch, adapters) if small is None else (small.a, small.b)
         results = {} if merged is None else merged.read([x for x in batch.paths if x in merged])
         with computing(None) as dtype:
-            run = partial(_measure, ranks=batch.ranks, dtype=dtype)
+            run = partial(_measure, ranks=batch.ranks, dtype=dtype, given=given)
             for path, tasks, x, y in zip(batch.paths, batch.tasks, a, b, strict=False):
                 found = jax.device_get(run(x, y, results.get(path)))
                 energy = 0.0 if found.contribution is None else found.contribution.norm

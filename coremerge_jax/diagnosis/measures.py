@@ -114,6 +114,7 @@ def measure(
     *,
     ranks: tuple[int, ...],
     dtype: DTypeLike | None = None,
+    given: DTypeLike | None = None,
 ) -> Measures:
     """Measures one module.
 
@@ -123,10 +124,11 @@ def measure(
         merged: the merged update, in the whole space.
         ranks: ranks of the adapters, static.
         dtype: dtype to compute in; by default that of the factors.
+        given: dtype to whose precision the factors are known; by default that of A.
     """
-    dtype = dtype or widest(a.dtype, b.dtype)
-    rtol = math.sqrt(len(a)) * float(jnp.finfo(widest(a.dtype, jnp.dtype("float32"))).eps)
-    projection = core(gauge="balanced").project(a, b, ranks, dtype=dtype)
+    dtype, given = dtype or widest(a.dtype, b.dtype), jnp.dtype(given or a.dtype)
+    rtol = math.sqrt(len(a)) * float(jnp.finfo(widest(given, jnp.dtype("float32"))).eps)
+    projection = core(gauge="balanced").project(a, b, ranks, dtype=dtype, given=given)
     cores = projection.factors
     assert isinstance(cores, LoRA)
     a, b = jnp.asarray(cores.a), jnp.asarray(cores.b)

@@ -325,7 +325,7 @@ def project(
 def _project(job: Job, group: Group, elementwise: bool) -> Stack:
     present = job.present
     a, b = stack_factors(group, present.adapters)
-    with job.prepared(group, a, b) as (inputs, settings):
+    with job.prepared(group, a, b, job.coordinates(group)) as (inputs, settings):
         projection, kept, finite = project_stack(inputs, settings, elementwise)
         tasks, names = jnp.asarray(inputs.tasks), jnp.asarray(inputs.names)
     concrete = not isinstance(finite, jax.core.Tracer)
