@@ -139,8 +139,8 @@ def test_bug_is_not_hidden(coremerge, monkeypatch):
     [
         (
             "coremerge ",
-            {"merge", "sweep", "collect", "apply", "verify", "inspect", "convert", "report"}
-            | {"rules", "demo"},
+            {"merge", "sweep", "pack", "collect", "apply", "verify", "inspect", "convert"}
+            | {"report", "rules", "demo"},
         ),
         ("coremerge merge --sp", {"--space"}),
         ("coremerge merge --space ", set(SPACES)),
