@@ -33,9 +33,14 @@ class Pack(Sequence[PackedAdapter]):
 
     Attributes:
         names: of the adapters.
+
+    Raises:
+        MismatchError: there are no adapters.
     """
 
     def __init__(self, adapters: Sequence[PackedAdapter]) -> None:
+        if not adapters:
+            raise MismatchError("a pack of no adapters; expected at least one")
         self._adapters = tuple(adapters)
         self.names = tuple(str(adapter.metadata.name) for adapter in adapters)
 
@@ -187,7 +192,8 @@ def _aligned(adapters: Sequence[Adapter], allow_other_base: bool) -> list[Adapte
         MismatchError: they do not belong together.
         UnsupportedError: factors are traced.
     """
-    found = list(present_adapters(adapters, None, allow_other_base, True).values())
+    sources = [x.source if isinstance(x, PackedAdapter) else x for x in adapters]
+    found = list(present_adapters(sources, None, allow_other_base, True).values())
     leaves = jax.tree.leaves([[x[path] for path in x] for x in found if x.in_memory])
     if any(map(is_traced, leaves)):
         raise UnsupportedError("adapters whose factors JAX traces cannot be packed; merge them")
