@@ -23,7 +23,7 @@ from coremerge_jax import declared
 from coremerge_jax.errors import FormatError, RecipeError, unknown
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import merge_targets
-from coremerge_jax.io.packs.pack_folder import expand
+from coremerge_jax.io.packs.pack_record import expand
 from coremerge_jax.io.untrusted import Kind, is_number, is_whole
 from coremerge_jax.merging.limits import Limit
 

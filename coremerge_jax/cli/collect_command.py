@@ -105,7 +105,7 @@ def collect(
 
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.io.outputs import STATISTICS, check_output
-    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.io.packs.pack_record import expand
     from coremerge_jax.io.statistics_files import save_statistics
     from coremerge_jax.merging.belonging import check_same_base
 

@@ -33,7 +33,7 @@ def inspect(
 ) -> None:
     """Show what adapters are, and whether they can be merged."""
     from coremerge_jax.io.formats import open_adapter
-    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.io.packs.pack_record import expand
 
     sources = list(expand(sources))
     adapters = [open_adapter(source) for source in sources]

@@ -1,5 +1,6 @@
 """``coremerge pack``."""
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.formats import described
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coremerge_jax.merging.packing import Pack
 
 EPILOG = """[bold]Examples[/]
@@ -81,7 +84,7 @@ def make(
     from coremerge_jax.io.formats import open_adapter
     from coremerge_jax.io.outputs import PACK as KIND
     from coremerge_jax.io.outputs import check_output
-    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.io.packs.pack_record import expand
     from coremerge_jax.merging.packing import pack
 
     stage = Stages()
@@ -106,15 +109,15 @@ def add(
 ) -> None:
     """Add adapters to a pack, which is replaced as a whole."""
     from coremerge_jax.io.formats import open_adapter
-    from coremerge_jax.io.packs.pack_files import open_pack
 
-    stage = Stages()
-    with stage("open"):
-        made, adapters = open_pack(folder), [open_adapter(source) for source in sources]
-    with stage("pack"):
+    adapters = [open_adapter(source) for source in sources]
+
+    def added(made: "Pack") -> "Pack":
         for adapter in adapters:
             made = made.add(adapter, allow_other_base=allow_other_base)
-    _write(made, folder, True, stage, as_json)
+        return made
+
+    _change(folder, added, as_json)
 
 
 @app.command()
@@ -127,14 +130,22 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove adapters from a pack, which is replaced as a whole."""
+    _change(folder, lambda made: functools.reduce(_without, names, made), as_json)
+
+
+def _without(made: "Pack", name: str) -> "Pack":
+    return made.remove(name)
+
+
+def _change(folder: Path, change: "Callable[[Pack], Pack]", as_json: bool) -> None:
+    """Replaces a pack by a changed one."""
     from coremerge_jax.io.packs.pack_files import open_pack
 
     stage = Stages()
     with stage("open"):
         made = open_pack(folder)
     with stage("pack"):
-        for name in names:
-            made = made.remove(name)
+        made = change(made)
     _write(made, folder, True, stage, as_json)
 
 

@@ -85,7 +85,7 @@ def _check(output: Path, inputs: list[str], force: bool) -> None:
 def _diagnose(sources: list[str], merged: str | None, allowed: dict[str, bool]) -> "Diagnosis":
     from coremerge_jax.diagnosis import diagnose
     from coremerge_jax.io.formats import open_adapter
-    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.io.packs.pack_record import expand
     from coremerge_jax.linalg.threads import processors
     from coremerge_jax.merging.cost import Machine
     from coremerge_jax.run import keep_compiled_programs

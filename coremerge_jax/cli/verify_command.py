@@ -63,7 +63,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a merge: merge again as recorded, and compare."""
-    from coremerge_jax.io.packs.pack_folder import expand
+    from coremerge_jax.io.packs.pack_record import expand
     from coremerge_jax.run import keep_compiled_programs
     from coremerge_jax.verification import verify as check
 

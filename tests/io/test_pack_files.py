@@ -176,7 +176,7 @@ BROKEN = {
     "do not fit": (("adapters", 0, "name"), "../math"),
     "is no name of a file": (("adapters", 0, "beside"), ["../../x"]),
     "a module is there twice": (("adapters", 0, "modules"), ["q", "q"]),
-    'dtype is "int8"': (("adapters", 0, "dtype"), "int8"),
+    "dtype is 'int8'": (("adapters", 0, "dtype"), "int8"),
     "kind of 'q'": (("adapters", 0, "kinds"), {"q": 1}),
     "unknown metadata 'x'": (("adapters", 0, "metadata"), {"x": 1}),
     "lengths is [1]": (("adapters", 0, "metadata"), {"lengths": [1]}),

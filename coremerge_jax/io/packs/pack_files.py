@@ -15,15 +15,11 @@ from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.outputs import PACK, write_record
 from coremerge_jax.io.packs.pack_folder import (
     COORDINATES,
-    VERSION,
     PackedFile,
     describe_metadata,
-    file_of,
-    files_of,
-    is_file_name,
-    is_pack,
     open_members,
 )
+from coremerge_jax.io.packs.pack_record import VERSION, file_of, files_of, is_file_name, is_pack
 from coremerge_jax.io.tensors import TensorWriter
 from coremerge_jax.io.untrusted import check_path
 from coremerge_jax.lora import LINEAR, AdapterSource

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io.outputs import PACK
-from coremerge_jax.io.packs.pack_folder import (
-    file_of,
-    find_member,
-    is_pack,
-    member_names,
-    open_member,
-)
+from coremerge_jax.io.packs.pack_record import file_of, find_member, is_pack, member_names
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
@@ -33,6 +27,8 @@ class PackFormat:
 
     def open(self, source: str | Path, *, name: str | None = None, **options: Any) -> "Adapter":
         """Opens an adapter of a pack."""
+        from coremerge_jax.io.packs.pack_folder import open_member
+
         del options  # there are none
         folder, own = self._member(source)
         found = open_member(folder, own)
