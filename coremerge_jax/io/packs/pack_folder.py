@@ -39,9 +39,9 @@ class PackedFile(AdapterFile):
     def __init__(self, reader: TensorReader, entry: Mapping[str, Any]) -> None:
         self._reader, self.dtype = reader, entry.get("dtype")
         if self.dtype not in (None, *FLOATS):
-            expected = " or ".join(FLOATS)
+            floats = " or ".join(FLOATS)
             raise FormatError(
-                f"{reader.file}: dtype is {self.dtype!r} in {RECORD}; expected {expected}"
+                f"{reader.file}: dtype is {self.dtype!r} in {RECORD}; expected {floats}"
             )
         kinds = entry.get("kinds") or {}
         modules = {path: self._outline(path, kinds.get(path)) for path in entry["modules"]}
