@@ -1,13 +1,16 @@
 """Rules and spaces as their classes declare them, read from the source.
 
 Importing the classes imports JAX, for which a list of names, a completion or a usage error should
-not wait. Here their names, parameters, defaults and first lines come from the syntax alone.
+not wait. Here their names, parameters, defaults and first lines come from the syntax alone, unless
+the classes have been imported anyway: then what a program has added to the tables is there too.
 """
 
 import ast
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,33 @@ class Declaration:
     defaults: Mapping[str, Any]
 
 
-@functools.cache
 def rules() -> Mapping[str, Declaration]:
     """Returns the declarations of `rules.RULES`, in its order."""
-    return dict(_read("rules", "RULES"))
+    return _find("rules", "RULES")
+
+
+def spaces() -> Mapping[str, Declaration]:
+    """Returns the declarations of `spaces.SPACES`, in its order."""
+    return _find("spaces", "SPACES")
+
+
+def _find(folder: str, table: str) -> Mapping[str, Declaration]:
+    known = getattr(sys.modules.get(f"{__package__}.{folder}"), table, None)
+    if known is None:
+        return _read_once(folder, table)
+    return {name: describe(make) for name, make in known.items()}
+
+
+def describe(make: Callable[..., Any]) -> Declaration:
+    """Returns the declaration of a function or class that is imported."""
+    parameters = inspect.signature(make).parameters.items()
+    description = (inspect.getdoc(make) or "").split("\n", 1)[0]
+    return Declaration(description, {name: x.default for name, x in parameters})
 
 
 @functools.cache
-def spaces() -> Mapping[str, Declaration]:
-    """Returns the declarations of `spaces.SPACES`, in its order."""
-    return dict(_read("spaces", "SPACES"))
+def _read_once(folder: str, table: str) -> Mapping[str, Declaration]:
+    return dict(_read(folder, table))
 
 
 def _read(folder: str, table: str) -> Iterator[tuple[str, Declaration]]:

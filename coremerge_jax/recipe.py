@@ -132,10 +132,7 @@ def build(what: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
     Raises:
         RecipeError: the name, a parameter or a value does not exist.
     """
-    defaults = {
-        name: {key: x.default for key, x in inspect.signature(make).parameters.items()}
-        for name, make in table.items()
-    }
+    defaults = {name: declared.describe(make).defaults for name, make in table.items()}
     return _read(what, text, defaults).made_of(table)
 
 

@@ -105,6 +105,8 @@ def _by_gram(x: Float[Array, "p q"]) -> tuple[_Triple, Bool[Array, ""]]:
 
 def _map_factored(fn: Callable, x: Factored, params: tuple) -> Float[Array, "c p q"]:
     """Decomposes the blocks alone, or the dense matrix where u or v are not orthonormal."""
+    if x.u.shape[1] > min(len(x.u), len(x.v)):  # they cannot be, and may be many
+        return _map_dense(fn, x, params)
 
     def of_blocks(x: Factored, params: tuple) -> tuple[Float[Array, "c p q"], Bool[Array, ""]]:
         left, s, right = jax.vmap(lapack.svd)(x.blocks)
@@ -117,10 +119,11 @@ def _map_factored(fn: Callable, x: Factored, params: tuple) -> Float[Array, "c p
         orthonormal = jnp.max(jnp.abs(jnp.stack(error))) < tolerance
         return _reassemble(u, fn(s, *params), v), orthonormal
 
-    def of_dense(x: Factored, params: tuple) -> Float[Array, "c p q"]:
-        return _map_by_svd(fn, x.dense(), *params)
+    return fast_or_robust(of_blocks, partial(_map_dense, fn))(x, params)
 
-    return fast_or_robust(of_blocks, of_dense)(x, params)
+
+def _map_dense(fn: Callable, x: Factored, params: tuple) -> Float[Array, "c p q"]:
+    return _map_by_svd(fn, x.dense(), *params)
 
 
 def _map_by_svd(

@@ -178,7 +178,6 @@ def test_text_of_a_recipe():
         ("rules: []", "rules must be a list of one or more rules"),
         ("adapters: [1]", "adapters must be a list of folders or Hugging Face ids, got (1,)"),
         ("weights: [1, x]", "weights must be a list of numbers, one per adapter, got (1, 'x')"),
-        ("{adapters: [a, b], weights: [1]}", "weights: got 1 for 2 adapters"),
         ("scale: big", "scale must be a number or auto, or such by pattern"),
         ("scale: {q: big}", "scale must be a number or auto, or such by pattern"),
         ("scale: {q: {k: 1}}", "scale must be a number or auto, or such by pattern"),
@@ -206,6 +205,13 @@ def test_refuses_recipe(text, message):
         Recipe.from_yaml(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_refuses_weights_of_more_or_fewer_adapters():
+    recipe = Recipe.from_yaml("{adapters: [a, b], weights: [1]}")
+    for check in (recipe.expanded, recipe.resolve):
+        with pytest.raises(RecipeError, match="weights: got 1 for 2 adapters"):
+            check()
 
 
 def test_alias_hint():

@@ -1,6 +1,6 @@
 """Commands that do without JAX do not import it: neither waits for it, nor needs a device."""
 
-import inspect
+import json
 import subprocess
 import sys
 
@@ -68,14 +68,26 @@ def test_adapters_are_pytrees_however_they_are_opened(adapters, opened):
     assert subprocess.check_output(command, text=True) == "6\n"
 
 
-@pytest.mark.parametrize(
-    ("declarations", "table"), [(declared.rules(), RULES), (declared.spaces(), SPACES)]
-)
-def test_declarations_are_those_of_the_classes(declarations, table):
-    def own(make):
-        parameters = inspect.signature(make).parameters.values()
-        return inspect.getdoc(make).split("\n", 1)[0], {x.name: x.default for x in parameters}
+WITHOUT = """
+import json, sys
+from coremerge_jax import declared
 
-    found = {name: (one.description, dict(one.defaults)) for name, one in declarations.items()}
-    assert found == {name: own(make) for name, make in table.items()}
-    assert list(found) == list(table)
+found = {}
+for what in ("rules", "spaces"):
+    table = getattr(declared, what)()
+    found[what] = [[name, x.description, x.defaults] for name, x in table.items()]
+assert "jax" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_declarations_are_those_of_the_classes():
+    found = json.loads(subprocess.check_output([sys.executable, "-c", WITHOUT], text=True))
+    for name, declarations, table in (
+        ("rules", declared.rules(), RULES),
+        ("spaces", declared.spaces(), SPACES),
+    ):
+        own = [[x, y.description, dict(y.defaults)] for x, y in declarations.items()]
+        assert found[name] == own
+        assert [x for x, _, _ in own] == list(table)
+        assert all(description for _, description, _ in own)
