@@ -35,7 +35,7 @@ change, not what other trainings would. {many}
 {adapters} Every parameter is chosen on validation examples: the scale first, then the others in
 turn (arXiv 2509.17786, appendix D.3), except for `mean`, which is the plain average at scale 1.
 Test examples decide nothing. If answers are generated, *form* is the share, in %, of those that
-begin with a token that answers to the task's training prompts begin with, and *nats* is the mean
+begin with a token that a right answer to the task begins with, and *nats* is the mean
 log-likelihood of a token of the right answers. With learned coefficients, *parameters* are the
 scale that they start from, and the steps after which they were kept.
 

@@ -28,8 +28,7 @@ class Answers:
     Attributes:
         correct: where decoding greedily gives the answer and the token at the end, and no more.
         likelihood: the mean log-likelihood of the tokens of each right answer, ``(N,)``.
-        in_form: where the likeliest first token is one that answers to training prompts of the
-            task begin with.
+        in_form: where the likeliest first token is one that right answers to the task begin with.
     """
 
     correct: Correct
@@ -68,9 +67,11 @@ class Exam:
 
     @cached_property
     def _starts(self) -> dict[str, np.ndarray]:
-        """Returns the tokens that the answers to a task's training prompts begin with, by task."""
-        answers = {x: [y.answer[0] for y in z["train"]] for x, z in self.examples.items()}
-        return {name: np.unique(tokens) for name, tokens in answers.items()}
+        """Returns the tokens that right answers begin with, in any split, by task."""
+        return {
+            name: np.unique([x.answer[0] for part in parts.values() for x in part])
+            for name, parts in self.examples.items()
+        }
 
     @property
     def state(self) -> nnx.State:

@@ -179,16 +179,16 @@ def test_one_pass_over_right_answers_finds_what_greedy_decoding_gets_right():
             answer = example.answer
         examples.append(Encoded(example.prompt, answer))
         expected.append(np.array_equal(said, answer))
-    exam = scoring.Exam(TINY, {"task": {"train": examples, "test": examples}}, jnp.float32)
+    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
     found = exam.answer(None, "test", ["task"])
     np.testing.assert_array_equal(found.correct["task"], expected)
     assert 8 <= sum(expected) < 16
 
 
-def test_answers_in_form_begin_as_one_to_a_training_prompt():
+def test_answers_in_form_begin_as_a_right_one():
     examples = random_examples(24)
-    exam = scoring.Exam(TINY, {"task": {"train": examples[:4], "test": examples}}, jnp.float32)
-    starts = {x.answer[0] for x in examples[:4]}
+    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
+    starts = {x.answer[0] for x in examples}
     expected = [said[0] in starts for said in exam.decode(None, examples)]
     found = exam.answer(None, "test", ["task"]).in_form["task"]
     np.testing.assert_array_equal(found, expected)
@@ -227,7 +227,7 @@ def test_uniform_batches_have_one_shape_and_their_masks_are_of_what_is_read():
 def test_likelihoods_are_those_of_single_examples_without_padding():
     model = smollm.load(TINY)
     examples = random_examples(20, prefixes=PREFIXES)
-    exam = scoring.Exam(TINY, {"task": {"train": examples, "test": examples}}, jnp.float32)
+    exam = scoring.Exam(TINY, {"task": {"test": examples}}, jnp.float32)
     found = exam.answer(None, "test", ["task"]).likelihood["task"]
     program, losses = jax.jit(lambda tokens: model(tokens)), []
     for example, mean in zip(examples, found, strict=True):
