@@ -59,7 +59,9 @@ def test_a_pack_has_the_adapters_as_they_are(adapters, pack):
             np.testing.assert_array_equal(packed[path].b, lora.b)
 
 
-@pytest.mark.parametrize("rule", narrow(RULES, ["ties", "tsv"]))
+@pytest.mark.parametrize(
+    "rule", narrow(RULES, ["ties", "tsv"], night=["dare, ties, isotropize", "ties of the model"])
+)
 @pytest.mark.parametrize("choice", narrow(CHOICES, ["all", "two"]))
 def test_merges_of_a_pack_are_those_of_the_adapters(adapters, pack, rule, choice):
     weights = [0.5, 2.0, 1.0][: len(CHOICES[choice])]
@@ -79,7 +81,7 @@ SPACES = {
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", narrow(SPACES, [], night=["balanced", "knots"]))
 def test_packs_are_merged_in_every_space(adapters, pack, space):
     options = {"space": SPACES[space], "scale": 1.0}
     expected = cm.merge(adapters, cm.ties(), **options)
@@ -92,6 +94,7 @@ def test_packs_are_merged_in_every_space(adapters, pack, space):
             cm.compile_merge(pack, cm.ties(), **options)
 
 
+@pytest.mark.wide
 def test_one_more_adapter_and_one_less_give_the_packs_of_these_adapters(adapters, pack):
     extended = cm.pack(adapters[:2]).add(adapters[2])
     fewer = extended.remove("task1")
@@ -109,6 +112,7 @@ def test_one_more_adapter_and_one_less_give_the_packs_of_these_adapters(adapters
     assert sizes == {"q": (8, 8), "k": (8, 8), "v": (8, 8), "few": (8, 8)}
 
 
+@pytest.mark.wide
 def test_adapters_that_are_there_twice_add_no_directions(adapters):
     first, _, third = adapters
     for packed in (
@@ -122,6 +126,7 @@ def test_adapters_that_are_there_twice_add_no_directions(adapters):
             assert largest(compiled.adapter(), expected) < 1e-6
 
 
+@pytest.mark.wide
 def test_statistics_of_inputs_serve_packs(adapters, pack):
     statistics = statistics_of(adapters, random_inputs(adapters))
     expected = cm.merge(adapters, cm.regmean(), statistics=statistics)
@@ -161,6 +166,7 @@ def test_compiling_merges_of_a_pack_reads_no_factors(adapters, monkeypatch):
         assert distance(core, expected.cores[path]) < 1e-6
 
 
+@pytest.mark.wide
 def test_ill_conditioned_factors_are_lifted_to_orthonormal_rows(adapters):
     first, second, _ = adapters
     steep = np.logspace(0, -5, 3)
@@ -173,6 +179,7 @@ def test_ill_conditioned_factors_are_lifted_to_orthonormal_rows(adapters):
     np.testing.assert_allclose(a @ a.T, np.eye(len(a)), atol=1e-9)
 
 
+@pytest.mark.wide
 def test_what_cannot_be_packed_is_refused(adapters, pack):
     with pytest.raises(cm.errors.RecipeError, match="two adapters are named 'task0'"):
         cm.pack([adapters[0], adapters[0]])

@@ -123,6 +123,7 @@ class Model(nnx.Module):
         return self.heads(x)
 
 
+@pytest.mark.wide
 def test_an_nnx_model_serves_merges():
     shapes = {"layers.0": (5, 5), "layers.1": (5, 5), "heads": (8, 5)}
     adapters = random_adapters(shapes, (2, 2), dtype="float32")
@@ -144,6 +145,7 @@ def test_an_nnx_model_serves_merges():
     assert len(jax.tree.leaves(nnx.state(base, cm.serve.Request))) == 1
 
 
+@pytest.mark.wide
 def test_what_cannot_be_served_is_refused(merges, stacked):
     with pytest.raises(cm.errors.RecipeError, match="got none"):
         cm.serve.stack([])
