@@ -41,7 +41,13 @@ def save_merge(merge: Merge, out: str | Path, *, force: bool = False) -> None:
     Raises:
         FormatError: the output may not be written.
         RecipeError: two adapters of the merge have one name, or one has none.
+        UnsupportedError: the merge has extras, which are in no such file.
     """
+    if merge.present.extras or merge.present.metadata.beside:
+        raise UnsupportedError(
+            f"{out}: the merge has extras (trained weights that are no low-rank updates), which a "
+            "file of a compiled merge does not hold; compile it with extras='drop'"
+        )
     names = [adapter.metadata.name for adapter in merge.adapters]
     if None in names or len(set(names)) < len(names):
         raise RecipeError(

@@ -265,8 +265,9 @@ def _extended(
         *old, new = (np.asarray(jax.device_get(x), np.float64) for x in factors)
         if not np.isfinite(new).all():
             refuse_values(adapters[tasks[-1] :], [path], label)
-        found[side] = _triangular(new)
-        if known is not None:
+        if known is None:
+            found[side] = _triangular(new)
+        else:
             found[side] = _with_directions(getattr(known, side), np.concatenate(old, axis=1), new)
     return Coordinates(tuple(tasks), tuple(x.rank for x in loras), **found)
 

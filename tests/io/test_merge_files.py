@@ -57,6 +57,15 @@ def test_other_adapters_are_refused(pack, file):
         cm.save_merge(cm.compile_merge(nameless, cm.mean()), file.with_name("other"))
 
 
+def test_extras_are_not_left_out_silently(tmp_path):
+    (adapter,) = random_adapters(SHAPES, (2,), dtype="float32")
+    given = [adapter.replace(extras={"head.weight": np.ones((2, 2), np.float32)})]
+    with pytest.raises(cm.errors.UnsupportedError, match="extras='drop'"):
+        cm.save_merge(cm.compile_merge(given, cm.mean(), extras="first"), tmp_path / "x")
+    cm.save_merge(cm.compile_merge(given, cm.mean(), extras="drop"), tmp_path / "x")
+    assert not cm.load_merge(tmp_path / "x", given).adapter().extras
+
+
 def test_broken_files_are_refused(pack, merge, file):
     tensors = load_file(file)
     names = {"version": 1, "adapters": ["task2", "task1"]}
