@@ -76,14 +76,14 @@ def random_inputs(
 def statistics_of(
     adapters: Sequence[cm.Adapter],
     inputs: Sequence[Mapping[str, np.ndarray]],
-    full: bool = False,
+    full: bool | None = None,
 ) -> cm.Statistics:
-    """The statistics of inputs, in NumPy; of whole ones where these are no more than ranks."""
+    """The statistics of inputs, in NumPy; if not told, of whole ones where ranks are no fewer."""
     grams = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter):
         tasks = [t for t, adapter in enumerate(adapters) if path in adapter]
         a = np.vstack([adapters[t][path].a for t in tasks])
-        whole = full or len(a) >= a.shape[1]
+        whole = len(a) >= a.shape[1] if full is None else full
         z = [inputs[t][path] if whole else inputs[t][path] @ a.T for t in tasks]
         grams[path] = cm.Gram(
             matrices=np.stack([x.T @ x for x in z]),

@@ -57,7 +57,7 @@ def cost(group: Group, rule: Chain, space: Space) -> Cost:
     counted in compiled programs, and rounded up.
     """
     (m, n), total, number = group.shape, sum(group.ranks), len(group.paths)
-    grams = len(group.ranks) * (group.inputs or 0) ** 2
+    grams = len(group.ranks) * (group.inputs.size if group.inputs else 0) ** 2
     if rule.equivariance == Equivariance.LINEAR and space.lossless:
         merged, parts = min(total, m, n), Operations(0, 0)
     else:

@@ -3,12 +3,25 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from coremerge_jax.errors import MismatchError
 from coremerge_jax.lora import AdapterSource, Kind, LoRA
+
+
+class GramKind(NamedTuple):
+    """The kind of the Gram matrices ``(T, k, k)`` of a module's inputs.
+
+    Attributes:
+        size: k.
+        whole: True if they are of the inputs themselves, False if of their coordinates in the
+            adapters' A. Sizes do not tell, where there are as many coordinates as inputs.
+    """
+
+    size: int
+    whole: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +35,7 @@ class Group:
         ranks: the rank of each of the T adapters, ``sum(ranks) == R``.
         length: the number of modules in a stack. It may be more than L: then the last module is
             repeated, so that all parts of a group have one length and share a program.
-        inputs: the size k of the Gram matrices ``(T, k, k)`` of inputs that a merge uses; None if
-            it uses none.
+        inputs: the kind of the Gram matrices of inputs that a merge uses; None if it uses none.
     """
 
     paths: tuple[str, ...]
@@ -31,7 +43,7 @@ class Group:
     shape: tuple[int, int]
     ranks: tuple[int, ...]
     length: int
-    inputs: int | None = None
+    inputs: GramKind | None = None
 
     @property
     def names(self) -> np.ndarray:
@@ -71,16 +83,16 @@ class Group:
         paths = tuple(self.paths[i] for i in kept)
         return dataclasses.replace(self, paths=paths, tasks=self.tasks[kept], length=len(kept))
 
-    def by_inputs(self, size: Callable[[str, np.ndarray], int | None]) -> "list[Group]":
-        """Splits into modules whose Gram matrices have one size each.
+    def by_inputs(self, kind: Callable[[str, np.ndarray], GramKind | None]) -> "list[Group]":
+        """Splits into modules whose Gram matrices are of one kind each.
 
         Args:
-            size: of the matrices of a module, by its path and its adapters; None if it has none.
+            kind: of the matrices of a module, by its path and its adapters; None if it has none.
         """
-        sizes = [size(path, row) for path, row in zip(self.paths, self.tasks, strict=True)]
+        kinds = [kind(path, row) for path, row in zip(self.paths, self.tasks, strict=True)]
         found = []
-        for own in dict.fromkeys(sizes):
-            wanted = {path for path, x in zip(self.paths, sizes, strict=True) if x == own}
+        for own in dict.fromkeys(kinds):
+            wanted = {path for path, x in zip(self.paths, kinds, strict=True) if x == own}
             found.append(dataclasses.replace(self.only(wanted.__contains__), inputs=own))
         return found
 

@@ -131,6 +131,8 @@ class Job:
             settings = Settings(
                 batch.ranks, self.space, dtype, batch.shape, self.devices, self.norms
             )
+            if batch.inputs is not None:
+                settings = settings._replace(whole=batch.inputs.whole)
             if coordinates is not None:
                 settings = settings._replace(given=a.dtype)
             yield (
@@ -143,7 +145,8 @@ class Job:
         if batch.inputs is None or self.statistics is None:
             return None
         if isinstance(a, jax.ShapeDtypeStruct):
-            shape = batch.length, len(batch.ranks), batch.inputs, batch.inputs
+            size = batch.inputs.size
+            shape = batch.length, len(batch.ranks), size, size
             return jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
         grams, squares = self.statistics.stack(batch)
         if squares is None:

@@ -167,7 +167,7 @@ def merge_stream(
     matched = None
     if parts.needs_inputs:
         matched = _match_inputs(parts, present, statistics, len(adapters), missing_statistics)
-        present = present.with_inputs(matched.size)
+        present = present.with_inputs(matched.kind)
     devices, processes = _devices(mesh, present.adapters, (parts, weights, scale, matched))
     job = Job(
         present=present,

@@ -15,7 +15,7 @@ from coremerge_jax.linalg import Basis, basis, in_range, inverse, lapack, matmul
 from coremerge_jax.lora import Adapter, AdapterSource
 from coremerge_jax.merging.belonging import present_adapters
 from coremerge_jax.merging.checks import as_adapters
-from coremerge_jax.merging.groups import Group
+from coremerge_jax.merging.groups import GramKind, Group
 from coremerge_jax.merging.mesh import implicit, is_spread
 from coremerge_jax.merging.stacks import stack_factors
 from coremerge_jax.merging.statistics import (
@@ -97,22 +97,22 @@ class InputMetric:
             if kind is None:
                 yield group.only(set(paths).__contains__), None
                 continue
-            ranks, size = kind
+            ranks, grams = kind
             rows = np.asarray([self._tasks(path) for path in paths], np.int32)
-            inputs = Group(tuple(paths), rows, group.shape, ranks, len(paths), size)
-            each = 8 * size * (size * len(ranks) + group.shape[1])
+            inputs = Group(tuple(paths), rows, group.shape, ranks, len(paths), grams)
+            each = 8 * grams.size * (grams.size * len(ranks) + group.shape[1])
             for part in inputs.split(max(1, _ROOM // each)):
                 tasks = np.zeros((len(part.paths), 1), np.int32)
                 yield dataclasses.replace(part, tasks=tasks, ranks=group.ranks, inputs=None), part
 
-    def _kind(self, path: str) -> tuple[tuple[int, ...], int] | None:
-        """Returns ranks of the adapters, and the size of Gram matrices; None if there are none."""
+    def _kind(self, path: str) -> tuple[tuple[int, ...], GramKind] | None:
+        """Returns ranks of the adapters, and the kind of Gram matrices; None if there are none."""
         if path not in self.matched.paths:
             return None
         tasks, gram = self._tasks(path), self.matched.statistics[self.matched.paths[path]]
         ranks = [gram.ranks[gram.tasks.index(self.matched.places[t])] for t in tasks]
-        size = self.matched.size(path, np.asarray(tasks))
-        return None if size is None else (tuple(ranks), size)
+        kind = self.matched.kind(path, np.asarray(tasks))
+        return None if kind is None else (tuple(ranks), kind)
 
     def _tasks(self, path: str) -> tuple[int, ...]:
         """Returns the adapters that have a module."""

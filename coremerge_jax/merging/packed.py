@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from coremerge_jax.lora import AdapterFile, AdapterSource, LoRA
-from coremerge_jax.merging.groups import Group
+from coremerge_jax.merging.groups import GramKind, Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def stack_coordinates(group: Group, adapters: Sequence[AdapterSource]) -> LoRA |
     total = sum(group.ranks)
     if len(packed) < len(adapters) or len({id(x.coordinates) for x in packed}) > 1:
         return None
-    if total > min(group.shape) or group.inputs not in (None, total):
+    if total > min(group.shape) or group.inputs not in (None, GramKind(total, whole=False)):
         return None
     rows = []
     for path, tasks in zip(group.paths, group.tasks, strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 from coremerge_jax.lora import Adapter, AdapterSource, Array, LoRA, Metadata
 from coremerge_jax.merging.belonging import common_metadata, present_adapters
 from coremerge_jax.merging.extras import merge_extras
-from coremerge_jax.merging.groups import Group, group_modules
+from coremerge_jax.merging.groups import GramKind, Group, group_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Present:
         groups = [group.only(wanted) for group in self.groups]
         return dataclasses.replace(self, groups=[group for group in groups if group.paths])
 
-    def with_inputs(self, size: Callable[[str, np.ndarray], int | None]) -> "Present":
-        """Returns the same with groups of modules that have Gram matrices of one size.
+    def with_inputs(self, kind: Callable[[str, np.ndarray], GramKind | None]) -> "Present":
+        """Returns the same with groups of modules that have Gram matrices of one kind.
 
         Args:
-            size: as in `Group.by_inputs`.
+            kind: as in `Group.by_inputs`.
         """
-        groups = [part for group in self.groups for part in group.by_inputs(size)]
+        groups = [part for group in self.groups for part in group.by_inputs(kind)]
         return dataclasses.replace(self, groups=groups)
 
     def adapter(self, modules: Mapping[str, LoRA]) -> Adapter:

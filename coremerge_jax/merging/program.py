@@ -94,6 +94,7 @@ class Settings(NamedTuple):
         devices: those that share the work; None for one device.
         norms: True if merges also find what the automatic scale is computed from.
         given: dtype to whose precision factors are known, if it is not that of A.
+        whole: True if Gram matrices are of the inputs themselves, see `Projection.with_inputs`.
     """
 
     ranks: tuple[int, ...]
@@ -103,6 +104,7 @@ class Settings(NamedTuple):
     devices: Devices | None = None
     norms: bool = False
     given: np.dtype | None = None
+    whole: bool = False
 
     @property
     def axis(self) -> str | None:
@@ -190,7 +192,7 @@ def project_module(module: Inputs, settings: Settings, *, elementwise: bool) -> 
     if module.grams is None:
         return found
     grams = module.grams if module.weights is None else of_present(module.grams, module.weights)
-    return found.with_inputs(grams)
+    return found.with_inputs(grams, whole=settings.whole)
 
 
 def module_key(key: PRNGKeyArray | None, name: UInt[Array, ""]) -> PRNGKeyArray | None:

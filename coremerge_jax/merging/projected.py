@@ -310,7 +310,7 @@ def project(
     if statistics is not None:
         places = present.places.tolist()
         matched = match(statistics, present.adapters, places, len(adapters))
-        present = present.with_inputs(matched.size)
+        present = present.with_inputs(matched.kind)
     job = Job(present, space, weights=weights, precision=precision, statistics=matched)
     return Projected(
         stacks=tuple(_project(job, group, elementwise) for group in present.groups),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint
 from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import AdapterSource
-from coremerge_jax.merging.groups import Group, label
+from coremerge_jax.merging.groups import GramKind, Group, label
 from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.naming.spelling import canonical
 
@@ -184,14 +184,15 @@ class Matched:
     places: tuple[int, ...]
     paths: Mapping[str, str]
 
-    def size(self, path: str, tasks: np.ndarray) -> int | None:
-        """Returns the size k of a module's Gram matrices ``(T, k, k)``; None if it has none."""
+    def kind(self, path: str, tasks: np.ndarray) -> GramKind | None:
+        """Returns the kind of a module's Gram matrices; None if it has none."""
         if path not in self.paths:
             return None
         gram = self.statistics[self.paths[path]]
         if gram.squares is None:
-            return gram.matrices.shape[1]
-        return sum(gram.ranks[gram.tasks.index(self.places[t])] for t in tasks)
+            return GramKind(gram.matrices.shape[1], whole=True)
+        ranks = [gram.ranks[gram.tasks.index(self.places[t])] for t in tasks]
+        return GramKind(sum(ranks), whole=False)
 
     def stack(self, group: Group) -> tuple[Any, Any]:
         """Returns the Gram matrices ``(L, T, k, k)`` of a group, and the rows of A they are of.

@@ -117,32 +117,31 @@ class Projection:
     spread: Float[Array, ""] | None = None
     inputs: Float[Array, "T q q"] | None = None
 
-    def with_inputs(self, grams: Float[Array, "T k k"]) -> "Projection":
+    def with_inputs(self, grams: Float[Array, "T k k"], *, whole: bool) -> "Projection":
         """Returns the projection with Gram matrices of the inputs of each task.
 
         Args:
-            grams: ``(T, R, R)``, of the coordinates ``A x`` in the stacked A factors; or
-                ``(T, n, n)``, of the inputs x themselves.
+            grams: ``(T, n, n)``, of the inputs x themselves; or ``(T, R, R)``, of the coordinates
+                ``A x`` in the stacked A factors.
+            whole: True if they are of the inputs themselves.
 
         Raises:
-            MismatchError: they are neither; or they are those of ``A x``, and the space has other
-                rows than those of A, or A more rows than columns.
+            MismatchError: they are not; or they are those of ``A x``, and the space has other rows
+                than those of A, or A more rows than columns.
         """
-        dtype, size, right = jax.tree.leaves(self.factors)[0].dtype, grams.shape[1], self.right
-        grams = grams.astype(dtype)
+        size, right = grams.shape[1], self.right
+        grams = grams.astype(jax.tree.leaves(self.factors)[0].dtype)
         if right is None:
             columns = jax.eval_shape(dense, self.factors).shape[2]
-            if size != columns:
+            if not whole or size != columns:
                 raise MismatchError(
                     f"Gram matrices {size} × {size} in a space of all {columns} columns: expected "
                     f"those of the inputs themselves, {columns} × {columns}"
                 )
             return dataclasses.replace(self, inputs=grams)
-        if right.x is not None and size == len(right.frame):
-            frame = right.frame  # V = Aᵀ frame, so that Vᵀ x = frameᵀ A x
-        elif size == (len(right.frame) if right.x is None else right.x.shape[0]):
-            frame = right.columns()
-        else:
+        # V = Aᵀ frame, so that Vᵀ x = frameᵀ A x
+        frame = right.columns() if whole else right.frame
+        if size != len(frame) or (right.x is None and not whole):
             raise MismatchError(
                 f"Gram matrices {size} × {size} do not fit: expected those of the coordinates in "
                 "the adapters' A, or of the module's inputs"

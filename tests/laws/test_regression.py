@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,22 @@ def test_definition_where_ranks_exceed_rows_or_columns():
         scale=1.0,
     )
     assert_same(merged, by_definition(adapters, inputs, orthogonalize=True), 1e-9)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["coordinates", "inputs"])
+def test_definition_where_ranks_equal_columns(full):
+    """The Gram matrices of coordinates and of inputs are of one size then."""
+    adapters = random_adapters({"q_proj": (9, sum(RANKS))}, RANKS)
+    inputs = random_inputs(adapters)
+    statistics = statistics_of(adapters, inputs, full)
+    expected = by_definition(adapters, inputs, weighting="trace", orthogonalize=False)
+    merge = partial(plain_merge, rule=PLAIN, statistics=statistics)
+    for given in (adapters, cm.pack(adapters)):
+        for space in (cm.core(), cm.knots()):
+            assert_same(merge(given, space=space), expected, 1e-9)
+    if full:
+        for space in (cm.core(rows="free"), cm.full()):
+            assert_same(merge(adapters, space=space), expected, 1e-9)
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])

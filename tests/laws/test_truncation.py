@@ -163,7 +163,7 @@ def test_is_reduced_rank_regression(outer, space):
     adapters, inputs = outer
     merged = cm.merge(adapters, cm.tsv(), space=space, scale=1.0)
     expected = by_definition(merged, inputs, 3)
-    for full in (False, True):
+    for full in (None, True):
         statistics = statistics_of(adapters, inputs, full)
         cut, kept = cm.truncate(merged, rank=3, statistics=statistics, sources=adapters)
         assert_same(cut, expected, 1e-9)
@@ -202,7 +202,7 @@ def test_where_ranks_exceed_rows_or_columns():
     adapters = random_adapters(FEW, RANKS)
     inputs = skewed_inputs(adapters)
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
-    for full in (False, True):
+    for full in (None, True):
         statistics = statistics_of(adapters, inputs, full)
         cut, _ = cm.truncate(merged, rank=2, statistics=statistics, sources=adapters)
         assert_same(cut, by_definition(merged, inputs, 2), 1e-8)
