@@ -348,9 +348,9 @@ def _polar_by_products(x: Float[Array, "p q"]) -> tuple[Float[Array, "p q"], Boo
     """Uses the iteration of Newton and Schulz (Higham, Functions of Matrices, 2008, section 8.3).
 
     Each step maps the singular values in [l, 1] by the odd cubic polynomial that takes them into
-    the narrowest interval below 1, whose lower end is the next l (Chen and Chow, "A stable scaling of Newton-Schulz for improving the
-    sign function computation of a Hermitian matrix", ANL/MCS-P5059-0114, 2014). The first l is a
-    guess. Where a singular value is smaller, it takes more steps.
+    the narrowest interval below 1, whose lower end is the next l (Chen and Chow, "A stable scaling
+    of Newton-Schulz for improving the sign function computation of a Hermitian matrix",
+    ANL/MCS-P5059-0114, 2014). The first l is a guess: smaller singular values take more steps.
     """
     if x.shape[0] > x.shape[1]:
         value, exact = _polar_by_products(x.T)

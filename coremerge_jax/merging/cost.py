@@ -41,6 +41,16 @@ class Cost:
     held: int
     work: int
 
+    def memory(self, workers: int, length: int, rows: int = 1) -> int:
+        """Returns the bytes of so many batches at once, and of one that is given out.
+
+        Args:
+            workers: how many batches are merged at once.
+            length: how many modules a batch has.
+            rows: how many of them are worked on side by side.
+        """
+        return (workers + 1) * length * self.held + workers * rows * self.work
+
     def twice(self) -> "Cost":
         """Returns the cost of a merge that is made for its norms first, and then again."""
         return dataclasses.replace(
@@ -93,19 +103,18 @@ def fitting_workers(
         MemoryError: none.
     """
 
-    def needed(group: Group) -> int:
-        one = cost(group, rule, space)
-        return rows * (one.held + one.work)
+    def needed(group: Group, workers: int = 1) -> int:
+        return cost(group, rule, space).memory(workers, rows, rows)
 
     largest = max(groups, key=needed)
-    fitting = max_memory // needed(largest) - 1
+    fitting = next((n for n in range(workers, 0, -1) if needed(largest, n) <= max_memory), 0)
     if fitting < 1:
         raise MemoryError(
             f"module {largest.paths[0]!r} ({largest.shape[0]} x {largest.shape[1]}, ranks adding "
-            f"up to {sum(largest.ranks)}) needs {2 * needed(largest) / 2**20:.0f} MiB while it is "
+            f"up to {sum(largest.ranks)}) needs {needed(largest) / 2**20:.0f} MiB while it is "
             f"merged and another is written; {max_memory / 2**20:.0f} MiB are allowed"
         )
-    return min(workers, fitting)
+    return fitting
 
 
 def batch_size(
@@ -120,7 +129,8 @@ def batch_size(
     one = cost(group, rule, space)
     size = min(_BATCH_BYTES // one.held, -(-len(group.paths) // (2 * workers * rows)))
     if max_memory is not None:
-        size = min(size, (max_memory // (workers + 1) // rows - one.work) // one.held)
+        room = max_memory // rows - workers * one.work
+        size = min(size, room // ((workers + 1) * one.held))
     return max(1, size) * rows
 
 

@@ -77,13 +77,9 @@ class MergeStream:
     @property
     def memory(self) -> int:
         """The most bytes that the parts on their way take together."""
-        return (self._workers + 1) * max(
-            (
-                one.held * batch.length + self._job.rows * one.work
-                for one, batch in zip(self.costs(), self._batches, strict=True)
-            ),
-            default=0,
-        )
+        pairs = zip(self.costs(), self._batches, strict=True)
+        needs = (one.memory(self._workers, x.length, self._job.rows) for one, x in pairs)
+        return max(needs, default=0)
 
     @property
     def folders(self) -> tuple[Path, ...]:

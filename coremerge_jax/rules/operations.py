@@ -137,14 +137,18 @@ def thin_bases(cores: Sizes) -> Operations:
 def polar_factors(cores: Sizes, columns: int, deficient: bool = False) -> Operations:
     """Counts the polar factors of two matrices, with so many columns.
 
-    The iteration takes about ten steps of two products. It does not converge for matrices without
-    full rank, which are decomposed.
+    Of square matrices, the iteration takes about six steps of two products, and two products more.
+    It does not converge without full rank: then they are decomposed. Of other matrices, it takes
+    three products and the decomposition of a Gram matrix.
     """
-    work = cores.side**2 * max(columns, cores.side)
-    passing = 18 * max(cores.entries, max(cores.p, cores.q) * columns)
+    long = max(cores.p, cores.q)
+    small, large = sorted((long, columns))
+    work, entries = small**2 * large, long * columns
+    if small < large:
+        return Operations(2 * 6 * work, core=2 * 9 * small**3, passing=4 * entries)
     if deficient:
-        return Operations(core=2 * 20 * work, passing=passing)
-    return Operations(products=2 * 10 * 4 * work, passing=passing)
+        return Operations(core=2 * 20 * work, passing=18 * entries)
+    return Operations(products=2 * 14 * 2 * work, passing=18 * entries)
 
 
 # --- Functions without a formula ------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_batches_change_nothing(there):
         plain_stream(adapters, cm.tsv(), mesh=there, max_memory=1)
     rows, workers = len(there.devices), plain_stream(adapters, cm.tsv(), mesh=there).workers
     one = cost(group_modules(adapters)[0], cm.chain(cm.tsv()), cm.core())
-    room = (workers + 1) * rows * (one.held + one.work)
+    room = one.memory(workers, rows, rows)
     stream = plain_stream(adapters, cm.tsv(), mesh=there, max_memory=room)
     assert len(stream) == -(-19 // rows)
     assert stream.memory <= room

@@ -31,15 +31,15 @@ def adapters():
     return random_adapters(MODULES, (2, 3))
 
 
-def needed(adapters, rule):
+def needed(adapters, rule, workers=None):
     """The least memory that a stream says it needs."""
     with pytest.raises(MemoryError, match=r"module .* needs .* MiB") as error:
         plain_stream(adapters, rule, key=KEY, max_memory=1)
     assert "are allowed" in str(error.value)
     chained = cm.chain(rule)
     costs = [cost(group, chained, cm.core()) for group in group_modules(adapters)]
-    workers = plain_stream(adapters, rule, key=KEY).workers
-    return (workers + 1) * max(one.held + one.work for one in costs)
+    workers = workers or plain_stream(adapters, rule, key=KEY).workers
+    return max(one.memory(workers, 1) for one in costs)
 
 
 @pytest.mark.parametrize("name", narrow(RULES, ["dare, ties"], night=["tsv, isotropize"]))
@@ -59,9 +59,8 @@ def test_fewer_workers_where_memory_is_short(adapters, monkeypatch):
     rule = RULES["tsv, isotropize"]
     whole = plain_merge(adapters, rule)
     monkeypatch.setattr(batches, "count_workers", lambda _: 4)
-    least = needed(adapters, rule)
     for workers in (1, 2, 3, 4):
-        limit = least * (workers + 1) // 5
+        limit = needed(adapters, rule, workers)
         stream = plain_stream(adapters, rule, max_memory=limit)
         assert stream.workers == workers
         assert stream.memory <= limit
