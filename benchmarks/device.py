@@ -3,7 +3,8 @@
     python benchmarks/device.py [--shapes SHAPE ...] [--rules RULE ...] [--repeat N] [--tiny]
 
 Merges on JAX's default device, in float64 and float32, and measures the operations and bytes per
-second of each stage, beside those of a large matrix product and of a copy. It needs only JAX.
+second of each stage, beside those of a large matrix product and of a copy. Then it does as
+`packs.py`, with Llama-3-8B. It needs only JAX.
 Writes a table and JSON to ``benchmarks/results/jax-VERSION/device-NAME``.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packs
 from common import machine
 from common.paper import RULE_TITLES
 from common.peers import RULES
@@ -219,14 +221,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 whole = found[""]["merge"].seconds
                 print(f"{shape.title}: {rule}: {precision}: {digits(whole)}", file=sys.stderr)
                 jax.clear_caches()
-    return {"ceilings": ceilings, "rows": rows}
+    packed = SHAPES["llama-3-8b"].tiny() if options.tiny else SHAPES["llama-3-8b"]
+    return {"ceilings": ceilings, "rows": rows, "packs": packs.measure(packed, options.repeat)}
 
 
 # --- Tables ----------------------------------------------------------------------------------
 
 
 def sheets(result: dict[str, Any]) -> list[Sheet]:
-    """Returns the tables of the ceilings and of the stages."""
+    """Returns the tables of the ceilings, of the stages, and of packs."""
     ceilings = [
         [name, "", f"{c['flops'] / 1e9:.0f}", f"{c['bandwidth'] / 1e9:.0f}"]
         for name, c in result["ceilings"].items()
@@ -237,6 +240,7 @@ def sheets(result: dict[str, Any]) -> list[Sheet]:
     return [
         Sheet(header, ceilings),
         Sheet(["merge", "stage", "rule", "precision", *columns], rows),
+        *packs.sheets(result["packs"]),
     ]
 
 
@@ -287,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = re.sub(r"\W+", "-", device.device_kind).strip("-").lower()
     title = f"Stages of a merge on {device.device_kind}"
     stem = options.output / f"device-{name}"
-    publish(stem, title, {"machine": described} | result, sheets(result), NOTES)
+    notes = f"{NOTES}\n\n{packs.notes(result['packs'])}"
+    publish(stem, title, {"machine": described} | result, sheets(result), notes)
     return 0
 
 

@@ -5,8 +5,8 @@
 Six adapters of rank 16 for the attention of Llama-3-8B. First: from weights to a merge, of the
 adapters themselves, of their pack, and of the pack to small matrices alone. Then one layer of each
 shape, with a batch of requests: with one merged adapter, with as many merges as requests by
-`coremerge_jax.serve`, and with as many written adapters. All take turns in each round. The same on
-a GPU, if JAX has one. Writes a table and JSON to ``benchmarks/results/jax-VERSION``.
+`coremerge_jax.serve`, and with as many written adapters. All take turns in each round. `device.py`
+does the same on an accelerator. Writes a table and JSON to ``benchmarks/results/jax-VERSION``.
 """
 
 import argparse
@@ -119,6 +119,29 @@ def _each(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("nlr,nmr->nlm", jnp.einsum("nli,nri->nlr", x, a), b)
 
 
+def measure(shape: Shape, repeat: int, requests: int = 64, tokens: int = 1) -> dict[str, Any]:
+    """Measures merges of all modules, and one layer of each shape."""
+    packing, merged = merging(shape, repeat)
+    served = [
+        {"layer": f"{kind.m} × {kind.n}", "times": serving(shape, kind, requests, tokens, repeat)}
+        for kind in shape.kinds
+    ]
+    return {
+        "shape": shape.title,
+        "layers": shape.layers,
+        "requests": requests,
+        "tokens": tokens,
+        "packing": packing,
+        "merging": merged,
+        "serving": served,
+    }
+
+
+def notes(result: Mapping[str, Any]) -> str:
+    """Returns the notes below the tables."""
+    return NOTES.format(packing=digits(1000 * result["packing"]))
+
+
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     """Returns the tables."""
     header = ["rule", "adapters", "pack", "matrices", "adapters / matrices"]
@@ -176,28 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = dataclasses.replace(SHAPES["llama-3-8b"], layers=options.layers)
     shape = shape.tiny() if options.quick else shape
     watch = machine.Watch()
-    packing, merged = merging(shape, options.repeat)
-    rest = options.requests, options.tokens, options.repeat
-    served = [
-        {"layer": f"{kind.m} × {kind.n}", "times": serving(shape, kind, *rest)}
-        for kind in shape.kinds
-    ]
+    found = measure(shape, options.repeat, options.requests, options.tokens)
     described = machine.describe(watch)
     machine.is_busy(described)
-    result = {
-        "machine": described,
-        "shape": shape.title,
-        "layers": shape.layers,
-        "requests": options.requests,
-        "tokens": options.tokens,
-        "packing": packing,
-        "merging": merged,
-        "serving": served,
-    }
+    result = {"machine": described} | found
     title = f"Packs: {shape.title}, {shape.layers} layers, {options.requests} requests of "
     title += f"{options.tokens} token{'s' if options.tokens > 1 else ''}"
-    notes = NOTES.format(packing=digits(1000 * packing))
-    publish(options.output / "packs", title, result, sheets(result), notes)
+    publish(options.output / "packs", title, result, sheets(result), notes(result))
     return 0
 
 

@@ -3,10 +3,12 @@
 import json
 
 import device
+import packs
 import pytest
 
 
-@pytest.mark.parametrize("rule", ["tsv", pytest.param("ties", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rule", ["tsv", "ties"])
 def test_every_stage_is_measured(tmp_path, rule):
     options = ["--tiny", "--shapes", "vit-b32", "--rules", rule, "--precisions", "float64"]
     assert device.main([*options, "--repeat", "1", "--output", str(tmp_path)]) == 0
@@ -18,9 +20,11 @@ def test_every_stage_is_measured(tmp_path, rule):
         assert row["seconds"] > 0
         assert row["flops"] > 0
         assert row["bandwidth"] > 0
+    assert {row["rule"] for row in result["packs"]["merging"]} == set(packs.RULES)
     table = (tmp_path / "device-cpu.md").read_text()
     assert "ViT-B/32" in table
     assert "GB/s" in table
+    assert "From weights to a merge" in table
 
 
 def test_unknown_shape():
