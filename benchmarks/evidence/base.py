@@ -312,13 +312,14 @@ class Study(abc.ABC):
             names: of the tasks.
         """
         start = self.measure(method, names)["parameters"]["scale"]
+        title = f"{method.rules}, a coefficient per {per}"
 
         def make() -> tuple[cm.Adapter, dict[str, Any]]:
             fitted = cm.search.fit(
                 self.loss(names),
                 self._projected(method, names),
                 parse_chain(method.rules),
-                self._drawn(names),
+                self._drawn(names, Progress(title, self.say)),
                 validation=self._deciding(names),
                 per=per,
                 initial=start,
@@ -326,15 +327,16 @@ class Study(abc.ABC):
                 every=10,
                 patience=4,
             )
-            self.say(f"{method.rules}, a coefficient per {per}: step {fitted.step}")
+            self.say(f"{title}: step {fitted.step}")
             return fitted.adapter, {"parameters": {"start": start, "steps": fitted.step}}
 
         name = f"learned-{per}-{method.slug}-{self.digest(names, method.tried)}"
         return self.tested(name, names, make)
 
-    def _drawn(self, names: Sequence[str]) -> Iterator[Batch]:
+    def _drawn(self, names: Sequence[str], progress: Progress) -> Iterator[Batch]:
         rng, settings = np.random.default_rng(0), self.learning
-        for _ in range(settings.steps):
+        for step in range(settings.steps):
+            progress(step, settings.steps)
             places = {name: np.arange(settings.decide, self.count(name)) for name in names}
             yield self.batch({name: rng.choice(x, settings.share) for name, x in places.items()})
 
