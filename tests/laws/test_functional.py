@@ -171,7 +171,13 @@ def test_merge_inside_a_jitted_function():
     assert distance(step(adapters, x), expected) < 1e-4
 
 
-@pytest.mark.parametrize("merge", [cm.merge, lambda x, rule: cm.project(x).merge(rule)])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        cm.merge,
+        pytest.param(lambda x, rule: cm.project(x).merge(rule), marks=pytest.mark.wide),
+    ],
+)
 def test_what_is_not_traced_is_merged_at_once_in_a_jitted_function(merge):
     """As in a step that closes over adapters."""
     adapters = random_adapters({"q": (9, 7), "v": (6, 8)}, RANKS)

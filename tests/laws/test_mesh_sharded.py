@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY, assert_same, distance, plain_merge, plain_stream, random_adapters
+from helpers import KEY, assert_same, distance, narrow, plain_merge, plain_stream, random_adapters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from many_devices import CASES, RANKS, SHAPES, mesh, put
@@ -151,7 +151,7 @@ def test_all_else_takes_factors_whose_types_say_where_they_are():
 # --- The pure functions, in a user's own shard_map ---------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ties", pytest.param("svc", marks=pytest.mark.wide), "tsv"])
+@pytest.mark.parametrize("name", narrow(["ties", "svc", "tsv"], ["ties"]))
 def test_functions_under_shard_map(name):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((8, 9, 70)), rng.standard_normal((8, 66, 9))

@@ -62,7 +62,7 @@ def test_a_pack_has_the_adapters_as_they_are(adapters, pack):
 @pytest.mark.parametrize(
     "rule", narrow(RULES, ["ties", "tsv"], night=["dare, ties, isotropize", "ties of the model"])
 )
-@pytest.mark.parametrize("choice", narrow(CHOICES, ["all", "two"]))
+@pytest.mark.parametrize("choice", narrow(CHOICES, ["two"], night=["one"]))
 def test_merges_of_a_pack_are_those_of_the_adapters(adapters, pack, rule, choice):
     weights = [0.5, 2.0, 1.0][: len(CHOICES[choice])]
     options = {"key": KEY, "weights": weights}
@@ -153,6 +153,7 @@ def test_linear_merges_are_compiled_to_numbers_on_the_diagonal(pack):
     np.testing.assert_allclose(compiled.cores["q"], np.diag(expected), rtol=1e-6)
 
 
+@pytest.mark.wide
 def test_compiling_merges_of_a_pack_reads_no_factors(adapters, monkeypatch):
     given = [without(adapter, "few") for adapter in adapters]
     pack, expected = cm.pack(given), cm.compile_merge(given, cm.ties())
