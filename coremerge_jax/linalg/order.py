@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
+# Larger arrays are bracketed by order statistics of a sample, which is every so-manieth entry: a
+# prime number, so that it has entries of all columns of a matrix.
+_LARGE, _STRIDE = 2**16, 251
+
 
 @jax.jit
 def kth_smallest(x: Float[Array, "*shape"], k: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the ``k``-th smallest entry (from 1) of a nonnegative ``x``; 0 where ``k < 1``.
 
     Nonnegative floats are ordered as their bit patterns are. A pattern with exactly ``k`` entries
-    below is found by counting, without a sort: first among the upper halves of the bits, which
-    are half the memory and nearly always suffice. ``k`` may be traced. The derivative is zero.
+    below is found by counting, without a sort. ``k`` may be traced. The derivative is zero.
 
     Args:
         x: float array of any shape.
@@ -21,18 +24,7 @@ def kth_smallest(x: Float[Array, "*shape"], k: Int[Array, ""]) -> Float[Array, "
     """
     width = 8 * x.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.dtype(f"uint{width}"))
-    half = width // 2
-    upper = (bits >> half).astype(jnp.dtype(f"uint{half}"))
-    zeros = jnp.sum(bits == 0, dtype=k.dtype)
-    largest = jnp.max(upper, initial=0)
-    smallest = jnp.min(jnp.where(bits > 0, upper, largest), initial=largest)
-    known = (k <= zeros) | (k == bits.size)
-    place = _narrow(upper, k, _Place(smallest, largest + 1, zeros - k, bits.size - k, known))
-    low, high = (end.astype(bits.dtype) << half for end in (place.low, place.high))
-    place = _narrow(bits, k, place._replace(low=low, high=high))
-    just_below = jnp.max(jnp.where(bits < place.high, bits, 0), initial=0)
-    value = jnp.where(k <= zeros, 0, jnp.where(place.found, just_below, place.low))
-    return jax.lax.bitcast_convert_type(value, x.dtype)
+    return jax.lax.bitcast_convert_type(_select(bits.ravel(), k), x.dtype)
 
 
 def kth_largest(x: Float[Array, "*shape"], k: Int[Array, ""]) -> Float[Array, ""]:
@@ -56,6 +48,54 @@ class _Place(NamedTuple):
     under: Num[Array, ""]
     over: Num[Array, ""]
     found: Bool[Array, ""]
+
+
+def _select(bits: UInt[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
+    """Returns the ``k``-th smallest integer; 0 where ``k < 1``."""
+    place = _sampled(bits, k) if bits.size >= _LARGE else _whole(bits, k)
+    # First by the leading of the bits in which both ends differ: these cells take half the memory,
+    # and nearly always suffice.
+    half = 4 * bits.dtype.itemsize
+    varying = 2 * half - jax.lax.clz(place.high - place.low).astype(jnp.int32)
+    shift = jnp.maximum(varying - half + 1, 0).astype(bits.dtype)
+    inside = jnp.clip(bits, place.low, place.high - 1) - place.low
+    cells = (inside >> shift).astype(jnp.dtype(f"uint{half}"))
+    end = ((place.high - 1 - place.low) >> shift).astype(cells.dtype) + 1
+    found = _narrow(cells, k, place._replace(low=end - end, high=end))
+    low, high = (place.low + (x.astype(bits.dtype) << shift) for x in (found.low, found.high))
+    high = jnp.where(found.high == end, place.high, high)
+    place = _narrow(bits, k, found._replace(low=low, high=high))
+    just_below = jnp.max(jnp.where(bits < place.high, bits, 0), initial=0)
+    return jnp.where(place.found, just_below, place.low)
+
+
+def _whole(bits: UInt[Array, " n"], k: Int[Array, ""]) -> _Place:
+    """Returns the bounds from the smallest to the largest of the integers but 0."""
+    zeros = jnp.sum(bits == 0, dtype=k.dtype)
+    largest = jnp.max(bits, initial=0)
+    smallest = jnp.min(jnp.where(bits > 0, bits, largest), initial=largest)
+    zero = k <= zeros
+    return _Place(
+        low=jnp.where(zero, 0, smallest),
+        high=jnp.where(zero, 1, largest + 1),
+        under=zeros - k,
+        over=jnp.where(zero, zeros, bits.size) - k,
+        found=zero | (k == bits.size),
+    )
+
+
+def _sampled(bits: UInt[Array, " n"], k: Int[Array, ""]) -> _Place:
+    """Returns bounds from a sample; or of all integers, where they do not hold."""
+    sample = bits[::_STRIDE]
+    # The place in a random sample is off by half of the root of its size, or less, on average.
+    middle, margin = k.astype(jnp.float32) * (sample.size / bits.size), 2 * sample.size**0.5 + 2
+    first, last = ((middle + off).astype(k.dtype) for off in (-margin, margin))
+    low = _select(sample, first)
+    most = jnp.asarray(jnp.iinfo(bits.dtype).max // 2 + 1, bits.dtype)  # no float has that bit
+    high = jnp.where(last > sample.size, most, _select(sample, last) + 1)
+    under, over = (jnp.sum(bits < bound, dtype=k.dtype) - k for bound in (low, high))
+    place = _Place(low, high, under, over, over == 0)
+    return jax.lax.cond((under < 0) & (over >= 0), lambda: place, lambda: _whole(bits, k))
 
 
 def _narrow(bits: UInt[Array, "*shape"], k: Int[Array, ""], place: _Place) -> _Place:

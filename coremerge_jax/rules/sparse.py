@@ -97,12 +97,12 @@ class ties(Rule):
         def agreeing(core: Core, threshold: _Scalar, weight: _Scalar) -> tuple[Dense, Dense]:
             kept = trim(core, threshold, weight)
             agrees = jnp.sign(kept) * elected > 0
-            return jnp.where(agrees, jnp.abs(kept), 0), agrees.astype(kept.dtype)
+            return jnp.where(agrees, jnp.abs(kept), 0), agrees.astype(np.float32)
 
         combine = jnp.maximum if self.reduce == "max" else jnp.add
         merged, number = accumulate(agreeing, cores, thresholds, weights, combine=combine)
         if self.reduce == "mean":
-            merged = merged / jnp.maximum(number, 1)
+            merged = merged / jnp.maximum(number, 1).astype(merged.dtype)
         return elected * merged
 
     def operations(self, cores: Sizes) -> Operations:

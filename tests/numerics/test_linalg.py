@@ -252,6 +252,29 @@ def test_kth_smallest_is_that_of_a_sort(size, dtype, data):
     np.testing.assert_array_equal(found, np.sort(np.asarray([0, *drawn], unsigned)))
 
 
+LARGE = {
+    "normal": lambda rng: rng.standard_normal((300, 400)),
+    "mostly zeros": lambda rng: rng.standard_normal((300, 400)) * (rng.random((300, 400)) < 0.1),
+    "few values": lambda rng: rng.integers(0, 3, (300, 400)).astype(float),
+    "ascending": lambda _: np.arange(120_000.0).reshape(300, 400),
+    "one above all": lambda _: np.where(np.arange(120_000) == 7, 1e300, 1e-300),
+    "of many magnitudes": lambda rng: np.exp(100 * rng.standard_normal((300, 400))),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", narrow(LARGE, ["normal", "few values"]))
+def test_kth_smallest_of_many(name, dtype):
+    """A sample of the entries brackets it, or misleads."""
+    with np.errstate(over="ignore"):
+        x = np.abs(LARGE[name](np.random.default_rng(0))).astype(dtype)
+    places = [0, 1, 2, 300, 60_000, 96_123, x.size - 1, x.size]
+    with jax.enable_x64(True):
+        found = every_kth_smallest(jnp.asarray(x), jnp.asarray(places, jnp.int32))
+    ordered = np.concatenate([[0], np.sort(x.ravel())]).astype(dtype)
+    np.testing.assert_array_equal(found, ordered[places])
+
+
 def _coinciding():
     rng = np.random.default_rng(3)
     return orthogonal(rng, 5)[:, :3] @ orthogonal(rng, 4)[:, :3].T
