@@ -126,6 +126,7 @@ SHAPES = {
             if r != 16  # that is tasks-8
         ),
         _square("saturated", "4 × 384², T 16, r 64: R > m, n", 4, 384, 16, 64),
+        _square("many", "2 × 1024², T 1000, r 16: R > m, n", 2, 1024, 1000, 16),
     )
 }
 
