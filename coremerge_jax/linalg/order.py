@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
-# Larger arrays are bracketed by order statistics of a sample, which is every so-manieth entry: a
-# prime number, so that it has entries of all columns of a matrix.
+# Order statistics of larger arrays are bracketed by those of a sample. Its stride is a prime, so
+# that it has entries of all columns of a matrix.
 _LARGE, _STRIDE = 2**16, 251
 
 

@@ -102,16 +102,17 @@ def fitting_workers(
     Raises:
         MemoryError: none.
     """
+    costs = [cost(group, rule, space) for group in groups]
 
-    def needed(group: Group, workers: int = 1) -> int:
-        return cost(group, rule, space).memory(workers, rows, rows)
+    def needed(number: int) -> list[int]:
+        return [one.memory(number, rows, rows) for one in costs]
 
-    largest = max(groups, key=needed)
-    fitting = next((n for n in range(workers, 0, -1) if needed(largest, n) <= max_memory), 0)
+    fitting = next((n for n in range(workers, 0, -1) if max(needed(n)) <= max_memory), 0)
     if fitting < 1:
+        most, largest = max(zip(needed(1), groups, strict=True), key=lambda pair: pair[0])
         raise MemoryError(
             f"module {largest.paths[0]!r} ({largest.shape[0]} x {largest.shape[1]}, ranks adding "
-            f"up to {sum(largest.ranks)}) needs {needed(largest) / 2**20:.0f} MiB while it is "
+            f"up to {sum(largest.ranks)}) needs {most / 2**20:.0f} MiB while it is "
             f"merged and another is written; {max_memory / 2**20:.0f} MiB are allowed"
         )
     return fitting

@@ -233,6 +233,54 @@ def test_svd_where_divide_and_conquer_fails(seed):
         np.testing.assert_allclose(lapack.singular_values(jnp.asarray(x)), s, atol=1e-12)
 
 
+def _polar_cases():
+    """Yields names, singular values and shapes; each matrix is larger than `GRAM_SIZE`."""
+    flat = np.linspace(0.9, 1, 80)
+    yield "alike", flat, (80, 80)
+    yield "one large", np.r_[1.7, flat[:79]], (80, 80)
+    yield "condition 30", np.geomspace(1, 1 / 30, 80), (80, 80)
+    yield "condition 1e6", np.geomspace(1, 1e-6, 80), (80, 80)
+    yield "no full rank", np.r_[flat[:50], np.zeros(30)], (80, 80)
+    yield "tall", flat, (120, 80)
+    yield "wide", flat, (80, 300)
+    yield "wide, no full rank", np.r_[flat[:50], np.zeros(30)], (80, 300)
+    yield "wide, condition 1e6", np.geomspace(1, 1e-6, 80), (80, 300)
+    yield "zero", np.zeros(80), (80, 90)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "s", "shape"),
+    [
+        pytest.param(dtype, s, shape, id=f"{name}, {dtype}")
+        for name, s, shape in _polar_cases()
+        for dtype in ("float32", "float64")
+        if dtype == "float64" or "1e6" not in name  # in float32, that is noise
+    ],
+)
+def test_polar_factors_are_those_of_the_singular_vectors(dtype, s, shape):
+    (p, q), rng = shape, np.random.default_rng(0)
+    u, v = orthogonal(rng, p)[:, :80], orthogonal(rng, q)[:, :80]
+    live = s > 0
+    with jax.enable_x64(True):
+        x = jnp.asarray((u * s) @ v.T, dtype)
+        found = np.asarray(jax.jit(linalg.polar)(x), np.float64)
+    least = s[live].min() if live.any() else 1
+    expected = u[:, live] @ v[:, live].T
+    assert np.abs(found - expected).max() < 200 * float(jnp.finfo(dtype).eps) / least
+
+
+def test_polar_factors_where_the_power_method_misses_the_largest_singular_value():
+    """Its vector is orthogonal to the start; the polar factor of a definite matrix is 1."""
+    x = np.eye(80)
+    root_sum, root_difference = np.sqrt(0.1), np.sqrt(1.9)
+    x[:2, :2] = [[root_sum + root_difference, root_sum - root_difference]] * 2
+    x[1, :2] = x[1, 1::-1]
+    x[:2, :2] /= 2
+    with jax.enable_x64(True):
+        found = jax.jit(linalg.polar)(jnp.asarray(x))
+    np.testing.assert_allclose(found, np.eye(80), atol=1e-12)
+
+
 every_kth_smallest = jax.jit(jax.vmap(linalg.kth_smallest, (None, 0)))
 
 
