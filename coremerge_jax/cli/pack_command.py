@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from typer.core import TyperGroup
 
 from coremerge_jax.cli.console import Stages, folder_size, print_json, say
-from coremerge_jax.cli.options import Force, Json, run_option
+from coremerge_jax.cli.options import Force, Given, Json, run_option, takes_recipe
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.formats import described
 
@@ -24,7 +24,10 @@ coremerge pack adapters/* -o pack
 
 coremerge merge pack -o merged; coremerge merge pack/math pack/code -o two
 
-coremerge pack add pack adapters/new; coremerge pack remove pack math"""
+coremerge pack add pack adapters/new; coremerge pack remove pack math
+
+coremerge pack compile pack --rule tsv -o tsv.safetensors; coremerge pack lift tsv.safetensors \
+pack -o merged"""
 
 PACK = typer.Argument(metavar="PACK", help="The folder of a pack.", show_default=False)
 OtherBase = Annotated[
@@ -131,6 +134,98 @@ def remove(
 ) -> None:
     """Remove adapters from a pack, which is replaced as a whole."""
     _change(folder, lambda made: functools.reduce(_without, names, made), as_json)
+
+
+@app.command("compile")
+@takes_recipe
+def compile_(
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write, .safetensors."),
+    ] = None,
+    *,
+    given: Given,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge to one small matrix for each module: a few megabytes, for lift and for cm.serve."""
+    recipe = given.recipe()
+    if output is None:
+        raise RecipeError("no output: give -o FILE")
+    if not recipe.limit.nothing or recipe.to:
+        raise RecipeError(
+            "matrices cannot be cut or written in another format; lift them, and convert the "
+            "adapter (coremerge pack lift, coremerge convert)"
+        )
+    recipe.check()
+    recipe = recipe.expanded()
+
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.merge_files import MARK, save_merge
+    from coremerge_jax.io.outputs import check_file
+    from coremerge_jax.merging.compiled import compile_stream
+
+    stage = Stages()
+    with stage("open"):
+        check_file(output, mark=MARK.encode(), inputs=recipe.adapters, force=force)
+        resolved = recipe.resolve()
+        stream = resolved.stream([open_adapter(source) for source in recipe.adapters])
+    with stage("merge"):
+        merge = compile_stream(stream, recipe.dtype)
+    with stage("write"):
+        save_merge(merge, output, force=force)
+    names = [adapter.metadata.name for adapter in merge.adapters]
+    size = output.stat().st_size
+    if as_json:
+        report = {"output": str(output), "bytes": size, "adapters": names}
+        return print_json({**report, "modules": len(merge.cores), "seconds": stage.seconds})
+    return say(
+        f"merged {', '.join(map(str, names))} by {' + '.join(recipe.rules)} to "
+        f"{len(merge.cores)} matrices in {sum(stage.seconds.values()):.1f} s",
+        f"wrote {output} ({decimal(size)}); keep the adapters",
+    )
+
+
+@app.command()
+def lift(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What compile wrote.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="The pack, or the adapters, of which the merge is.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="Folder for the merged adapter."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the adapter that a compiled merge stands for, in PEFT's format."""
+    if output is None:
+        raise RecipeError("no output: give -o OUT")
+
+    from coremerge_jax.io.formats import open_adapter
+    from coremerge_jax.io.merge_files import load_merge
+    from coremerge_jax.io.outputs import ADAPTER, check_output
+    from coremerge_jax.io.packs.pack_record import expand
+    from coremerge_jax.io.peft.writer import save_peft
+
+    stage = Stages()
+    with stage("open"):
+        check_output(output, kind=ADAPTER, inputs=[file, *sources], force=force)
+        merge = load_merge(file, [open_adapter(source) for source in expand(sources)])
+    with stage("lift"):
+        merged = merge.adapter()
+    with stage("write"):
+        save_peft(merged, output, force=force)
+    size = folder_size(output)
+    if as_json:
+        return print_json({"output": str(output), "bytes": size, "seconds": stage.seconds})
+    return say(f"wrote {output} ({decimal(size)}), {len(merged)} modules")
 
 
 def _without(made: "Pack", name: str) -> "Pack":

@@ -22,7 +22,7 @@ from coremerge_jax.merging.compiled import Merge
 from coremerge_jax.merging.present import find_present
 from coremerge_jax.merging.statistics import same_rows
 
-_FIELD = "coremerge_merge"
+MARK = "coremerge_merge"
 _VERSION = 1
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _FIELDS = {"version": untrusted.WHOLE, "adapters": untrusted.TEXTS}
@@ -46,7 +46,8 @@ def save_merge(merge: Merge, out: str | Path, *, force: bool = False) -> None:
     if merge.present.extras or merge.present.metadata.beside:
         raise UnsupportedError(
             f"{out}: the merge has extras (trained weights that are no low-rank updates), which a "
-            "file of a compiled merge does not hold; compile it with extras='drop'"
+            "file of a compiled merge does not hold; compile it with extras='drop' "
+            "(--extras drop)"
         )
     names = [adapter.metadata.name for adapter in merge.adapters]
     if None in names or len(set(names)) < len(names):
@@ -54,13 +55,13 @@ def save_merge(merge: Merge, out: str | Path, *, force: bool = False) -> None:
             f"adapters are named {', '.join(map(str, names))}; a file needs a name of its own for "
             "each: pack them with names"
         )
-    header = {_FIELD: json.dumps({"version": _VERSION, "adapters": names})}
+    header = {MARK: json.dumps({"version": _VERSION, "adapters": names})}
     tensors: dict[str, np.ndarray] = {}
     for path, core in merge.cores.items():
         tensors[f"{path}.core"] = np.asarray(core)
         tensors[f"{path}.squares"] = _squares(merge.adapters, path)
     with (
-        atomic_file(out, mark=_FIELD.encode(), force=force) as file,
+        atomic_file(out, mark=MARK.encode(), force=force) as file,
         TensorWriter(file, tensors, header) as writer,
     ):
         for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
@@ -118,10 +119,10 @@ def _squares(adapters: Sequence[AdapterSource], path: str) -> np.ndarray:
 
 def _read_names(reader: TensorReader) -> list[str]:
     """Returns the names of the adapters that were merged, from the header of a file."""
-    text = reader.metadata.get(_FIELD)
+    text = reader.metadata.get(MARK)
     if text is None:
         raise FormatError(f"{reader.file}: no compiled merge; expected a file of save_merge")
-    where = f"{reader.file}: {_FIELD}"
+    where = f"{reader.file}: {MARK}"
     header: Mapping[str, Any] = untrusted.parse_json(text, where)
     if not isinstance(header, dict):
         raise FormatError(f"{where} is {untrusted.short(header)}; expected an object")

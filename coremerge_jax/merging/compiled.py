@@ -14,6 +14,7 @@ from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.present import Present
 from coremerge_jax.merging.program import lift_stack
 from coremerge_jax.merging.stacks import stack_factors
+from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.rules import Rule
 
 
@@ -91,7 +92,11 @@ def compile_merge(
         CoreMergeError: as `merge`.
         UnsupportedError: merges in this space are no such matrices.
     """
-    stream = merge_stream(adapters, rule, **options)
+    return compile_stream(merge_stream(adapters, rule, **options), dtype)
+
+
+def compile_stream(stream: MergeStream, dtype: str) -> Merge:
+    """Merges to matrices what a stream would merge to factors; see `compile_merge`."""
     cores = {}
     for path, core in stream.compile().items():
         cores[path] = core.astype(dtype)

@@ -72,11 +72,38 @@ def test_packs_are_inspected_swept_and_reported_on(coremerge, folder, tmp_path):
     assert np.isfinite(cm.load_peft(tmp_path / "sweep/scale=1")["layer.0.query"].a).all()
 
 
+def test_compiled_merges_are_lifted_to_those_of_merge(coremerge, folder, tmp_path):
+    out, expected, file = tmp_path / "out", tmp_path / "expected", tmp_path / "iso.safetensors"
+    options = ["--rule", "ties", "--rule", "isotropize", "--weights", "1,2,0.5"]
+    found = coremerge("pack", "compile", folder, *options, "-o", file, "--json")
+    assert found.code == 0, found.err
+    report = json.loads(found.out)
+    assert report["bytes"] == file.stat().st_size
+    assert report["adapters"] == ["math", "code", "chat"]
+    assert coremerge("pack", "lift", file, folder, "-o", out).code == 0
+    assert coremerge("merge", folder, *options, "-o", expected).code == 0
+    assert largest(out, expected) < 1e-5
+    assert coremerge("pack", "lift", file, folder, "-o", out, "--force").code == 0
+
+    again = coremerge("pack", "compile", folder, "-o", file)
+    assert again.code == 1
+    assert "already exists" in again.err
+    assert coremerge("pack", "compile", folder / "chat", "-o", file, "--force").code == 0
+    assert "coremerge pack lift makes an adapter" in coremerge("inspect", file).err
+    other = coremerge("pack", "lift", file, folder / "math", "-o", tmp_path / "other")
+    assert other.code == 1
+    assert "'chat' is not among the adapters" in other.err
+
+
 def test_mistakes_with_packs_have_messages(coremerge, adapters, folder, tmp_path):
     out = tmp_path / "out"
     for args, message in (
         (["merge", folder / "mth", "-o", out], "did you mean 'math'?"),
         (["merge", folder, "-o", folder / "x"], "is inside the input"),
+        (["pack", "compile", folder, "-o", folder / "x"], "is inside the input"),
+        (["pack", "compile", folder, "--rank", "8", "-o", out], "coremerge pack lift"),
+        (["pack", "compile", folder, "--space", "full", "-o", out], "core"),
+        (["pack", "lift", folder / "coordinates.safetensors", folder, "-o", out], "save_merge"),
         (["merge", folder, "-o", folder, "--force"], "is the input"),
         (["pack", folder, "-o", folder, "--force"], "is the input"),
         (["convert", folder, "-o", out], "a pack of 3 adapters (math, code, chat)"),
