@@ -381,9 +381,8 @@ def _polar_by_products(x: Float[Array, "p q"]) -> tuple[Float[Array, "p q"], Boo
 
 def _eigenvalue_bound(gram: Float[Array, "p p"]) -> _Scalar:
     """Returns a number that all eigenvalues of a Gram matrix are below, and mostly close to it."""
-    x = jnp.sum(jnp.abs(gram), axis=0)
-    for _ in range(12):
-        x = matmul(gram, x / jnp.linalg.norm(x))
+    start = jnp.sum(jnp.abs(gram), axis=0)
+    x = jax.lax.fori_loop(0, 12, lambda _, x: matmul(gram, x / jnp.linalg.norm(x)), start)
     bound = 1.25 * jnp.linalg.norm(x)
     # The power method may miss the largest. A Cholesky factorization tells.
     factor = lapack.cholesky(bound * jnp.eye(len(gram), dtype=gram.dtype) - gram)
