@@ -411,8 +411,8 @@ def project_stack(
 
     def one(module: Inputs) -> tuple[Projection, jax.Array, jax.Array]:
         found = project_module(module, settings, elementwise=elementwise)
-        peaks = [jnp.max(jnp.abs(x)) for x in (module.a, module.b, *jax.tree.leaves(found.factors))]
-        finite = jnp.all(jnp.stack([jnp.isfinite(peak) for peak in peaks]))
+        arrays = (module.a, module.b, *jax.tree.leaves(found.factors))
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]))
         return found, jnp.asarray(found.keeps_a), finite
 
     return over_modules(one, inputs)
@@ -479,7 +479,7 @@ def finish_stack(
     """Returns the merged factors as they are given out, and the largest magnitude in each B."""
     of_a, of_b = map(jax.dtypes.canonicalize_dtype, dtypes)
     b = jax.vmap(partial(finish, dtype=of_b))(b.astype(scales.dtype), scales)
-    return a.astype(of_a), b, jnp.max(jnp.abs(b), axis=(1, 2)).astype(jnp.float32)
+    return a.astype(of_a), b, _peaks(b, (1, 2)).astype(jnp.float32)
 
 
 @jax.jit
@@ -550,10 +550,10 @@ def _facts(
     """
     merged = b
     if isinstance(factors, LoRA) and isinstance(settings.space, core):
-        b_sizes = jnp.max(jnp.abs(jnp.asarray(factors.b)), axis=(1, 2))
-        a_sizes = jnp.max(jnp.abs(jnp.asarray(factors.a)), axis=(1, 2))
+        b_sizes = _peaks(jnp.asarray(factors.b), (1, 2))
+        a_sizes = _peaks(jnp.asarray(factors.a), (1, 2))
     else:
-        ends, columns = np.cumsum(settings.ranks)[:-1], _column_peaks(module.b)
+        ends, columns = np.cumsum(settings.ranks)[:-1], _peaks(module.b, 0)
         b_sizes = _largest(columns, ends, settings.dtype)
         a_sizes = _largest(_row_sums(module.a), ends, settings.dtype)
         if factors is None and b.shape == module.b.shape:
@@ -562,7 +562,7 @@ def _facts(
             peaks = dataclasses.replace(module, b=columns[None, :])
             scaled = jnp.asarray(merge_linear(rule, peaks, settings).b)
             merged = finish(scaled, module.scale, b.dtype)
-    peak = jnp.max(_column_peaks(merged)).astype(settings.dtype)
+    peak = _peaks(_peaks(merged, 0), 0).astype(settings.dtype)
     # Each device returns its own facts, so that none has to wait for another.
     facts = Facts(sizes=jnp.stack([b_sizes, a_sizes])[:, :, None], peaks=peak[None])
     return jax.lax.stop_gradient(facts)
@@ -578,18 +578,18 @@ def _row_sums(x: Float[Array, "p q"]) -> Float[Array, " p"]:
     return matmul(wide, jnp.ones(x.shape[1], wide.dtype))
 
 
-def _column_peaks(x: Float[Array, "p q"]) -> Float[Array, " q"]:
-    """Returns ``(q,)``, the largest magnitude in each column of ``(p, q)``; NaN if one is NaN.
+def _peaks(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns the largest magnitude along some axes; NaN if one is NaN.
 
     Magnitudes are compared as integers, whose order is that of their bit patterns, with NaN above
-    infinity. XLA's CPU backend vectorizes a maximum of integers along columns, and not one of
-    floats, which has to pass NaN on: it takes four times as long.
+    infinity. On CPU, a maximum of floats takes four times as long, and loses NaN if the array is
+    large (seen with JAX 0.9.2 and 0.12).
     """
     integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(x)), integer)
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=0), x.dtype)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis), x.dtype)
 
 
 def _largest(x: Float[Array, " R"], ends: np.ndarray, dtype: np.dtype) -> Float[Array, " T"]:
     """Returns the largest of the ``(R,)`` numbers of each adapter."""
-    return jnp.stack([jnp.max(part) for part in jnp.split(x.astype(dtype), ends)])
+    return jnp.stack([_peaks(part, 0) for part in jnp.split(x.astype(dtype), ends)])

@@ -156,3 +156,19 @@ def test_what_is_refused(adapters):
         projected.merge(cm.tsv(), weights={"c.q": [1.0, 1.0, 1.0]})
     with pytest.raises(cm.MismatchError, match="scale pattern 'z' matches no module"):
         projected.merge(cm.tsv(), scale={"z": 2.0})
+
+
+def test_one_nan_in_large_factors_is_refused():
+    """JAX's maximum of large arrays loses NaN on CPU."""
+    adapters = random_adapters({"q": (400, 1000)}, (8, 100), dtype="float32")
+    for side in "ab":
+        factors = {x: np.array(getattr(adapters[1]["q"], x)) for x in "ab"}
+        factors[side][3, 5] = np.nan
+        given = [adapters[0], adapters[1].replace(modules={"q": cm.LoRA(**factors)})]
+        for merge in (
+            cm.project,
+            lambda x: cm.merge(x, cm.mean()),
+            lambda x: cm.merge(x, cm.tsv()),
+        ):
+            with pytest.raises(cm.FormatError, match="NaN"):
+                merge(given)
