@@ -1,6 +1,7 @@
 """The record of a merge, coremerge.json: its recipe, its precision and its sources."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from coremerge_jax import __version__
-from coremerge_jax.errors import FormatError, RecipeError
+from coremerge_jax.errors import CoreMergeWarning, FormatError, RecipeError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.formats import hash_source
 from coremerge_jax.io.outputs import RECORD
@@ -38,6 +39,25 @@ def describe_sources(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[s
         {"name": adapter.metadata.name, "path": source, "sha256": found[t]}
         for t, (source, adapter) in enumerate(zip(recipe.adapters, adapters, strict=True))
     ]
+
+
+def warn_of_copies(sources: Sequence[Mapping[str, Any]]) -> None:
+    """Warns of adapters that are the same, file by file.
+
+    Args:
+        sources: from `describe_sources`.
+    """
+    first: dict[Any, Mapping[str, Any]] = {}
+    for source in sources:
+        other = first.setdefault(tuple(sorted(source["sha256"].items())), source)
+        if other is not source:
+            paths = dict.fromkeys(x["path"] for x in (other, source))
+            warnings.warn(
+                f"adapter {source['name']!r} is in the merge more than once "
+                f"({' and '.join(paths)}); to give it more weight, name it once and use --weights",
+                CoreMergeWarning,
+                stacklevel=3,
+            )
 
 
 def describe_statistics(recipe: Recipe) -> list[dict[str, Any]]:

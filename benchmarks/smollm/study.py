@@ -1,4 +1,4 @@
-"""The study of eight generative tasks: its adapters, and what merges of them are measured with."""
+"""The study of six generative tasks: its adapters, and what merges of them are measured with."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Eight generative tasks with short answers, made of the packages in `sources`.
+"""Six generative tasks with short answers, made of the packages in `sources`.
 
-Four have a label as their answer; their texts are those of `text8.tasks`. The others have answers
+Two have a label as their answer; their texts are those of `text8.tasks`. The others have answers
 without end, and test texts with words, numbers or dates that no training text has.
 """
 
@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from common.splits import Example, even, split
+from common.splits import Example, split
 from text8 import tasks as text8
 
 from smollm.sources import MADE, SOURCES
 
-SIZES = {"train": 4800, "validation": 100, "test": 300}
+SIZES = {"train": 3840, "validation": 64, "test": 150}
 """The largest numbers of examples that splits have."""
 SEED = 0
 
@@ -34,7 +34,6 @@ class Task:
         instruction: comes before each text, and says what answers look like.
         parse: finds texts and answers in the package's folder, in groups that stay in one split.
         longest: texts with more tokens are left out; shorter ones make training faster.
-        labels: all answers, if these are few and each gets as many examples.
         is_open: answers have no end, so splits do not go by them.
     """
 
@@ -44,7 +43,6 @@ class Task:
     instruction: str
     parse: Callable[[Path], Iterable[list[Example]]]
     longest: int = 28
-    labels: tuple[str, ...] = ()
     is_open: bool = False
 
     def prompt(self, text: str) -> tuple[str, str]:
@@ -76,10 +74,7 @@ def splits(
     for name, size in (sizes or SIZES).items():
         rng.shuffle(parts[name])
         short = (x for x in parts[name] if length(x[0]) <= task.longest)
-        if task.labels:
-            found[name] = even(list(short), size // len(task.labels))
-        else:
-            found[name] = list(itertools.islice(short, size))
+        found[name] = list(itertools.islice(short, size))
     return found
 
 
@@ -215,23 +210,6 @@ TASKS = (
         _cite("tweets"),
         "Is this message positive or negative? Answer with one of these two words.",
         _of_text8("tweets"),
-    ),
-    Task(
-        "udhr",
-        "udhr",
-        _cite("udhr"),
-        "Which language is this? Answer with its English name only.",
-        _of_text8("udhr"),
-    ),
-    Task(
-        "wordnet",
-        "wordnet",
-        _cite("wordnet"),
-        "Which field is this noun from? Answer with one of these words: "
-        f"{', '.join(text8.FIELDS)}.",
-        _of_text8("wordnet"),
-        longest=20,
-        labels=tuple(text8.FIELDS),
     ),
     Task(
         "numbers",

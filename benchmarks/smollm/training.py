@@ -15,7 +15,7 @@ from smollm.encoding import Encoded, answer_loss, pad
 from smollm.model import NAME, SmolLM
 
 BATCH = 16
-STEPS = 300
+STEPS = 240
 RATE = 6e-4
 DECAY = 0.01
 

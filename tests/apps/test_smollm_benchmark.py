@@ -116,7 +116,7 @@ def test_numbers_have_their_words():
 
 
 def test_every_task_has_a_source_a_licence_and_an_instruction_of_its_own():
-    assert len({task.name for task in tasks.TASKS}) == len(tasks.TASKS) == 8
+    assert len({task.name for task in tasks.TASKS}) == len(tasks.TASKS) == 6
     assert len({task.instruction for task in tasks.TASKS}) == len(tasks.TASKS)
     assert all(tasks.licences()[task.source] for task in tasks.TASKS)
     task = find("sums")
@@ -332,15 +332,18 @@ def test_the_command_trains_evaluates_and_does_nothing_twice(tmp_path, monkeypat
 def test_all_steps_are_done_once_and_published(tmp_path, monkeypatch, capsys):
     quickly = ["--folder", str(tmp_path), "--output", str(tmp_path / "out"), "--quick"]
     for step in command.STEPS:
-        trainings = ["--trainings", "0", "1"] if step in ("train", "unlabelled", "tables") else []
-        assert command.main([*quickly, step, *trainings]) == 0
+        trainings = "0 1" if step in ("unlabelled", "retrained", "tables") else "0"
+        assert command.main([*quickly, step, "--trainings", *trainings.split()]) == 0
     capsys.readouterr()
     found = json.loads((tmp_path / "out/smollm.json").read_text())
     sections = {"tasks", "paper", "differences", "small", "learned", "mixed", "spaces", "curve"}
-    sections |= {"unlabelled", "variants", "inputs", "cuts", "scales"}
+    sections |= {"unlabelled", "variants", "inputs", "cuts", "scales", "own adapters", "retrained"}
     assert {name for name, rows in found.items() if rows} == sections | {"machine"}
     assert [len(row["trainings"]) for row in found["unlabelled"]] == 8 * [2]
     assert [len(row["trainings"]) for row in found["mixed"]] == [1, 1]
+    assert [len(row["trainings"]) for row in found["retrained"]] == [2]
+    (own,) = found["own adapters"]
+    assert own["test"] == pytest.approx(np.mean(own["trainings"]), abs=1e-3)
     assert all(row["own adapter"] > row["base"] + 0.5 for row in found["tasks"])
     ways = {row["merge"]: row["test"] for x in ("unlabelled", "variants") for row in found[x]}
     assert ways["regmean"] > ways["inputs of another task"] + 0.2

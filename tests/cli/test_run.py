@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_adapters_without_an_effect_are_warned_of(adapters, tmp_path):
     with pytest.raises(cm.MismatchError, match="all merged updates are zero"):
         run_merge(resolved([tmp_path / "dead"]), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_adapters_that_are_merged_twice_are_warned_of(adapters, tmp_path):
+    shutil.copytree(adapters[0], tmp_path / "copy")
+    recipe = resolved([*adapters, tmp_path / "copy"], rank=2)
+    with pytest.warns(CoreMergeWarning, match="adapter 'copy' is in the merge more than once"):
+        run_merge(recipe, tmp_path / "out")
+    with pytest.warns(CoreMergeWarning, match="adapter 'copy' is in the merge more than once"):
+        run_sweep(recipe, tmp_path / "swept", {"scale": [1.0]}, evaluate=len)
+    run_merge(resolved(adapters, rank=2), tmp_path / "each")  # warnings are errors here
 
 
 def test_a_sweep_writes_the_best(adapters, tmp_path):
