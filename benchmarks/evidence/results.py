@@ -80,10 +80,10 @@ def merges(studies: Sequence[Study]) -> Sections:
     return {
         "paper": compare.rows(plan.paper),
         "differences": compare.differences(plan.paper),
+        "learned": [partial(compare.learned, *pair) for pair in plan.learned],
         "more": compare.rows(plan.more),
         "small": compare.rows(plan.small),
         "spaces": [partial(_distance, studies, *pair) for pair in plan.same],
-        "learned": [partial(compare.learned, *pair) for pair in plan.learned],
     }
 
 

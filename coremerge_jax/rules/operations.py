@@ -130,8 +130,12 @@ def decomposition(cores: Sizes) -> Operations:
 
 
 def thin_bases(cores: Sizes) -> Operations:
-    """Counts orthonormal bases of all factors, and decompositions of what is between them."""
-    return Operations(core=cores.tasks * (4.0 * cores.side * cores.width**2 + 60 * cores.width**3))
+    """Counts orthonormal bases of all factors, and decompositions of what is between them.
+
+    Dense cores are decomposed for their factors, all at once.
+    """
+    core = cores.tasks * (4.0 * cores.side * cores.width**2 + 60 * cores.width**3)
+    return Operations(core=core, passing=18 * cores.tasks * cores.entries if cores.dense else 0)
 
 
 def polar_factors(cores: Sizes, columns: int, deficient: bool = False) -> Operations:
@@ -145,7 +149,7 @@ def polar_factors(cores: Sizes, columns: int, deficient: bool = False) -> Operat
     small, large = sorted((long, columns))
     work, entries = small**2 * large, long * columns
     if small < large:
-        return Operations(2 * 6 * work, core=2 * 9 * small**3, passing=4 * entries)
+        return Operations(2 * 6 * work, core=2 * 9 * small**3, passing=6 * (entries + small**2))
     if deficient:
         return Operations(core=2 * 20 * work, passing=18 * entries)
     return Operations(products=2 * 14 * 2 * work, passing=18 * entries)

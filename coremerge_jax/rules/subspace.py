@@ -95,7 +95,7 @@ class iso_cts(Rule):
     def operations(self, cores: Sizes) -> Operations:
         count = cores.tasks + 1
         return (
-            Operations(cores.forming, kept=count * cores.entries)
+            Operations(cores.forming, kept=5 * count * cores.entries)
             + count * decomposition(cores)
             + polar_factors(cores, count * cores.side)
         )

@@ -134,8 +134,8 @@ SPACES = {
 )
 @pytest.mark.parametrize(
     "shape",
-    [(300, 200), pytest.param((40, 50), marks=pytest.mark.nightly)],
-    ids=["tall", "saturated"],
+    [(300, 200), *(pytest.param(x, marks=pytest.mark.nightly) for x in ((40, 50), (70, 80)))],
+    ids=["tall", "saturated", "just saturated"],
 )
 def test_memory_is_not_underestimated(rule, space, shape):
     """Against what XLA says that the compiled program takes."""
