@@ -12,8 +12,20 @@ from coremerge_jax.figures import style
 from coremerge_jax.search.plot import save
 from evidence.results import Row
 
-COLOURS = {"full": "#8a8a8a", "knots": "#b3a125", "core": "#9c2f6f", "learned": "#2f6f9c"}
-LABELS = {"full": "full", "knots": "KnOTS", "core": "core", "learned": "core, learned coefficients"}
+COLOURS = {
+    "full": "#8a8a8a",
+    "knots": "#b3a125",
+    "core": "#9c2f6f",
+    "learned": "#2f6f9c",
+    "unlabelled": "#4a8f3f",
+}
+LABELS = {
+    "full": "full",
+    "knots": "KnOTS",
+    "core": "core",
+    "learned": "core, learned coefficients",
+    "unlabelled": "core, no labels",
+}
 
 
 def draw(result: Mapping[str, list[Row]], path: Path) -> None:
@@ -26,6 +38,8 @@ def draw(result: Mapping[str, list[Row]], path: Path) -> None:
         ("learned", f"{row['rule']}, {row['space'].removeprefix('a coefficient ')}", row)
         for row in result["learned"]
     ]
+    _, *ways = result.get("unlabelled") or [None]  # behind the merge that they are compared with
+    rows += [("unlabelled", row["merge"], row) for row in ways]
     with style():
         figure = Figure(figsize=(11, 2 + 0.2 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
@@ -47,8 +61,9 @@ def _rules(ax: Axes, rows: Sequence[tuple[str, str, Row]]) -> None:
     ax.margins(y=0.02)
     ax.set_xlabel("accuracy relative to each task's own adapter, mean, %")
     ax.set_title("All tasks", loc="left")
-    for name, colour in COLOURS.items():
-        ax.plot([], [], "o", color=colour, label=LABELS[name])
+    for name in COLOURS:
+        if any(space == name for space, *_ in rows):
+            ax.plot([], [], "o", color=COLOURS[name], label=LABELS[name])
     ax.legend(frameon=False, title="space")
 
 

@@ -138,7 +138,9 @@ def scales(studies: Sequence[Study]) -> Sections:
 
 
 def retrained(studies: Sequence[Study]) -> Sections:
-    """Compares merges of a few tasks' adapters, training by training."""
+    """Compares merges of a few tasks' adapters, training by training, if there are several."""
+    if len(studies) == 1:
+        return {}
     plan = studies[0].plan
     compare = Compare(studies, plan.total, plan.retrained)
 
