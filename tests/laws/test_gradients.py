@@ -321,6 +321,7 @@ def test_subspaces_of_tucker_count_as_constants(rule):
         assert distance(np.asarray(found), expected) < 1e-6
 
 
+@pytest.mark.wide
 def test_second_derivatives_of_a_merge():
     """Also where singular vectors have none: ranks differ, so some of `tsv` coincide."""
     adapters = random_adapters({"q": SHAPE}, (3, 2, 4))

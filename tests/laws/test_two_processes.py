@@ -7,11 +7,9 @@ from many_devices import pytest_command, start_job
 JOIN = "import jax; jax.distributed.initialize(num_processes=2, process_id={process})"
 
 
-@pytest.mark.wide
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "chosen", ["not nightly", pytest.param("nightly", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("chosen", ["not nightly", "nightly"])
 def test_two_processes(tmp_path, chosen):
     command = [*pytest_command("two_processes.py", tmp_path / "temp{process}", JOIN), "-m", chosen]
     processes = start_job(command, 2, COREMERGE_TEST_FOLDER=str(tmp_path))
