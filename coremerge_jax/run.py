@@ -341,14 +341,13 @@ def _write(
         **options: of its `save`, beside those in the recipe.
     """
     keep_compiled_programs()
-    sources = describe_sources(resolved.recipe, adapters)
-    if jax.process_index() == 0:
-        warn_of_copies(sources)
     save: Any = find_merge_target(to).save  # of a stream
     passes = 2 if resolved.recipe.limit.whole_model else 1
     total = passes * len(stream.own)
     with _compile_seconds() as compiled, stage("merge", total=total) as advance:
-        scales = stream.scales_in_words
+        sources, scales = describe_sources(resolved.recipe, adapters), stream.scales_in_words
+        if jax.process_index() == 0:
+            warn_of_copies(sources)
         written: Written = save(
             _Watched(stream, advance),
             output,

@@ -38,8 +38,8 @@ def draw(result: Mapping[str, list[Row]], path: Path) -> None:
         ("learned", f"{row['rule']}, {row['space'].removeprefix('a coefficient ')}", row)
         for row in result["learned"]
     ]
-    _, *ways = result.get("unlabelled") or [None]  # behind the merge that they are compared with
-    rows += [("unlabelled", row["merge"], row) for row in ways]
+    compared = result.get("unlabelled", [])[1:]  # the first is what they are compared with
+    rows += [("unlabelled", row["merge"], row) for row in compared]
     with style():
         figure = Figure(figsize=(11, 2 + 0.2 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))

@@ -1,7 +1,7 @@
 """The merges of this study: fewer than those of the text tasks, as each takes minutes.
 
-So only scales are searched, in steps of 1.6;
-densities and ranks are those that the text tasks have chosen most often.
+Only scales are searched, in steps of 1.6; densities and ranks are those that the text tasks have
+chosen most often.
 """
 
 from evidence.base import Learning
