@@ -134,11 +134,16 @@ class Projected:
             scale: multiplies the merged updates; as in `merge`.
             key: PRNG key, for rules that draw random numbers.
 
+        Weights, a scale and parameters of the rule may be traced. The merge is then computed in
+        float32, unless JAX's x64 mode is on: outside of it, nothing in float64 has derivatives.
+
         Raises:
             MismatchError: there is not one weight per adapter, or no module of a name; or the
                 merged update overflows.
             RecipeError: the rule cannot be used here, or a parameter is out of range.
         """
+        if _are_traced(rule, weights, scale) and not _is_available(self.dtype):
+            return self.astype(np.float32).merge(rule, weights=weights, scale=scale, key=key)
         return self.adapter(self.updates(rule, weights=weights, key=key), scale)
 
     def updates(self, rule: Any, *, weights: Any = None, key: jax.Array | None = None) -> Updates:
@@ -268,6 +273,15 @@ class Projected:
         else:
             rows = [jnp.asarray(weights, self.dtype)] * len(stack.paths)
         return jnp.take_along_axis(jnp.stack(rows), stack.tasks, axis=1)
+
+
+def _are_traced(*parameters: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parameters))
+
+
+def _is_available(dtype: np.dtype) -> bool:
+    """Returns False for float64 outside of JAX's x64 mode."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def project(

@@ -104,7 +104,7 @@ def test_equals_the_reference_in_float32(name, i):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=False)))
+@pytest.mark.parametrize(("name", "i"), list(cases(well_posed=False, by_day=core_and_irregular)))
 def test_is_well_defined_where_the_reference_is_not(name, i):
     """Finite, and a permutation of rows and columns permutes the result and does no more."""
     adapters, _, _ = load(name)

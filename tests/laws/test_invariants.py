@@ -101,7 +101,7 @@ def every_law():
         for law, space, ranks in laws_of(case):
             core, first = space == "core", ranks == RANKS[0]
             marks = [] if law.narrow and case.narrow and core and first else [pytest.mark.wide]
-            if not core and ranks == RANKS[1]:
+            if (not core and ranks == RANKS[1]) or space in SCALED:
                 marks.append(pytest.mark.nightly)
             yield pytest.param(
                 law,

@@ -62,7 +62,7 @@ def test_a_pack_has_the_adapters_as_they_are(adapters, pack):
 @pytest.mark.parametrize(
     "rule", narrow(RULES, ["tsv"], night=["dare, ties, isotropize", "ties of the model"])
 )
-@pytest.mark.parametrize("choice", narrow(CHOICES, ["two"], night=["one"]))
+@pytest.mark.parametrize("choice", narrow(CHOICES, ["two"], night=["all", "one"]))
 def test_merges_of_a_pack_are_those_of_the_adapters(adapters, pack, rule, choice):
     weights = [0.5, 2.0, 1.0][: len(CHOICES[choice])]
     options = {"key": KEY, "weights": weights}

@@ -15,6 +15,7 @@ RULES = {name: make() for name, make in WITHOUT_INPUTS.items()} | {
     "ties|isotropize": cm.chain(cm.ties(), cm.isotropize()),
     "dare|tsv": cm.chain(cm.dare(), cm.tsv()),
 }
+DAILY = {"mean", "cart", "ties", "tsv", "svc", "dare|tsv"}
 SPACES = {
     "core": cm.core(),
     "balanced": cm.core(gauge="balanced"),
@@ -32,7 +33,7 @@ def adapters():
     return [first, second.replace(modules=some), third]
 
 
-@pytest.mark.parametrize("name", narrow(RULES, ("ties", "tsv", "svc", "dare|tsv")))
+@pytest.mark.parametrize("name", narrow(RULES, DAILY, night=RULES.keys() - DAILY))
 def test_every_rule_as_merge(name):
     adapters = random_adapters(SHAPES, RANKS)  # of one signature, as that is compiled for each rule
     projected = cm.project(adapters)
@@ -43,7 +44,7 @@ def test_every_rule_as_merge(name):
     assert_same(merged, expected, 1e-12)
 
 
-@pytest.mark.parametrize("space", narrow(SPACES, ("core",)))
+@pytest.mark.parametrize("space", narrow(SPACES, ["core"], night=["balanced", "full"]))
 def test_every_space_as_merge(adapters, space):
     rule = cm.chain(cm.dare(), cm.ties(density=0.5))
     merged = cm.project(adapters, space=SPACES[space]).merge(rule, key=KEY, scale=1.0)
@@ -114,12 +115,17 @@ def test_a_grid_of_ranks_and_scales_is_one_program(adapters):
         assert_same(one, merged(rank, scale), 1e-6)
 
 
-@pytest.mark.nightly
-def test_gradients_of_weights_by_module(adapters):
+RULES_OF_WEIGHTS = {"sum": cm.task_arithmetic(), "tsv": cm.tsv()}
+
+
+@pytest.mark.parametrize("rule", narrow(RULES_OF_WEIGHTS, ["sum"], night=["tsv"]))
+def test_gradients_of_weights_by_module(adapters, rule):
+    """Outside of x64 mode, whatever precision the adapters have."""
+    projected = cm.project(adapters)
+    assert projected.dtype == np.float64
+
     def norm(weights):
-        merged = cm.project(adapters, precision="float32").merge(
-            cm.tsv(), weights=weights, scale=1.0
-        )
+        merged = projected.merge(RULES_OF_WEIGHTS[rule], weights=weights, scale=1.0)
         return sum(jnp.sum(lora.dense() ** 2) for lora in merged.values())
 
     ones = {path: jnp.ones(3) for path in SHAPES}
