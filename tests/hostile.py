@@ -88,7 +88,7 @@ def write_tensors(file: Path, header: object, data: bytes) -> None:
 
 
 def make_inputs(folder: Path) -> Path:
-    """An adapter, a base model, a merge with its record, an orbax checkpoint and a recipe."""
+    """An adapter, a base model, a merge, an orbax checkpoint, a pack and a recipe."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     factors = {}
@@ -119,6 +119,7 @@ def make_inputs(folder: Path) -> Path:
     card = {"recipe": recipe, "sources": [source, source], "precision": "float32"}
     save_peft(adapter, folder / "merged", card=card)
     save_orbax(adapter.replace(extras={}), folder / "orbax")
+    cm.save_pack(cm.pack([adapter]), folder / "pack")
     return folder
 
 

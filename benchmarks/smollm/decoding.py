@@ -13,22 +13,35 @@ LONGEST = ANSWERS[-1]
 """Tokens that an answer has at most."""
 
 
-def prompts(examples: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts ``(N, L)`` with room for answers, and their lengths ``(N,)``."""
-    lengths = np.asarray([len(x.prompt) for x in examples], np.int32)
+def prompts(
+    examples: Sequence[Encoded], shared: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns prompts with room for answers, without the tokens that all begin with.
+
+    Args:
+        examples: of any tasks, or of one if tokens are shared.
+        shared: see `pad`.
+
+    Returns:
+        Tokens ``(N, L)``, their numbers ``(N,)``, and the shared tokens ``(P,)``.
+    """
+    lengths = np.asarray([len(x.prompt) - shared for x in examples], np.int32)
     tokens = np.zeros((len(examples), -(-(lengths.max() + LONGEST) // STEP) * STEP), np.int32)
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example.prompt)] = example.prompt
-    return tokens, lengths
+    for row, length, example in zip(tokens, lengths, examples, strict=True):
+        row[:length] = example.prompt[shared:]
+    return tokens, lengths, examples[0].prompt[:shared]
 
 
-def decode(model: SmolLM, tokens: jax.Array, lengths: jax.Array, end: int) -> jax.Array:
+def decode(
+    model: SmolLM, tokens: jax.Array, lengths: jax.Array, prefix: jax.Array, end: int
+) -> jax.Array:
     """Decodes greedily, until all answers have ended or are of the greatest length.
 
     Args:
         model: reads everything again for each token, as answers are short.
         tokens: see `prompts`.
         lengths: see `prompts`.
+        prefix: see `prompts`.
         end: the token at the end of an answer.
 
     Returns:
@@ -42,7 +55,7 @@ def decode(model: SmolLM, tokens: jax.Array, lengths: jax.Array, end: int) -> ja
 
     def step(state: tuple) -> tuple:
         i, tokens, ended = state
-        logits = model(tokens, (lengths + i - 1)[:, None])[:, 0]
+        logits = model(tokens, (lengths + i - 1)[:, None], prefix)[:, 0]
         said = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
         return i + 1, tokens.at[rows, lengths + i].set(said), ended | (said == end)
 

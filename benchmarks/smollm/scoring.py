@@ -87,12 +87,12 @@ class Exam:
         return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, folded)
 
     def decode(self, adapter: cm.Adapter | None, examples: Sequence[Encoded]) -> list[np.ndarray]:
-        """Returns the answers that the base model gives, with an adapter or alone."""
+        """Returns the base model's answers to prompts of one task, with an adapter or alone."""
         state, found = self._rounded(self.state, adapter), []
-        tokens, lengths = prompts(examples)
+        tokens, lengths, prefix = prompts(examples, examples[0].shared)
         for start in range(0, len(examples), BATCH):
             rows = np.arange(start, start + BATCH) % len(examples)  # of one shape
-            said = np.asarray(self._decode(state, tokens[rows], lengths[rows]))
+            said = np.asarray(self._decode(state, tokens[rows], lengths[rows], prefix))
             found += [until(self.base.end, x) for x in said]
         return found[: len(examples)]
 

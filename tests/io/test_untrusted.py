@@ -25,6 +25,7 @@ READERS = {
     "adapter": ("adapter/*", ["inspect", "adapter", "--json"], 5),
     "base": ("base/*", ["apply", "adapter", "base", "--dry-run"], 5),
     "recipe": ("recipe.yaml", ["merge", "--recipe", "recipe.yaml", "--dry-run"], 1),
+    "pack": ("pack/*", ["inspect", "pack", "--json"], 1),
     "orbax": ("orbax/**/*", ["inspect", "orbax", "--json"], 1),
 }
 
