@@ -101,6 +101,7 @@ class Plan:
             of its modules.
         tuned: with which merges of unlabelled inputs are compared.
         retrained: tasks whose adapters are trained more than once.
+        retrained_with_inputs: merges of these with unlabelled inputs.
         scaled: with a scale alone to choose, which the automatic one is compared with.
         few: so many tasks, for the automatic scale.
         scales: tried by agreement.
@@ -148,6 +149,7 @@ class Plan:
     )
     tuned: Method = TUNED
     retrained: tuple[str, ...] = ()
+    retrained_with_inputs: tuple[str, ...] = ("regmean", "regmean, distilled")
     scaled: tuple[Method, ...] = (
         *(TUNED, Method("cart:rank=0.08"), Method("isotropize")),
         Method("ties:density=0.2"),

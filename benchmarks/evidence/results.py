@@ -149,7 +149,15 @@ def retrained(studies: Sequence[Study]) -> Sections:
         means = [_mean([*x.values()]) for x in each]
         return {"tasks": _joined(_mean, each), "test": _mean(means), "trainings": means}
 
-    return {"own adapters": [own], "retrained": compare.rows(plan.curve)}
+    measure = _with_inputs(studies, plan.retrained)
+
+    def with_inputs(name: str) -> Row:
+        row = compare.row(measure("unlabelled", name))
+        return {"rule": name, "space": "core, unlabelled inputs", **row}
+
+    rows = compare.rows(plan.curve)
+    rows += [partial(with_inputs, name) for name in plan.retrained_with_inputs]
+    return {"own adapters": [own], "retrained": rows}
 
 
 def _choices(study: Study, numbers: Iterable[int]) -> Iterator[tuple[int, int, list[str]]]:
@@ -165,20 +173,25 @@ def unlabelled(studies: Sequence[Study]) -> Sections:
     """Compares merges with unlabelled inputs with one whose scale is best on labelled texts."""
     plan, names = studies[0].plan, studies[0].names
     compare = Compare(studies, plan.tuned)
-    ways = [Unlabelled(study, names) for study in studies]
+    measure = _with_inputs(studies, names)
 
     def row(section: str, name: str) -> Row:
-        found = [way.measure(name, way.rows()[section][name]) for way in ways]
-        return {"merge": name, **compare.row(found)}
+        return {"merge": name, **compare.row(measure(section, name))}
 
     def tuned() -> Row:
         return {"merge": f"{plan.tuned.rules}, scale by labels", **compare.row(compare.other)}
 
     rows = {
         section: [partial(row, section, name) for name in made]
-        for section, made in ways[0].rows().items()
+        for section, made in Unlabelled(studies[0], names).rows().items()
     }
     return {**rows, "unlabelled": [tuned, *rows["unlabelled"]]}
+
+
+def _with_inputs(studies: Sequence[Study], names: Sequence[str]) -> Callable[[str, str], Found]:
+    """Returns a function that measures merges with unlabelled inputs, by section and name."""
+    ways = [Unlabelled(study, names) for study in studies]
+    return lambda section, name: [x.measure(name, x.rows()[section][name]) for x in ways]
 
 
 # --- Rows --------------------------------------------------------------------------------------

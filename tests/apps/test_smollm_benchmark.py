@@ -341,7 +341,7 @@ def test_all_steps_are_done_once_and_published(tmp_path, monkeypatch, capsys):
     assert {name for name, rows in found.items() if rows} == sections | {"machine"}
     assert [len(row["trainings"]) for row in found["unlabelled"]] == 8 * [2]
     assert [len(row["trainings"]) for row in found["mixed"]] == [1, 1]
-    assert [len(row["trainings"]) for row in found["retrained"]] == [2]
+    assert [len(row["trainings"]) for row in found["retrained"]] == [2, 2, 2]
     (own,) = found["own adapters"]
     assert own["test"] == pytest.approx(np.mean(own["trainings"]), abs=1e-3)
     assert all(row["own adapter"] > row["base"] + 0.5 for row in found["tasks"])
