@@ -115,11 +115,15 @@ def _sections(studies: Sequence[Study], steps: Sequence[str]) -> Sections:
 
 
 def _done(studies: Sequence[Study], step: str) -> dict[str, list[Row]]:
-    """Returns what is done of a step, with as many trainings as have anything."""
+    """Returns what is done of a step, with as many trainings as have most rows of it."""
     with reading():
-        found = results.collect(_sections(studies, [step]))
-    fewer = len(studies) > 1 and not any(rows for name, rows in found.items() if name != "tasks")
-    return _done(studies[:-1], step) if fewer else found
+        found = [
+            results.collect(_sections(studies[:count], [step]))
+            for count in range(len(studies), 0, -1)
+        ]
+    return max(
+        found, key=lambda rows: sum(len(rows[section]) for section in rows if section != "tasks")
+    )
 
 
 def _of_tasks(study: Study, options: argparse.Namespace) -> int:
