@@ -115,7 +115,7 @@ def _sections(studies: Sequence[Study], steps: Sequence[str]) -> Sections:
 
 
 def _done(studies: Sequence[Study], step: str) -> dict[str, list[Row]]:
-    """Returns what is done of a step, with as many trainings as have most rows of it."""
+    """Returns what is done of a step, of the number of trainings that has most rows."""
     with reading():
         found = [
             results.collect(_sections(studies[:count], [step]))

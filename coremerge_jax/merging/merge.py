@@ -19,6 +19,7 @@ from coremerge_jax.merging.checks import (
 )
 from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
+from coremerge_jax.merging.precision import are_traced
 from coremerge_jax.merging.present import Present, find_present
 from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
 from coremerge_jax.merging.stream import MergeStream
@@ -197,8 +198,7 @@ def _devices(
         refuse_explicit(factors)
         return None, {}
     devices, processes = Devices(mesh), {}
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parameters))
-    if traced or not all(map(is_host, factors)):
+    if are_traced(parameters) or not all(map(is_host, factors)):
         return devices, {}
     if len(devices.processes) > 1:
         devices, processes = devices.local(), devices.processes

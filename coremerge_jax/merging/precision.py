@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,14 +27,10 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
     Raises:
         RecipeError: the precision has another name, or is not available for traced inputs.
     """
-    traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
+    traced = are_traced(inputs)
     if precision not in (None, "float32", "float64"):
         raise RecipeError(f"precision={precision!r}: expected 'float32', 'float64' or None")
-    if (
-        traced
-        and precision == "float64"
-        and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
-    ):
+    if traced and precision == "float64" and not is_available(np.dtype(np.float64)):
         raise RecipeError(
             "precision='float64' with traced factors needs JAX's x64 mode; "
             "enable it around the traced function, or leave precision unset"
@@ -51,6 +48,16 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
             if _is_tracing():
                 stack.enter_context(jax.ensure_compile_time_eval())
         yield np.dtype(precision)
+
+
+def are_traced(values: Any) -> bool:
+    """Returns True if any leaf of a pytree is traced."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+
+
+def is_available(dtype: np.dtype) -> bool:
+    """Returns False for float64 outside of JAX's x64 mode."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def _is_tracing() -> bool:

@@ -24,7 +24,7 @@ from coremerge_jax.merging.checks import (
 from coremerge_jax.merging.groups import Group, label
 from coremerge_jax.merging.job import Job, overflow
 from coremerge_jax.merging.mesh import implicit
-from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.precision import are_traced, computing, is_available
 from coremerge_jax.merging.present import find_present
 from coremerge_jax.merging.program import (
     finish_stack,
@@ -142,7 +142,7 @@ class Projected:
                 merged update overflows.
             RecipeError: the rule cannot be used here, or a parameter is out of range.
         """
-        if _are_traced(rule, weights, scale) and not _is_available(self.dtype):
+        if are_traced((rule, weights, scale)) and not is_available(self.dtype):
             return self.astype(np.float32).merge(rule, weights=weights, scale=scale, key=key)
         return self.adapter(self.updates(rule, weights=weights, key=key), scale)
 
@@ -258,8 +258,7 @@ class Projected:
             as_weights(row, self.adapters, f"weights of {path!r}")
 
     def _computing(self) -> Any:
-        leaves = jax.tree.leaves(self.stacks)
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        if are_traced(self.stacks):
             return contextlib.nullcontext()
         return computing(str(self.dtype))
 
@@ -273,15 +272,6 @@ class Projected:
         else:
             rows = [jnp.asarray(weights, self.dtype)] * len(stack.paths)
         return jnp.take_along_axis(jnp.stack(rows), stack.tasks, axis=1)
-
-
-def _are_traced(*parameters: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parameters))
-
-
-def _is_available(dtype: np.dtype) -> bool:
-    """Returns False for float64 outside of JAX's x64 mode."""
-    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def project(

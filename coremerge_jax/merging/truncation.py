@@ -19,7 +19,7 @@ from coremerge_jax.merging.groups import Group, group_modules, label
 from coremerge_jax.merging.limits import Limit
 from coremerge_jax.merging.mesh import implicit, placed_like, refuse_explicit
 from coremerge_jax.merging.metric import InputMetric, Inputs, metric_or_none, metric_roots
-from coremerge_jax.merging.precision import computing
+from coremerge_jax.merging.precision import are_traced, computing
 from coremerge_jax.merging.stacks import over_modules, stack_factors
 from coremerge_jax.merging.statistics import Statistics
 
@@ -83,7 +83,7 @@ def truncate(
     cut = Cut(limit, metric_or_none(statistics, sources, adapter.outline))
     modules: dict[str, LoRA]
     kept: dict[str, Any]
-    if any(isinstance(x, jax.core.Tracer) for x in _leaves(adapter)):
+    if are_traced(_leaves(adapter)):
         modules, kept = cut.traced(adapter)
     else:
         modules, kept = cut.planned([adapter], adapter.outline)(adapter)

@@ -13,6 +13,7 @@ import optax
 
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.lora import Adapter
+from coremerge_jax.merging.precision import is_available
 from coremerge_jax.merging.projected import Projected
 from coremerge_jax.rules import Chain
 from coremerge_jax.search.losses import check_scalar
@@ -71,8 +72,8 @@ class Descent:
         key: jax.Array | None,
     ) -> None:
         # In the precision of all else that the user computes in these programs.
-        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]  # jax has no stub of it
-        self._projected = projected if wide else projected.astype("float32")
+        as_it_is = is_available(projected.dtype)
+        self._projected = projected if as_it_is else projected.astype("float32")
         self._optimizer = optimizer
         names = list(dict.fromkeys(groups.values()))
         self._rows = {path: names.index(group) for path, group in groups.items()}

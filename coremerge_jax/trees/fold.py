@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from coremerge_jax.errors import FormatError
 from coremerge_jax.linalg.threads import processors
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA, widest
+from coremerge_jax.merging.precision import are_traced
 from coremerge_jax.trees.arrays import stack
 from coremerge_jax.trees.kernels import Kernel, find_kernels
 from coremerge_jax.trees.paths import Leaf, Tree, flatten, key_of
@@ -68,7 +69,7 @@ def fold_tree(
         if kernel is None:
             return leaf
         loras = adapter.read(kernel.modules)
-        if isinstance(leaf, np.ndarray) and not _is_traced((loras, scale)):
+        if isinstance(leaf, np.ndarray) and not are_traced((loras, scale)):
             copy = leaf.copy()
             for _ in fold_on_host(copy, kernel, loras, scale):
                 pass
@@ -78,10 +79,6 @@ def fold_tree(
     # Factors on the host, and the scale, have to reach the kernels' devices: no accident.
     with jax.transfer_guard("allow"):
         return jax.tree_util.tree_map_with_path(folded, params)
-
-
-def _is_traced(tree: Tree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _fold_on_device(
@@ -101,7 +98,7 @@ def _fold_on_device(
     names = string.ascii_uppercase[: len(kernel.axes)]
     batch, i, o = ("".join(names[axis] for axis in kernel.find(letter)) for letter in "lio")
     # Compilers choose a sharding of the result, if not given. A traced array's is theirs to choose.
-    sharding = None if _is_traced(weight) else getattr(weight, "sharding", None)
+    sharding = None if are_traced(weight) else getattr(weight, "sharding", None)
     program = _program(f"{batch}r{i},{batch}{o}r->{names}", sharding, donate)
     return program(weight, a, b, jnp.float32(scale))
 
