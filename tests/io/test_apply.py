@@ -542,6 +542,20 @@ def test_modules_that_the_base_does_not_have(small, rng):
     assert "nearest to 'layers.0.q.weight'" in message
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_conv1d_is_transposed_whatever_the_adapter_says(base, rng, tmp_path, flag):
+    shapes = {"h.0.attn.c_attn": (18, 6), "h.0.attn.c_proj": (6, 6), "lm_head": (6, 6)}
+    flipped = [x for x in shapes if x != "lm_head"]
+    modules = {x: update(rng, *shape, cm.Kind(transposed=flag)) for x, shape in shapes.items()}
+    there = [(f"{x}.weight", s[::-1] if x in flipped else s) for x, s in shapes.items()]
+    folder = base(weights(rng, there), model_type="gpt2")
+    cm.apply_adapter(cm.Adapter(modules), folder, tmp_path / "out")
+    for path, lora in modules.items():
+        name, dense = f"{path}.weight", lora.b @ lora.a
+        delta = tensors(tmp_path / "out")[name] - tensors(folder)[name]
+        assert np.allclose(delta, dense.T if path in flipped else dense, atol=1e-6)
+
+
 WRONG = {
     "shape": ("layers.0.q", (4, 6), cm.Kind(), (4, 7), ["(4, 7)", "(4, 6)"]),
     "transposed": ("layers.0.q", (4, 6), cm.Kind(), (6, 4), ["if fan_in_fan_out were true"]),

@@ -55,6 +55,11 @@ MODELS = {
             "task_type": "CAUSAL_LM",
         },
     ),
+    "gpt2 with its head": (  # which is no Conv1D, and for which peft sets fan_in_fan_out to False
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(n_embd=32, n_positions=16, tie_word_embeddings=False, **SIZES),
+        {"target_modules": ["c_attn", "c_proj", "lm_head"], "task_type": "CAUSAL_LM"},
+    ),
     "experts": (
         transformers.GptOssForCausalLM,
         transformers.GptOssConfig(

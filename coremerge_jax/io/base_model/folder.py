@@ -1,5 +1,6 @@
 """Folders of Hugging Face models: the file of each tensor, and the files beside the weights."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
 from coremerge_jax.io.folders import find_folder
 from coremerge_jax.io.tensors import TensorReader
-from coremerge_jax.lora import FLOATS, Shape
+from coremerge_jax.lora import FLOATS, Kind, Shape
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -23,6 +24,7 @@ _FIELDS = {
     "architectures": untrusted.TEXTS,
     "compression_config": untrusted.OBJECT,
     "is_encoder_decoder": untrusted.SWITCH,
+    "model_type": untrusted.TEXT,
     "quantization_config": untrusted.OBJECT,
     "text_config": untrusted.OBJECT,
     "tie_word_embeddings": untrusted.SWITCH,
@@ -33,6 +35,10 @@ _INDEX_FIELDS = {"metadata": untrusted.OBJECT, "weight_map": untrusted.OBJECT}
 _TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
 _LISTED = "expected a list of modules with their paths"
 _INDEX_SIZE = 64 * 2**20
+
+# Models of transformers with layers `Conv1D`, whose weights are (inputs, outputs), and these layers.
+_CONV1D_MODELS = {"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+_CONV1D = re.compile(r"(.*\.)?(c_attn|c_fc|c_proj|q_attn)\.weight", re.DOTALL)
 
 # Endings of the names of files with weights, and of their indices.
 _WEIGHTS = (
@@ -121,6 +127,16 @@ class BaseModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor of any dtype."""
         return self.shards[self.shard[name]].shape(name)
+
+    def is_transposed(self, name: str, kind: Kind) -> bool:
+        """Returns True if a tensor is the transpose of the weight of a layer of some kind.
+
+        Like peft, goes by the class of a linear layer where that is known: ``fan_in_fan_out`` of an
+        adapter is a single value, that of the layer which peft has adapted last.
+        """
+        if kind.name == "linear" and not _CONV1D_MODELS.isdisjoint(self.configured("model_type")):
+            return _CONV1D.fullmatch(name) is not None
+        return kind.transposed
 
     def configured(self, field: str) -> list[Any]:
         """Returns the values of a field in the configuration of the model and of its text model."""

@@ -170,17 +170,19 @@ def _place_layer(base: BaseModel, name: str, loras: Mapping[str, LoRA]) -> Updat
         raise _both(base, name, path, more[0][0])
     shape, kind = base.floating(name).shape, lora.kind
     stored = (lora.shape[0], *kind.kernel) if kind.name == "conv2d" else lora.shape
-    expected = stored[::-1] if kind.transposed else stored
+    transposed = base.is_transposed(name, kind)
+    expected = stored[::-1] if transposed else stored
     if shape != expected:
-        flipped = kind.name == "linear" and shape == expected[::-1]
         told = str(not kind.transposed).lower()
+        by_flag = kind.name == "linear" and transposed == kind.transposed
+        flipped = by_flag and shape == expected[::-1]
         hint = f"; its transpose would fit, if fan_in_fan_out were {told}" if flipped else ""
         raise MismatchError(
             f"{base.folder}: tensor {name!r} has shape {shape}, but the update of module {path!r} "
             f"needs {expected}{hint}; is it the right base?"
         )
     columns = math.prod(shape[1:])
-    return Update(path, 0, (shape[0], columns), columns, kind.transposed)
+    return Update(path, 0, (shape[0], columns), columns, transposed)
 
 
 class _Fused:

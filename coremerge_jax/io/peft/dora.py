@@ -90,7 +90,8 @@ class DoraFile(AdapterFile):
         tensor = self._tensors[path]
         with self._base.shards[self._base.shard[tensor]].opened() as read:
             weight = read(tensor).astype(np.float64)
-        return weight.T if self._modules[path].kind.transposed else weight
+        transposed = self._base.is_transposed(tensor, self._modules[path].kind)
+        return weight.T if transposed else weight
 
     def _magnitude(self, path: str) -> np.ndarray:
         with self._reader.opened() as read:
@@ -145,7 +146,8 @@ def _find_weights(
     tensors: dict[str, str] = {}
     for path, (site, *more) in sites.items():
         lora = plain.outline[path]
-        expected = lora.shape[::-1] if lora.kind.transposed else lora.shape
+        transposed = base.is_transposed(site.tensor, lora.kind)
+        expected = lora.shape[::-1] if transposed else lora.shape
         found = base.floating(site.tensor).shape
         if more or site.index is not None or site.part != (0, 1):
             raise UnsupportedError(
