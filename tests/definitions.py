@@ -122,7 +122,8 @@ def regmean(loras, inputs, ridge, weighting="iteris", orthogonalize=True, free=F
     weights = {
         "trace": [1 / np.sum((x @ v) ** 2) for x in inputs],
         "iteris": [
-            np.sum(y**2) / np.sum((x @ y.T) ** 2) for x, y in zip(inputs, updates, strict=True)
+            np.sum(y**2) / np.sum((x @ y.T) ** 2) if y.any() else 0
+            for x, y in zip(inputs, updates, strict=True)
         ],
         "none": np.ones(len(inputs)),
     }[weighting]

@@ -28,8 +28,10 @@ from coremerge_jax.linalg.numerics import (
 from coremerge_jax.linalg.order import kth_largest, kth_smallest
 from coremerge_jax.linalg.singular import (
     Factored,
+    cut_factors,
     flattened,
     isotropic,
+    numerical_ranks,
     polar,
     spectral_map,
     truncate,
@@ -40,6 +42,7 @@ __all__ = [
     "Factored",
     "accumulate",
     "basis",
+    "cut_factors",
     "flattened",
     "in_loop",
     "in_range",
@@ -50,6 +53,7 @@ __all__ = [
     "kth_smallest",
     "lapack",
     "matmul",
+    "numerical_ranks",
     "orthonormal_factors",
     "pad_rows",
     "polar",

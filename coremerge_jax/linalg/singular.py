@@ -248,6 +248,40 @@ def truncate(
     return update, frame
 
 
+def cut_factors(
+    left: Float[Array, "T p k"],
+    right: Float[Array, "T q k"],
+    inner: Float[Array, "T k k"],
+    ranks: Float[Array, " T"],
+) -> tuple[Float[Array, "T k k"], Float[Array, "T p k"], Float[Array, "T q k"]]:
+    """Cuts updates ``left inner rightᵀ`` in orthonormal bases, and the bases, to some ranks.
+
+    Args:
+        left: ``(T, p, k)``.
+        right: ``(T, q, k)``.
+        inner: ``(T, k, k)``.
+        ranks: ``(T,)``, as those of `truncate`.
+
+    Returns:
+        The cut ``inner``; and the bases, projected to the singular directions that are kept.
+    """
+
+    def cut() -> tuple[Float[Array, "T k k"], Float[Array, "T p k"], Float[Array, "T q k"]]:
+        updates, frames = jax.vmap(truncate)(inner, ranks)
+        frames_t = jnp.swapaxes(frames, 1, 2)
+        left_kept = matmul(left, matmul(frames, frames_t))
+        return updates, left_kept, matmul(right, matmul(frames_t, frames))
+
+    whole = jnp.all(ranks >= inner.shape[1])
+    return jax.lax.cond(whole, lambda: (inner, left, right), cut)
+
+
+def numerical_ranks(inner: Float[Array, "T k k"], cutoff: float) -> Float[Array, " T"]:
+    """Returns the numbers of singular values above a share of the largest, as constants."""
+    s = jax.vmap(lapack.singular_values)(jax.lax.stop_gradient(inner))
+    return jnp.sum(s > cutoff * s[:, :1], axis=1).astype(s.dtype)
+
+
 def _leading(
     s: Float[Array, " k"], rank: _Scalar, rtol: _Scalar, noise: _Scalar
 ) -> Float[Array, "2 k"]:

@@ -8,13 +8,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.linalg import (
+    cut_factors,
     inverse,
     inverse_definite,
     matmul,
+    numerical_ranks,
     orthonormal_factors,
     polar,
     pytree,
     root,
+    roundoff,
 )
 from coremerge_jax.lora import LoRA
 from coremerge_jax.rules.linear import total
@@ -112,6 +115,8 @@ class regmean(Rule):
         solution = inverse_definite(shared + level * jnp.eye(len(shared), dtype=shared.dtype))
         if self.orthogonalize:
             left, right, inner = orthonormal_factors(b, a)
+            ranks = numerical_ranks(inner, roundoff(right))  # of M_t, which B_t may exceed
+            inner, left, right = cut_factors(left, right, inner, ranks)
             u = polar(side_by_side(left)).reshape(b.shape[1], *inner.shape[:2])
             b, a = matmul(jnp.moveaxis(u, 1, 0), inner), jnp.swapaxes(right, 1, 2)
         return LoRA(a=matmul(matmul(a, grams), solution[None]), b=b)

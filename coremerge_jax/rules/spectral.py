@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from coremerge_jax.linalg import (
     Factored,
     accumulate,
     basis,
+    cut_factors,
     flattened,
     isotropic,
-    lapack,
     matmul,
+    numerical_ranks,
     orthonormal_factors,
     pad_rows,
     polar,
@@ -85,22 +86,11 @@ class tsv(Rule):
         b, a = thin(cores)
         left, right, inner = orthonormal_factors(b, a)
         side = min(b.shape[1], a.shape[2])
-        s = jax.vmap(lapack.singular_values)(jax.lax.stop_gradient(inner))
-        ranks = jnp.sum(s > roundoff(right) * s[:, :1], axis=1)
+        ranks = numerical_ranks(inner, roundoff(right))
         present = jnp.maximum(jnp.sum(ranks > 0), 1)
         limit = jnp.where(jnp.sum(ranks) <= side, side, side // present)
-        if self.rank is not None:
-            limit = jnp.asarray(self.rank, limit.dtype)
-        kept = jnp.minimum(ranks, limit).astype(s.dtype)
-
-        def cut() -> tuple[Float[Array, "T k k"], Float[Array, "T p k"], Float[Array, "T q k"]]:
-            updates, frames = jax.vmap(truncate)(inner, kept)
-            frames_t = jnp.swapaxes(frames, 1, 2)
-            left_kept = matmul(left, matmul(frames, frames_t))
-            return updates, left_kept, matmul(right, matmul(frames_t, frames))
-
-        whole = jnp.all(kept >= inner.shape[1])
-        updates, *bases = jax.lax.cond(whole, lambda: (inner, left, right), cut)
+        limit = jnp.asarray(limit if self.rank is None else self.rank, ranks.dtype)
+        updates, *bases = cut_factors(left, right, inner, jnp.minimum(ranks, limit))
         # Stacked, so that both are one batch of decompositions.
         u, v = jax.vmap(polar)(pad_rows(*map(side_by_side, bases)))
         return Factored(u[: b.shape[1]], updates, v[: a.shape[2]])

@@ -101,6 +101,27 @@ def test_definition_where_ranks_equal_columns(full):
             assert_same(merge(adapters, space=space), expected, 1e-9)
 
 
+@pytest.mark.parametrize("space", [cm.core(), cm.knots(scaled=True)], ids=str)
+def test_definition_where_updates_have_less_rank_than_their_factors(space):
+    """Only columns of the updates count, not those of B that meet no rows of A."""
+    rng = np.random.default_rng(0)
+    shapes = {"zero.a": (16, 24), "same.a": (16, 24), "none": (16, 24), "thin": (9, 1)}
+    adapters = random_adapters(shapes, RANKS)
+    modules = dict(adapters[0])
+    modules["zero.a"] = cm.LoRA(a=modules["zero.a"].a * [[1.0], [0.0]], b=modules["zero.a"].b)
+    a, b = modules["same.a"].a, modules["same.a"].b
+    modules["same.a"] = cm.LoRA(
+        a=np.vstack([a, a[:1]]), b=np.hstack([b, rng.standard_normal((16, 1))])
+    )
+    modules["none"] = cm.LoRA(a=0 * modules["none"].a, b=modules["none"].b)
+    adapters[0] = adapters[0].replace(modules=modules)
+    inputs = random_inputs(adapters)
+    merged = plain_merge(
+        adapters, cm.regmean(), space=space, statistics=statistics_of(adapters, inputs)
+    )
+    assert_same(merged, by_definition(adapters, inputs), 1e-9)
+
+
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_definition_of_free_rows(adapters, inputs, orthogonalize):
     """The result has no more rank than the adapters together."""

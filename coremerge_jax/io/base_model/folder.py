@@ -36,7 +36,7 @@ _TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
 _LISTED = "expected a list of modules with their paths"
 _INDEX_SIZE = 64 * 2**20
 
-# Models of transformers with layers `Conv1D`, whose weights are (inputs, outputs), and these layers.
+# Models of transformers with layers `Conv1D`, whose weights are (inputs, outputs); the layers.
 _CONV1D_MODELS = {"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 _CONV1D = re.compile(r"(.*\.)?(c_attn|c_fc|c_proj|q_attn)\.weight", re.DOTALL)
 
