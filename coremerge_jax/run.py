@@ -18,7 +18,7 @@ import psutil
 from coremerge_jax.errors import CoreMergeWarning, FormatError, MismatchError, RecipeError
 from coremerge_jax.io.adapter_writer import Written
 from coremerge_jax.io.formats import Layouts, find_merge_target, merge_targets, open_adapter
-from coremerge_jax.io.outputs import ADAPTER, check_output, refuse_inputs
+from coremerge_jax.io.outputs import ADAPTER, check_file, check_output, find_foreign, refuse_inputs
 from coremerge_jax.io.peft.writer import write_peft
 from coremerge_jax.io.untrusted import refuse_url
 from coremerge_jax.lora import Adapter, AdapterSource, LoRA, ModuleStream
@@ -31,7 +31,12 @@ from coremerge_jax.merging.processes import agreed
 from coremerge_jax.merging.projected import project
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.recipe import Recipe, Resolved, build
-from coremerge_jax.record import describe_sources, provenance, warn_of_copies
+from coremerge_jax.record import (
+    describe_sources,
+    describe_statistics,
+    provenance,
+    warn_of_copies,
+)
 
 if TYPE_CHECKING:
     from coremerge_jax.search.sweeping import Metrics, Record, Sweep
@@ -452,6 +457,7 @@ def run_sweep(
     values: Mapping[str, Sequence[Any]],
     *,
     evaluate: "Callable[[Adapter], Metrics] | None" = None,
+    evaluated_by: Any = None,
     method: str = "grid",
     objective: str | None = None,
     maximize: bool = True,
@@ -468,13 +474,16 @@ def run_sweep(
         values: values to try, by the name of a parameter (`search.parameters`) or ``"scale"``.
         evaluate: gets a merged adapter, and returns a number, or numbers by name. The best
             adapter is written. Without it, every candidate is written.
+        evaluated_by: JSON-like data that identifies ``evaluate`` and what it reads. A sweep that
+            finds another in the log of the folder is refused.
         method: way to search, as ``NAME[:key=value,...]``.
         objective: name of the number that is compared; by default the first.
         maximize: True if larger numbers are better.
         progress: show progress on stderr, if that is a terminal.
 
     Raises:
-        CoreMergeError: as `open_adapter`, `search.sweep` and `write_peft`.
+        CoreMergeError: as `open_adapter`, `search.sweep` and `write_peft`; or the folder is that of
+            another sweep.
         RecipeError: there is nothing to try; or candidates are to be compared without
             ``evaluate``.
     """
@@ -522,13 +531,22 @@ def run_sweep(
             **candidate.arguments_of("save_peft"),
         )
 
+    def folder(record: "Record") -> str:
+        return ",".join(f"{name}={record.parameters[name]}" for name in values)
+
     def write_candidate(record: "Record", merged: Adapter) -> Mapping[str, float]:
-        name = ",".join(f"{name}={record.parameters[name]}" for name in values)
-        write(resolved.with_rule(record.rule, record.scale), merged, name)
+        write(resolved.with_rule(record.rule, record.scale), merged, folder(record))
         return {}
 
+    def is_written(record: "Record") -> bool:
+        place = output / folder(record)
+        return place.is_dir() and not find_foreign(place, ADAPTER)
+
     judge = measured(evaluate) if evaluate else write_candidate
-    result = search.collect(search.run(judge, output / LOG), progress=progress)
+    is_done = {} if evaluate else {"is_done": is_written}
+    subject = _sweep_subject(resolved, evaluated_by, writes=evaluate is None)
+    records = search.run(judge, output / LOG, subject, **is_done)
+    result = search.collect(records, progress=progress)
     if evaluate:
         best = resolved.with_rule(result.best.rule, result.best.scale)
         write(best, best.stream(adapters), BEST)
@@ -538,8 +556,26 @@ def run_sweep(
     return Swept(str(output), result, output / TABLE, output / BEST if evaluate else None)
 
 
+def _sweep_subject(resolved: Resolved, evaluated_by: Any, *, writes: bool) -> dict[str, Any]:
+    """Returns what the records of a sweep depend on, beside rules, space, key and adapters.
+
+    Args:
+        resolved: the recipe.
+        evaluated_by: what identifies the function that evaluates.
+        writes: True if candidates are written, so that cuts and number format count too.
+    """
+    recipe = resolved.recipe
+    names = ["extras", *(resolved.arguments_of("save_peft") if writes else ())]
+    hashes = [x["sha256"] for x in describe_statistics(recipe)]
+    options = {name: recipe.value(name) for name in names}
+    weights = {"weights": list(recipe.weights or ())}
+    return {"evaluation": evaluated_by, **weights, "statistics": hashes, **options}
+
+
 def _check_sweep_output(output: Path, inputs: Sequence[str]) -> None:
     """Refuses to mix results with files that are not of a sweep, or to touch an input."""
+    from coremerge_jax.search.sweeping import TABLE_MARK
+
     refuse_url(output)
     refuse_inputs(output, inputs)
     if not output.is_dir():
@@ -550,6 +586,8 @@ def _check_sweep_output(output: Path, inputs: Sequence[str]) -> None:
             raise FormatError(f"{output / name}: is a symbolic link; choose another output")
     if not (output / LOG).is_file() and any(output.iterdir()):
         raise FormatError(f"{output}: has files but no {LOG}; choose another output")
+    if (output / TABLE).exists():
+        check_file(output / TABLE, mark=TABLE_MARK, force=True)
     if (output / BEST).exists():
         check_output(output / BEST, kind=ADAPTER, inputs=inputs, force=True)
 

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from coremerge_jax.errors import CoreMergeError, MismatchError
+from coremerge_jax.io.outputs import fingerprint
 
 if TYPE_CHECKING:
     from coremerge_jax.collecting.texts import Example
@@ -115,6 +117,12 @@ class Reading:
     batch_size: int
     device: str | None
     allow_missing: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies the inputs: contents of files, and what is read of them."""
+        numbers = {x: getattr(self, x) for x in ("field", "tokens", "length", "allow_missing")}
+        files = [fingerprint(Path(file).resolve()) for file in self.files]
+        return {"base": self.base, "inputs": files, **numbers}
 
     def examples(self, adapters: "Sequence[Adapter]") -> "list[list[Example]]":
         """Returns the examples for each adapter.

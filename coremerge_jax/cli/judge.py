@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge_jax.cli.signals import Ended
 from coremerge_jax.errors import CoreMergeError, RecipeError, unknown
+from coremerge_jax.io.outputs import fingerprint
 
 if TYPE_CHECKING:
     from coremerge_jax.lora import Adapter
@@ -44,6 +45,13 @@ def load_judge(text: str) -> "Callable[[Adapter], Any]":
             return judge(merged)
 
     return run
+
+
+def describe_judge(text: str) -> dict[str, str]:
+    """Returns what identifies a function that `load_judge` has loaded: its name, and its file."""
+    source, _, _ = text.rpartition(":")
+    digest = {"sha256": fingerprint(Path(source).resolve())} if source.endswith(".py") else {}
+    return {"function": text, **digest}
 
 
 def _load_module(text: str, source: str) -> ModuleType:

@@ -18,7 +18,7 @@ from coremerge_jax.cli.inputs import (
     inputs_option,
     load_agreement,
 )
-from coremerge_jax.cli.judge import load_judge
+from coremerge_jax.cli.judge import describe_judge, load_judge
 from coremerge_jax.cli.options import Given, Json, parse_values, search_option, takes_recipe
 from coremerge_jax.errors import RecipeError
 
@@ -110,9 +110,10 @@ def sweep(
         raise RecipeError("merges are judged by --evaluate, or by --inputs and --base together")
     tried = parse_values(values or ())
     resolved, judge = recipe.resolve(), load_judge(evaluate) if evaluate else None
+    judged_by = describe_judge(evaluate) if evaluate else None
     if inputs and base:
         reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)
-        judge = load_agreement(reading, recipe.adapters)
+        judge, judged_by = load_agreement(reading, recipe.adapters), reading.describe()
 
     from coremerge_jax.run import run_sweep
 
@@ -121,6 +122,7 @@ def sweep(
         output,
         tried,
         evaluate=judge,
+        evaluated_by=judged_by,
         method=method,
         objective=objective,
         maximize=not minimize,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +79,11 @@ def _put_back(old: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(
-    out: str | Path, *, mark: bytes, inputs: Iterable[str | Path] = (), force: bool = False
+    out: str | Path,
+    *,
+    mark: bytes | re.Pattern[bytes],
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
 ) -> Iterator[Path]:
     """Yields a temporary sibling file to write, which then becomes `out` in one rename.
 

@@ -79,13 +79,18 @@ def check_output(
 
 
 def check_file(
-    out: str | Path, *, mark: bytes, inputs: Iterable[str | Path] = (), force: bool = False
+    out: str | Path,
+    *,
+    mark: bytes | re.Pattern[bytes],
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
 ) -> Path:
     """Returns the real path of an output file, if it may be written.
 
     Args:
         out: the file to write.
-        mark: bytes near the beginning of every such file that coremerge writes.
+        mark: bytes near the beginning of every such file that coremerge writes, or a pattern that
+            matches there.
         inputs: as for `check_output`.
         force: replace a file that is already there, if coremerge wrote it.
 
@@ -104,8 +109,9 @@ def check_file(
         raise FormatError(f"{out}: exists and is not a file; choose another output")
     if not force:
         raise FormatError(f"{out}: already exists; choose another output, or --force it")
+    pattern = mark if isinstance(mark, re.Pattern) else re.escape(mark)
     with path.open("rb") as stream:
-        if mark not in stream.read(_BLOCK):
+        if not re.search(pattern, stream.read(_BLOCK)):
             raise FormatError(
                 f"{out}: coremerge did not write this file, so it is not replaced; {_ELSEWHERE}"
             )

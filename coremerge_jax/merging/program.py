@@ -483,9 +483,9 @@ def finish_stack(
 
 
 @jax.jit
-def norm_squares(projection: Projection) -> Float[Array, "L T"]:
-    """Returns ``(L, T)``, the squared Frobenius norms of projected updates."""
-    return over_modules(lambda one: one.squares, projection)
+def projected_traits(projection: Projection) -> Float[Array, "L 3 T"]:
+    """Returns ``(L, 3, T)``, the `Projection.traits` of each module."""
+    return over_modules(lambda one: one.traits, projection)
 
 
 def _on_devices(

@@ -29,8 +29,8 @@ from coremerge_jax.merging.present import find_present
 from coremerge_jax.merging.program import (
     finish_stack,
     merge_projected,
-    norm_squares,
     project_stack,
+    projected_traits,
     split_projected,
 )
 from coremerge_jax.merging.stacks import stack_factors
@@ -239,14 +239,19 @@ class Projected:
                 found[tasks] = scale_to_norm(updates.rule, tasks, *total)
         return found
 
-    def norms(self) -> np.ndarray:
-        """Returns ``(T,)``, the Frobenius norm of each adapter in the space, over all modules."""
-        squares = np.zeros(self.adapters)
+    def traits(self) -> np.ndarray:
+        """Returns ``(3, T)``, numbers by which the projected adapters can be recognized.
+
+        They are the sums over all modules of `Projection.traits`, which are the same in all
+        bases of the space: of other adapters, weights or inputs, they are others.
+        """
+        found = np.zeros((3, self.adapters))
         for stack in self.stacks:
             with self._computing():
-                found = np.asarray(norm_squares(stack.projection))
-            np.add.at(squares, np.asarray(stack.tasks), found)
-        return np.sqrt(squares)
+                traits = np.asarray(projected_traits(stack.projection))
+            for row, of_stack in zip(found, np.moveaxis(traits, 1, 0), strict=True):
+                np.add.at(row, np.asarray(stack.tasks), of_stack)
+        return found
 
     def _check_weights(self, weights: Any) -> None:
         if not isinstance(weights, Mapping):

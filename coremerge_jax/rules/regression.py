@@ -32,6 +32,7 @@ from coremerge_jax.rules.rule import (
     check_choice,
     side_by_side,
     squared_norms,
+    squared_outputs,
     thin,
 )
 
@@ -90,7 +91,7 @@ class regmean(Rule):
         seen = matmul(merged[None], grams)
         outputs = jnp.sum(seen * merged[None])
         common = jnp.sum(matmul(seen, jnp.swapaxes(a, 1, 2)) * b)
-        alone = jnp.sum(_outputs(b, a, grams))
+        alone = jnp.sum(squared_outputs(b, a, grams))
         return common * root(outputs * inverse(alone))
 
     def merge(self, cores: Cores, *, key: PRNGKeyArray | None, context: Context) -> Dense:
@@ -147,12 +148,4 @@ def _balanced(
 ) -> Float[Array, "T q q"]:
     """Multiplies Gram matrices so that outputs are as large as the updates: λ_t of IterIS."""
     norms = squared_norms(LoRA(a=a, b=b))
-    return grams * (norms * inverse(_outputs(b, a, grams)))[:, None, None]
-
-
-def _outputs(
-    b: Float[Array, "T p r"], a: Float[Array, "T r q"], grams: Float[Array, "T q q"]
-) -> Float[Array, " T"]:
-    """Returns the squared norms of the outputs of each adapter on its own inputs."""
-    seen = matmul(matmul(a, grams), jnp.swapaxes(a, 1, 2))
-    return jnp.sum(matmul(jnp.swapaxes(b, 1, 2), b) * seen, axis=(1, 2))
+    return grams * (norms * inverse(squared_outputs(b, a, grams)))[:, None, None]

@@ -105,6 +105,14 @@ def squared_norms(cores: Cores) -> Float[Array, " T"]:
     return jnp.sum(left * right, axis=(1, 2))
 
 
+def squared_outputs(
+    b: Float[Array, "T p r"], a: Float[Array, "T r q"], grams: Float[Array, "T q q"]
+) -> Float[Array, " T"]:
+    """Returns the squared norms of the outputs of each adapter on its own inputs."""
+    seen = matmul(matmul(a, grams), jnp.swapaxes(a, 1, 2))
+    return jnp.sum(matmul(jnp.swapaxes(b, 1, 2), b) * seen, axis=(1, 2))
+
+
 def tasks_in(cores: Cores) -> int:
     """Returns the number T of cores."""
     return len(jax.tree.leaves(cores)[0])

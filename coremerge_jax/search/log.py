@@ -11,9 +11,10 @@ import numpy as np
 
 from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError
 from coremerge_jax.search.parameters import Parameters
+from coremerge_jax.text import shortened
 
-# Relative; far more than rounding errors of other machines, far less than training changes.
-_NORMS = 1e-3
+# Relative; more than rounding errors of other machines, less than any change of an adapter makes.
+_EXACT = {"float64": 1e-6, "float32": 1e-4}
 
 _ELSEWHERE = "choose another file"
 
@@ -26,19 +27,25 @@ class Log:
     Args:
         path: the file; None for no log.
         subject: what the records depend on, as JSON-like data.
-        norms: ``(T,)``, the norms of the adapters, which identify them.
+        traits: ``(3, T)``, numbers that identify the adapters, from `Projected.traits`.
+        dtype: in which they were computed.
 
     Raises:
         FormatError: the file is not a log of a sweep.
         MismatchError: it is that of another sweep.
     """
 
-    def __init__(self, path: str | Path | None, subject: Mapping[str, Any], norms: np.ndarray):
+    def __init__(
+        self,
+        path: str | Path | None,
+        subject: Mapping[str, Any],
+        traits: np.ndarray,
+        dtype: np.dtype,
+    ) -> None:
         self._path = None if path is None else Path(path)
-        self._header: dict[str, Any] = {
-            "sweep": dict(subject),
-            "norms": [float(f"{x:.6g}") for x in norms],
-        }
+        self._traits, self._exact = traits, _EXACT[dtype.name]
+        # As they come back from the file.
+        self._header = json.loads(json.dumps({"sweep": dict(subject), "traits": traits.tolist()}))
         self._known: dict[str, dict[str, Any]] = {}
         self._file: TextIO | None = None
 
@@ -110,14 +117,23 @@ class Log:
         theirs, ours = header["sweep"], self._header["sweep"]
         for what in dict.fromkeys([*ours, *theirs]):
             if theirs.get(what) != ours.get(what):
-                self._refuse(f"{what} ({theirs.get(what)}, now {ours.get(what)})")
-        norms, expected = np.asarray(header["norms"]), np.asarray(self._header["norms"])
-        if norms.shape != expected.shape or not np.allclose(norms, expected, rtol=_NORMS):
-            now = f"now {expected.tolist()}"
-            self._refuse(f"adapters (their norms were {norms.tolist()}, {now})")
+                before, now = (shortened(str(x.get(what)), 100) for x in (theirs, ours))
+                self._refuse(f"{what} ({before}, now {now})")
+        found, expected = np.asarray(header["traits"], np.float64), self._traits
+        if found.shape != expected.shape:
+            self._refuse("adapters (another number of them)")
+        norms = np.sqrt(expected[0])
+        sizes = norms**2, norms * np.sum(norms), expected[2]
+        far = ~(np.abs(found - expected) <= self._exact * np.stack(sizes))
+        for what, is_other in zip(
+            ("adapters", "adapters or weights", "statistics"), far, strict=True
+        ):
+            if is_other.any():
+                place = int(np.argmax(is_other))
+                self._refuse(f"{what} (adapter {place + 1} is not the same)")
 
     def _refuse(self, other: str) -> NoReturn:
-        raise MismatchError(f"{self._path}: the log of a sweep of other {other}; {_ELSEWHERE}")
+        raise MismatchError(f"{self._path}: the log of a sweep with other {other}; {_ELSEWHERE}")
 
 
 def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:

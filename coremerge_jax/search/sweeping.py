@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ if TYPE_CHECKING:  # an optional library
     from matplotlib.figure import Figure
 
 Metrics = float | Mapping[str, float]
+
+TABLE_MARK = re.compile(rb"\Arule,[^\n]*\bseconds\n")
+"""The header of a table of records, by which `Sweep.to_csv` knows its own files."""
 
 
 @contextmanager
@@ -160,8 +164,7 @@ class Sweep:
             values = (row.get(column, "") for column in self.columns)
             writer.writerow(printable(x) if isinstance(x, str) else x for x in values)
         if path is not None:
-            header = text.getvalue().partition("\n")[0].encode()
-            with atomic_file(path, mark=header, force=True) as file:
+            with atomic_file(path, mark=TABLE_MARK, force=True) as file:
                 file.write_text(text.getvalue(), encoding="utf-8")
         return text.getvalue()
 
@@ -244,7 +247,7 @@ def sweep(
         maximize: True if more of it is better.
         key: PRNG key, for rules that draw random numbers; the same for each candidate.
         log: file to which each record is added as it comes. A sweep that finds records of its
-            own candidates there does not evaluate these again.
+            own candidates there does not evaluate these again. ``evaluate`` has to be the same.
         progress: True to show progress on stderr, where that is a terminal.
 
     Returns:
@@ -255,7 +258,7 @@ def sweep(
         RecipeError: no rule has a parameter of a name, a value is out of range, there is no such
             metric, or ``evaluate`` returns something else than numbers; or a rule draws random
             numbers and has no key.
-        MismatchError: the log is that of other rules or adapters.
+        MismatchError: the log is that of other rules, adapters, weights or statistics.
     """
     search = Search(adapters, rules, values, method, objective, maximize, key)
     check_function("evaluate", evaluate)
@@ -330,16 +333,30 @@ class Search:
                 if name in parameters(rule):
                     configure(rule, {name: value})
 
-    def run(self, judge: Judge, log: str | Path | None = None) -> Iterator[Record]:
-        """Yields records as they come."""
+    def run(
+        self,
+        judge: Judge,
+        log: str | Path | None = None,
+        subject: Mapping[str, Any] | None = None,
+        is_done: Callable[[Record], bool] = lambda _: True,
+    ) -> Iterator[Record]:
+        """Yields records as they come.
+
+        Args:
+            judge: gives the metrics.
+            log: the file of the log; None for none.
+            subject: what else the records depend on, by name, as JSON-like data.
+            is_done: returns False for a record of the log that has to be judged again.
+        """
         subject = {
             "rules": {name: repr(rule) for name, rule in self.rules.items()},
             "space": repr(self.projected.space),
             "key": None if self.key is None else jax.random.key_data(self.key).tolist(),
+            **(subject or {}),
         }
-        with Log(log, subject, self.projected.norms()) as known:
+        with Log(log, subject, self.projected.traits(), self.projected.dtype) as known:
             for name in self.rules:
-                yield from self._run_rule(name, judge, known)
+                yield from self._run_rule(name, judge, known, is_done)
 
     def collect(self, records: Iterator[Record], *, progress: bool = False) -> Sweep:
         """Returns all records; shows on stderr how many there are, if wanted."""
@@ -358,7 +375,9 @@ class Search:
         objective = self.objective or next(iter(records[0].metrics), "")
         return Sweep(tuple(records), objective, self.maximize)
 
-    def _run_rule(self, name: str, judge: Judge, known: Log) -> Iterator[Record]:
+    def _run_rule(
+        self, name: str, judge: Judge, known: Log, is_done: Callable[[Record], bool]
+    ) -> Iterator[Record]:
         start = {SCALE: AUTO, **parameters(self.rules[name])}
         own = {x: choices for x, choices in self.values.items() if x in start}
         proposals, scores = self.method.propose(own), dict[str, float]()
@@ -371,14 +390,21 @@ class Search:
             candidate = {x: _plain(start[x]) for x in own} | proposed
             which = identity(name, candidate)
             if which not in scores:
-                record = self._record(name, candidate, judge, known)
+                record = self._record(name, candidate, judge, known, is_done)
                 scores[which] = score(record.metrics, self.objective, self.maximize)
                 yield record
             last = scores[which]
 
-    def _record(self, name: str, candidate: Parameters, judge: Judge, known: Log) -> Record:
+    def _record(
+        self,
+        name: str,
+        candidate: Parameters,
+        judge: Judge,
+        known: Log,
+        is_done: Callable[[Record], bool],
+    ) -> Record:
         record = Record(name, configure(self.rules[name], candidate), candidate, {}, 0.0)
-        if found := known.find(name, candidate):
+        if (found := known.find(name, candidate)) and is_done(record):
             metrics, seconds = found["metrics"], found["seconds"]
             self._check_names(record, metrics)
         else:

@@ -15,9 +15,18 @@ from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.linalg import Basis, matmul, pytree
 from coremerge_jax.lora import LoRA, widest
 from coremerge_jax.rules import Chain, Context, Rule, chain
-from coremerge_jax.rules.linear import scale
+from coremerge_jax.rules.linear import scale, total
 from coremerge_jax.rules.operations import Operations, Sizes, counted
-from coremerge_jax.rules.rule import Cores, Merged, check, dense, squared_norms, tasks_in
+from coremerge_jax.rules.rule import (
+    Cores,
+    Merged,
+    check,
+    dense,
+    squared_norms,
+    squared_outputs,
+    tasks_in,
+    thin,
+)
 from coremerge_jax.text import short
 
 # Merged factors keep the A factors of the adapters, exactly, up to this spread of their singular
@@ -161,9 +170,20 @@ class Projection:
         return dense(self.factors)
 
     @property
-    def squares(self) -> Float[Array, " T"]:
-        """``(T,)``, the squared Frobenius norms of the updates."""
-        return squared_norms(self._weighed_cores())
+    def traits(self) -> Float[Array, "3 T"]:
+        """``(3, T)``, numbers of each update that do not depend on the bases.
+
+        They are its squared norm, its inner product with the sum of all updates, and the squared
+        norm of its core's outputs on the task's inputs, or 0 without inputs.
+        """
+        cores = self._weighed_cores()
+        b, a = thin(cores)
+        seen = matmul(jnp.swapaxes(b, 1, 2), total(cores)[None])
+        common = jnp.sum(seen * a, axis=(1, 2))
+        outputs = jnp.zeros_like(common)
+        if self.inputs is not None:
+            outputs = squared_outputs(b, a, self.inputs)
+        return jnp.stack([squared_norms(cores), common, outputs])
 
     @property
     def u(self) -> Float[Array, "m p"] | None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import KEY, assert_same, random_adapters
+from helpers import KEY, assert_same, random_adapters, random_inputs, statistics_of
 from rich.console import Console
 
 import coremerge_jax as cm
@@ -173,6 +173,7 @@ def test_a_sweep_that_was_killed_goes_on(adapters, tmp_path, method, torn):
 
 def test_a_log_of_another_sweep_is_refused(adapters, tmp_path):
     log = tmp_path / "sweep.jsonl"
+    statistics = statistics_of(adapters, random_inputs(adapters))
     search.sweep(adapters, RULE, size, VALUES, log=log)
     more = {"scale": [3.0], "ties.density": [0.3]}
     assert len(search.sweep(adapters, RULE, size, more, log=log)) == 1  # other values may be added
@@ -182,6 +183,9 @@ def test_a_log_of_another_sweep_is_refused(adapters, tmp_path):
         ({"adapters": cm.project(adapters, space=cm.full())}, "other space"),
         ({"key": KEY}, "other key"),
         ({"adapters": random_adapters(SHAPES, (2, 4, 3), seed=1)}, "other adapters"),
+        ({"adapters": cm.project(adapters, weights=[1, -1, 1])}, "adapters or weights"),
+        ({"adapters": cm.project(adapters, statistics=statistics)}, "other statistics"),
+        ({"adapters": adapters[:2]}, "another number"),
     ):
         given = {"adapters": adapters, "rules": RULE, **other}
         with pytest.raises(cm.MismatchError, match=match):
@@ -275,7 +279,7 @@ def test_a_log_with_values_of_other_kinds_is_refused(adapters, tmp_path, line):
     projected = cm.project(adapters)
     search.sweep(projected, cm.mean(), size, {"scale": [1.0]}, log=log)
     header = log.read_text().splitlines()[0]
-    for text in (f"{header}\n{line}\n", f"{line}\n", f'{{"sweep": {line}, "norms": {line}}}\n'):
+    for text in (f"{header}\n{line}\n", f"{line}\n", f'{{"sweep": {line}, "traits": {line}}}\n'):
         log.write_text(text)
         with pytest.raises(cm.CoreMergeError, match=r"sweep\.jsonl: "):
             search.sweep(projected, cm.mean(), size, {"scale": [0.5]}, log=log)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,7 +88,37 @@ def test_goes_on_where_it_was(coremerge, adapters, tmp_path, task):
     assert len(after.splitlines()) == len(before.splitlines()) + 1
     refused = coremerge(*args, "--values", "scale=0.5,1", "--rule", "mean")
     assert (refused.code, refused.out) == (1, "")
-    assert "sweep.jsonl: the log of a sweep of other rules" in refused.err
+    assert "sweep.jsonl: the log of a sweep with other rules" in refused.err
+    more = [*args[:-2], "--values", "tsv.rank=1,2", "--values", "scale=0.5"]
+    assert coremerge(*more).code == 0  # a parameter more, and so another table
+
+
+def test_scores_of_other_functions_and_weights_are_not_reused(coremerge, adapters, tmp_path, task):
+    args = ["sweep", *adapters, "-o", tmp_path / "out", "--values", "scale=0.5"]
+    assert coremerge(*args, "--evaluate", task).code == 0
+    assert coremerge(*args, "--evaluate", task, "--rank", 2).code == 0  # scores are before the cut
+    assert "weights" in coremerge(*args, "--evaluate", task, "--weights", "1,-1,1").err
+    file = Path(task.rpartition(":")[0])
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert "with other evaluation" in coremerge(*args, "--evaluate", task).err
+    assert "with other evaluation" in coremerge(*args).err
+
+
+def test_candidates_are_those_of_the_options(coremerge, adapters, tmp_path):
+    out = tmp_path / "out"
+    args = ["sweep", *adapters, "-o", out, "--values", "scale=0.5,1"]
+    assert coremerge(*args).code == 0
+    refused = coremerge(*args, "--rank", 2)
+    assert refused.code == 1
+    assert "with other rank (None, now 2)" in refused.err
+    before = load_peft(out / "scale=0.5")
+    shutil.rmtree(out / "scale=0.5")
+    assert coremerge(*args).code == 0
+    assert_same(load_peft(out / "scale=0.5"), before, 1e-12)
+    (out / "scale=0.5" / "mine").write_text("")
+    refused = coremerge(*args)
+    assert refused.code == 1
+    assert "what coremerge did not write ('mine')" in refused.err
 
 
 def test_json(coremerge, adapters, tmp_path):

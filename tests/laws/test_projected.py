@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import WITHOUT_INPUTS
-from helpers import KEY, assert_same, distance, narrow, plain_merge, random_adapters
+from helpers import (
+    KEY,
+    assert_same,
+    dense,
+    distance,
+    narrow,
+    plain_merge,
+    random_adapters,
+    random_inputs,
+    statistics_of,
+)
 
 import coremerge_jax as cm
 
@@ -137,13 +147,25 @@ def test_gradients_of_weights_by_module(adapters, rule):
     assert gradient["b.q"][1] == 0  # the second adapter has no such module
 
 
-def test_norms_are_those_of_the_updates(adapters):
-    expected = [
-        np.sqrt(sum(np.sum(lora.dense() ** 2) for lora in adapter.values())) for adapter in adapters
-    ]
+def test_traits_are_those_of_the_updates(adapters):
+    inputs = random_inputs(adapters)
+    expected = np.zeros((3, len(adapters)))
+    for path in SHAPES:
+        total = sum(dense(adapter[path]) for adapter in adapters if path in adapter)
+        for t, adapter in enumerate(adapters):
+            if path in adapter:
+                update = dense(adapter[path])
+                outputs = update @ inputs[t][path].T
+                pairs = (update, update), (update, total), (outputs, outputs)
+                expected[:, t] += [np.vdot(x, y) for x, y in pairs]
+    statistics = statistics_of(adapters, inputs, full=True)
     for name in ("core", "full", "knots"):
-        norms = cm.project(adapters, space=SPACES[name]).norms()
-        np.testing.assert_allclose(norms, expected, rtol=1e-12)
+        traits = cm.project(adapters, space=SPACES[name]).traits()
+        np.testing.assert_allclose(traits[:2], expected[:2], rtol=1e-12)
+        assert not traits[2].any()
+    for name in ("core", "full"):
+        traits = cm.project(adapters, space=SPACES[name], statistics=statistics).traits()
+        np.testing.assert_allclose(traits, expected, rtol=1e-5)  # statistics are in float32
 
 
 def test_what_is_refused(adapters):
