@@ -361,7 +361,7 @@ OPTIONS: Mapping[str, Option] = {
         "DIR",
         unset="none",
     ),
-    "missing_statistics": _choice(MISSING_STATISTICS, "merge_stream"),
+    "missing_statistics": _choice(MISSING_STATISTICS, "merge_stream", "project"),
     "allow_other_base": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
     "allow_disjoint": Option(*untrusted.SWITCH, None, _MERGE, panel="Run"),
     "base_model": Option(

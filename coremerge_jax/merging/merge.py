@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coremerge_jax.errors import RecipeError, unknown
+from coremerge_jax.errors import RecipeError
 from coremerge_jax.lora import Adapter, AdapterSource, Array
 from coremerge_jax.merging.checks import (
     Scale,
@@ -21,14 +21,17 @@ from coremerge_jax.merging.job import Job
 from coremerge_jax.merging.mesh import Devices, is_host, refuse_explicit
 from coremerge_jax.merging.precision import are_traced
 from coremerge_jax.merging.present import Present, find_present
-from coremerge_jax.merging.statistics import Matched, Statistics, match, refuse_missing
+from coremerge_jax.merging.statistics import (
+    Matched,
+    Statistics,
+    check_missing,
+    match,
+    refuse_missing,
+)
 from coremerge_jax.merging.stream import MergeStream
 from coremerge_jax.rules import Chain, Rule, as_rule, chain
 from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Space
-
-# What to do with modules without statistics; also in `recipe`, which does not import JAX.
-MISSING = ("error", "tsv")
 
 
 def merge(
@@ -223,11 +226,10 @@ def _match_inputs(
         RecipeError: an argument is of another kind.
         UnsupportedError: there are no statistics.
     """
-    if missing not in MISSING:
-        raise unknown("missing_statistics", missing, MISSING)
+    check_missing(missing)
     if statistics is None:
         refuse_missing(None, rule, ())
     found = match(statistics, present.adapters, present.places.tolist(), given)
     if missing == "error":
-        refuse_missing(found, rule, present.paths)
+        refuse_missing(found.paths, rule, present.paths)
     return found

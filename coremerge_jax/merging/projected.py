@@ -22,7 +22,7 @@ from coremerge_jax.merging.checks import (
     refuse_values,
 )
 from coremerge_jax.merging.groups import Group, label
-from coremerge_jax.merging.job import Job, overflow
+from coremerge_jax.merging.job import Job, overflow, without_inputs
 from coremerge_jax.merging.mesh import implicit
 from coremerge_jax.merging.precision import are_traced, computing, is_available
 from coremerge_jax.merging.present import find_present
@@ -34,7 +34,7 @@ from coremerge_jax.merging.program import (
     split_projected,
 )
 from coremerge_jax.merging.stacks import stack_factors
-from coremerge_jax.merging.statistics import Statistics, match
+from coremerge_jax.merging.statistics import Statistics, check_missing, match, refuse_missing
 from coremerge_jax.rules import Chain, as_rule, chain, ties
 from coremerge_jax.rules.rule import AUTO
 from coremerge_jax.spaces import Projection, Space
@@ -93,6 +93,7 @@ class Projected:
         order: the paths of the modules in the order of the adapters.
         adapters: the number of adapters, those of weight 0 included.
         metadata: of the merged adapter.
+        missing_statistics: what to do with modules without statistics, as in `merge`.
     """
 
     stacks: tuple[Stack, ...]
@@ -101,6 +102,7 @@ class Projected:
     order: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     adapters: int = dataclasses.field(metadata={"static": True})
     metadata: Metadata = dataclasses.field(metadata={"static": True})
+    missing_statistics: str = dataclasses.field(default="error", metadata={"static": True})
 
     @property
     def dtype(self) -> np.dtype:
@@ -153,17 +155,18 @@ class Projected:
         if any(isinstance(part, ties) and part.scope == "model" for part in parts.rules):
             raise RecipeError(f"{parts!r} trims over all modules at once; use merge instead")
         self._check_weights(weights)
+        self._check_inputs(parts)
         with self._computing():
             merged = [
                 merge_projected(
-                    parts,
+                    rule_of(parts, stack),
                     key,
                     stack.projection,
                     stack.tasks,
                     stack.names,
                     self._weights(stack, weights),
                     keep_a=stack.keeps_a,
-                    norms=given_scale(parts, stack.tasks.shape[1]) is None,
+                    norms=given_scale(rule_of(parts, stack), stack.tasks.shape[1]) is None,
                 )
                 for stack in self.stacks
             ]
@@ -185,12 +188,13 @@ class Projected:
         """
         parts = chain(as_rule(rule))
         key = check_rule(parts, key, self.adapters)
+        self._check_inputs(parts)
         with self._computing():
             stacks = [
                 dataclasses.replace(
                     stack,
                     projection=split_projected(
-                        parts, key, stack.projection, stack.tasks, stack.names
+                        rule_of(parts, stack), key, stack.projection, stack.tasks, stack.names
                     ),
                 )
                 for stack in self.stacks
@@ -203,7 +207,7 @@ class Projected:
         if any(number is AUTO for number in scales.values()):
             auto = self.auto_scales(updates)
             scales = {
-                path: auto[stack.tasks.shape[1]] if scales[path] is AUTO else scales[path]
+                path: auto[kind_of(updates.rule, stack)] if scales[path] is AUTO else scales[path]
                 for stack in self.stacks
                 for path in stack.paths
             }
@@ -225,18 +229,20 @@ class Projected:
             if not np.isfinite(peak):
                 raise overflow(path, stack.dtypes[1])
 
-    def auto_scales(self, updates: Updates) -> dict[int, Any]:
-        """Returns the automatic scales, by the number of adapters that have a module."""
-        found: dict[int, Any] = {}
-        sums: dict[int, Any] = {}
+    def auto_scales(self, updates: Updates) -> dict[tuple[int, bool], Any]:
+        """Returns the automatic scales, by the `kind_of` modules."""
+        found: dict[tuple[int, bool], Any] = {}
+        rules: dict[tuple[int, bool], Chain] = {}
+        sums: dict[tuple[int, bool], Any] = {}
         with self._computing():
             for stack, squares in zip(self.stacks, updates.squares, strict=True):
-                tasks = stack.tasks.shape[1]
-                found[tasks] = given_scale(updates.rule, tasks)
+                kind = kind_of(updates.rule, stack)
+                rules[kind] = rule_of(updates.rule, stack)
+                found[kind] = given_scale(rules[kind], kind[0])
                 if squares is not None:
-                    sums[tasks] = sums.get(tasks, 0.0) + jnp.sum(squares, axis=0)
-            for tasks, total in sums.items():
-                found[tasks] = scale_to_norm(updates.rule, tasks, *total)
+                    sums[kind] = sums.get(kind, 0.0) + jnp.sum(squares, axis=0)
+            for kind, total in sums.items():
+                found[kind] = scale_to_norm(rules[kind], kind[0], *total)
         return found
 
     def traits(self) -> np.ndarray:
@@ -262,6 +268,14 @@ class Projected:
                 raise MismatchError(f"weights of {path!r}: there is no such module")
             as_weights(row, self.adapters, f"weights of {path!r}")
 
+    def _check_inputs(self, rule: Chain) -> None:
+        """Refuses modules that lack the inputs which a rule needs, unless these are allowed."""
+        if not rule.needs_inputs or self.missing_statistics != "error":
+            return
+        known = {x for s in self.stacks if s.projection.inputs is not None for x in s.paths}
+        merged = (x for s in self.stacks if s.tasks.shape[1] > 1 for x in s.paths)
+        refuse_missing(known or None, rule, merged)
+
     def _computing(self) -> Any:
         if are_traced(self.stacks):
             return contextlib.nullcontext()
@@ -279,6 +293,17 @@ class Projected:
         return jnp.take_along_axis(jnp.stack(rows), stack.tasks, axis=1)
 
 
+def kind_of(rule: Chain, stack: Stack) -> tuple[int, bool]:
+    """Returns the number of adapters that have modules, and True if their inputs are missing."""
+    return stack.tasks.shape[1], rule.needs_inputs and stack.projection.inputs is None
+
+
+def rule_of(rule: Chain, stack: Stack) -> Chain:
+    """Returns the rule by which modules are merged: another one if their inputs are missing."""
+    _, missing = kind_of(rule, stack)
+    return without_inputs(rule) if missing else rule
+
+
 def project(
     adapters: Sequence[Adapter],
     *,
@@ -290,6 +315,7 @@ def project(
     allow_other_base: bool = False,
     allow_disjoint: bool = False,
     statistics: Statistics | None = None,
+    missing_statistics: str = "error",
 ) -> Projected:
     """Projects all modules of adapters to a merge space, once for many merges.
 
@@ -304,6 +330,8 @@ def project(
         allow_other_base: project also adapters that name different base models.
         allow_disjoint: project also adapters without a module in common.
         statistics: of the modules' inputs, for rules that need them.
+        missing_statistics: what such rules do with modules without statistics: ``"error"``, or
+            ``"tsv"`` to merge them by that rule.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -312,6 +340,7 @@ def project(
         UnsupportedError: adapters have extras and no policy for them was given; or factors are
             traced, and sharded as their types say.
     """
+    check_missing(missing_statistics)
     adapters = [implicit(adapter) for adapter in as_adapters(adapters)]
     space, weights = as_space(space), as_weights(weights, len(adapters))
     present = find_present(adapters, weights, extras, allow_other_base, allow_disjoint)
@@ -328,6 +357,7 @@ def project(
         order=present.paths,
         adapters=len(adapters),
         metadata=present.metadata,
+        missing_statistics=missing_statistics,
     )
 
 

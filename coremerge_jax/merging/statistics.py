@@ -5,7 +5,7 @@ hosts.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint
+from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint, unknown
 from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import AdapterSource
 from coremerge_jax.merging.groups import GramKind, Group, label
@@ -21,6 +21,9 @@ from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.naming.spelling import canonical
 
 SOURCES = ("own", "base", "merged")
+
+# What to do with modules without statistics; also in `recipe`, which does not import JAX.
+MISSING = ("error", "tsv")
 
 # Relative difference of squared norms of rows of A: far more than rounding to bfloat16 makes, and
 # far less than any training.
@@ -391,19 +394,34 @@ def check_stack(
             check(path, one, other)
 
 
-def refuse_missing(statistics: Matched | None, rule: Any, paths: Iterable[str]) -> None:
+def check_missing(missing: str) -> None:
+    """Checks what to do with modules without statistics.
+
+    Raises:
+        RecipeError: it is not one of the choices.
+    """
+    if missing not in MISSING:
+        raise unknown("missing_statistics", missing, MISSING)
+
+
+def refuse_missing(known: Collection[str] | None, rule: Any, paths: Iterable[str]) -> None:
     """Refuses a merge by a rule that needs inputs, of modules without statistics.
+
+    Args:
+        known: paths of the modules with statistics; None if there are no statistics.
+        rule: the rule.
+        paths: of the modules that need them.
 
     Raises:
         MismatchError: a module has none.
         UnsupportedError: there are no statistics.
     """
-    if statistics is None:
+    if known is None:
         raise UnsupportedError(
             f"{rule!r} needs inputs of each task: collect statistics (cm.collect, coremerge "
             "collect) and give them (statistics=, --statistics)"
         )
-    missing = [path for path in paths if path not in statistics.paths]
+    missing = [path for path in paths if path not in known]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MismatchError(

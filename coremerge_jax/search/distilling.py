@@ -137,10 +137,11 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
 
 def natural_size(rule: Chain, projected: Projected, key: jax.Array | None) -> float:
     """Returns the automatic scale of a merge: of the modules that most adapters have."""
-    if (known := given_scale(rule, projected.adapters)) is not None:
+    most = max(stack.tasks.shape[1] for stack in projected.stacks)
+    if (known := given_scale(rule, most)) is not None:
         return known
     scales = projected.auto_scales(projected.updates(rule, key=key))
-    return float(scales[max(scales)])
+    return float(scales[max(scales, key=lambda kind: (kind[0], not kind[1]))])
 
 
 def _batches(

@@ -46,9 +46,9 @@ def masks(
     A search fits the inputs that it is judged on: check the result on others.
 
     The cores of an adapter that is left out are 0. For `task_arithmetic` and `tsv`, also with
-    `isotropize`, that is the same as if it had no such module. But `mean` and `cart` still divide
-    by the number of all, `regmean` still counts its inputs, and elementwise rules such as `ties`
-    keep the coordinates of all. Of ``projected.pieces(rule)``, merged by `task_arithmetic`, its
+    `isotropize`, that is the same as if it had no such module, and for `regmean` nearly so. But
+    `mean` and `cart` still divide by the number of all, and elementwise rules such as `ties` keep
+    the coordinates of all. Of ``projected.pieces(rule)``, merged by `task_arithmetic`, its
     share alone is left out.
 
     Args:
@@ -135,14 +135,14 @@ class _Search:
     def run(self, shape: tuple[int, int], budget: int, seed: int) -> Iterator[dict[str, float]]:
         """Yields the metrics of masks of a shape as they come; the first leaves nothing out."""
         size = int(np.prod(shape))
-        strategy = _strategy(size, seed)
+        strategy = _strategy(max(size, 2), seed)  # the least; one more has no effect
         yield self._try(np.ones(shape, bool))
         asked = 1
         while asked < budget and not strategy.should_stop():
             told = []
             for _ in range(min(strategy.population_size, budget - asked)):
                 point = strategy.ask()
-                mask = (point > 0).reshape(shape)
+                mask = (point[:size] > 0).reshape(shape)
                 if mask.tobytes() not in self._scores:
                     yield self._try(mask)
                 told.append((point, -self._scores[mask.tobytes()]))
@@ -177,12 +177,12 @@ class _Search:
 
 
 def _strategy(size: int, seed: int) -> Any:
-    """Returns CMA-ES in so many variables; with a diagonal covariance where they are many."""
+    """Returns CMA-ES in so many variables, at least 2; with a diagonal covariance of many."""
     try:
         import cmaes
     except ImportError as error:
         raise UnsupportedError("masks need cmaes: pip install 'coremerge-jax[masks]'") from error
-    kind = cmaes.CMA if 1 < size <= _FULL else cmaes.SepCMA
+    kind = cmaes.CMA if size <= _FULL else cmaes.SepCMA
     return kind(mean=np.full(size, START), sigma=SPREAD, seed=seed)
 
 

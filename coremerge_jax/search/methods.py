@@ -61,6 +61,8 @@ class Line:
     def propose(self, values: Choices) -> Proposals:
         """Proposes; see `Method`."""
         best: dict[str, Any] = {}
+        if not values:
+            yield best
         for name, choices in values.items():
             top, chosen, worse = -math.inf, None, 0
             for value in listed(name, choices):

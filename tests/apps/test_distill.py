@@ -88,6 +88,13 @@ def test_learning_begins_with_the_merge_at_the_automatic_scale(projected, name):
     assert_same(first, projected.merge(rule, key=KEY), 1e-5)
 
 
+def test_the_automatic_scale_is_that_of_the_adapters_that_modules_have():
+    adapters = random_adapters({"q": (8, 6)}, (2, 3, 2))
+    rule = cm.chain(cm.tsv())
+    projected = cm.project(adapters, weights=[1, 1, 0])
+    assert natural_size(rule, projected, None) == natural_size(rule, cm.project(adapters[:2]), None)
+
+
 @pytest.mark.parametrize("name", narrow(RULES, ["tsv"]))
 def test_learns_to_predict_like_the_adapters(projected, name):
     found = search.distill(

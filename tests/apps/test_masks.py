@@ -102,6 +102,11 @@ def test_nothing_is_left_out_without_gain(adapters):
     assert worst.history == ({"step": 0, "b": 0, "a": 6},)
 
 
+def test_one_variable(adapters):
+    found = search.masks(adapters[:1], cm.tsv(), near(adapters[0]), per="adapter", budget=8)
+    assert_same(found.adapter, dict(adapters[0]), 1e-6)
+
+
 def test_masks_of_pieces_take_away_shares_alone(adapters):
     pieces = cm.project(adapters).pieces(cm.tsv())
     rule = cm.task_arithmetic()

@@ -171,6 +171,14 @@ def test_a_sweep_that_was_killed_goes_on(adapters, tmp_path, method, torn):
     assert third.rows() == again.rows()
 
 
+@pytest.mark.parametrize("method", [search.grid(), search.line(), search.random()], ids=str)
+def test_a_rule_without_a_searched_parameter_is_tried_once(adapters, method):
+    rules = {"tsv": cm.tsv(), "ties": cm.ties()}
+    found = search.sweep(adapters, rules, size, {"ties.density": [0.3, 0.6]}, method=method)
+    assert sorted(record.name for record in found) == ["ties", "ties", "tsv"]
+    assert len(search.sweep(adapters, cm.tsv(), size, {}, method=method)) == 1
+
+
 def test_a_log_of_another_sweep_is_refused(adapters, tmp_path):
     log = tmp_path / "sweep.jsonl"
     statistics = statistics_of(adapters, random_inputs(adapters))

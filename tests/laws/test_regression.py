@@ -358,6 +358,26 @@ def test_what_is_missing(adapters, statistics):
         plain_merge(adapters, cm.regmean(), statistics=some, missing_statistics="ties")
 
 
+def test_what_is_missing_of_projected_adapters(adapters, statistics):
+    projected = cm.project(adapters)
+    for merge in (projected.merge, projected.pieces):
+        with pytest.raises(cm.UnsupportedError, match="needs inputs of each task: collect"):
+            merge(cm.regmean())
+    some = cm.Statistics({p: x for p, x in statistics.items() if p != "b.q"}, statistics.adapters)
+    projected = cm.project(adapters, statistics=some)
+    for merge in (projected.merge, projected.pieces):
+        with pytest.raises(cm.MismatchError, match=r"no statistics of module 'b\.q'"):
+            merge(cm.regmean())
+    options = {"statistics": some, "missing_statistics": "tsv"}
+    projected = cm.project(adapters, **options)
+    for scale in ("auto", 0.7):
+        expected = plain_merge(adapters, cm.regmean(), scale=scale, **options)
+        assert_same(projected.merge(cm.regmean(), scale=scale), expected, 1e-9)
+    whole = projected.merge(cm.regmean(), scale=1.0)
+    pieces = projected.pieces(cm.regmean())
+    assert_same(pieces.merge(cm.task_arithmetic(), scale=1.0), whole, 1e-9)
+
+
 def test_a_module_that_no_input_has_reached(adapters, statistics):
     """Such as an expert."""
     gram = statistics["b.q"]
