@@ -218,7 +218,8 @@ def _untyped(x: Any) -> Any:
 
 def is_spread(x: Any) -> bool:
     """Returns True if an array is on devices of several processes."""
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
+    is_traced = isinstance(x, jax.core.Tracer)
+    return isinstance(x, jax.Array) and not is_traced and not x.is_fully_addressable
 
 
 def fetched(x: Array) -> np.ndarray:

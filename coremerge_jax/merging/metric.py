@@ -209,7 +209,7 @@ def metric_or_none(
 
 
 def metric_roots(
-    inner: Float[Array, "p q"], right: Basis, inputs: Inputs
+    inner: Float[Array, "p q"], right: Basis, inputs: Inputs, noise: float
 ) -> tuple[Float[Array, "q q"], Float[Array, "q q"]]:
     """Returns the root of the metric of the inputs, and its inverse.
 
@@ -221,12 +221,13 @@ def metric_roots(
         inner: ``(p, q)``, the update in orthonormal bases.
         right: that of its rows, ``(n, q)``.
         inputs: of one module.
+        noise: share of the largest singular value up to which others are rounding errors.
 
     Returns:
         Symmetric matrices in the coordinates of ``right``; 1 outside of the row space.
     """
     _, s, v = lapack.svd(inner)
-    v = jnp.where(in_range(s, roundoff(inner))[None, :], v, 0)
+    v = jnp.where(in_range(s, noise)[None, :], v, 0)
     size = jnp.maximum(jnp.sum(v**2), 1)
     grams = _in_rows(right.times(v), inputs, inner.dtype)
     traces = jnp.trace(grams, axis1=1, axis2=2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError
 from coremerge_jax.linalg import Basis, basis, inverse, lapack, matmul, roundoff
 from coremerge_jax.linalg import truncate as leading
-from coremerge_jax.lora import Adapter, LoRA
+from coremerge_jax.lora import Adapter, LoRA, widest
 from coremerge_jax.merging.checks import as_adapter, check_number, check_whole, refuse_values
 from coremerge_jax.merging.groups import Group, group_modules, label
 from coremerge_jax.merging.limits import Limit
@@ -66,8 +66,8 @@ def truncate(
 
     Returns:
         The adapter; and the share of energy that each module kept: numbers, or scalar arrays if
-        factors are traced. The i-th column of b has the norm of the i-th row of a; without
-        statistics, bᵀb = a aᵀ.
+        factors are traced. The i-th column of b has the norm of the i-th row of a, unless factors
+        are traced and there are statistics; without statistics, bᵀb = a aᵀ.
 
     Raises:
         FormatError: a factor has NaN or infinite values.
@@ -257,7 +257,7 @@ def _balance_to_rank(
         back = None
         if inputs is not None:
             fixed = jax.tree.map(jax.lax.stop_gradient, (inner, right, inputs))
-            root, back = metric_roots(*fixed)
+            root, back = metric_roots(*fixed, _noise(inner, *factors))
             inner = matmul(inner, root)
         found = lapack.svd(jax.lax.stop_gradient(inner))
         u, s, v = (x[..., :rank] for x in found)
@@ -301,7 +301,7 @@ def _balance(
     def balance(module: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         *factors, inputs = module
         left, right, inner = _inner(*(x.astype(dtype) for x in factors))
-        u, s, v = lapack.svd(_weighed(inner, right, inputs))
+        u, s, v = lapack.svd(_weighed(inner, right, inputs, _noise(inner, *factors)))
         lengths = s
         if inputs is not None:
             rows = matmul(inner.T, u)
@@ -323,16 +323,24 @@ def _spectra(
     def spectrum(module: tuple) -> jax.Array:
         *factors, inputs = module
         _, right, inner = _inner(*(x.astype(dtype) for x in factors))
-        return lapack.singular_values(_weighed(inner, right, inputs))
+        return lapack.singular_values(_weighed(inner, right, inputs, _noise(inner, *factors)))
 
     return over_modules(spectrum, (a, b, inputs))
 
 
 def _weighed(
-    inner: Float[Array, "p q"], right: Basis, inputs: Inputs | None
+    inner: Float[Array, "p q"], right: Basis, inputs: Inputs | None, noise: float
 ) -> Float[Array, "p q"]:
     """Returns the update in coordinates in which the norm is that of the outputs."""
-    return inner if inputs is None else matmul(inner, metric_roots(inner, right, inputs)[0])
+    if inputs is None:
+        return inner
+    return matmul(inner, metric_roots(inner, right, inputs, noise)[0])
+
+
+def _noise(inner: jax.Array, a: jax.Array, b: jax.Array) -> float:
+    """Returns the share of the largest singular value that rounding of the factors may make."""
+    dtype = widest(np.dtype(np.float32), a.dtype, b.dtype)
+    return max(inner.shape) * float(jnp.finfo(dtype).eps)
 
 
 def _shares(s: np.ndarray) -> np.ndarray:

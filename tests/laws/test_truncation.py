@@ -325,6 +325,39 @@ def test_traced_factors_are_cut_by_outputs_alike(outer):
 
 
 @pytest.mark.wide
+def test_merges_are_cut_where_they_are_made(outer):
+    """In one traced function, as outside of it."""
+    adapters, inputs = outer
+    statistics = statistics_of(adapters, inputs)
+
+    def merge_and_cut(adapters):
+        merged = cm.merge(adapters, cm.tsv(), scale=1.0)
+        return cm.truncate(merged, rank=3, statistics=statistics, sources=adapters)[0]
+
+    with jax.enable_x64(True):
+        assert_same(jax.jit(merge_and_cut)(adapters), dict(merge_and_cut(adapters)), 1e-9)
+
+
+@pytest.mark.wide
+def test_rounding_errors_of_factors_are_no_rows(outer):
+    """Factors of more rank than their update, which in float32 is not exactly of less."""
+    adapters, inputs = outer
+    rng = np.random.default_rng(0)
+    modules = {
+        path: cm.LoRA(a=lora.a, b=lora.b[:, :2] @ rng.standard_normal((2, lora.rank)))
+        for path, lora in cm.merge(adapters, cm.tsv(), scale=1.0).items()
+    }
+    exact = cm.Adapter(modules)
+    rounded = jax.tree.map(lambda x: x.astype(np.float32), exact)
+    statistics = statistics_of(adapters, inputs)
+    options = {"rank": 1, "statistics": statistics, "sources": adapters}
+    expected, kept = cm.truncate(exact, **options)
+    cut, also_kept = cm.truncate(rounded, **options)
+    assert_same(cut, dict(expected), 1e-5)
+    assert also_kept == pytest.approx(kept, rel=1e-5)
+
+
+@pytest.mark.wide
 def test_modules_without_statistics_are_cut_plainly(outer):
     adapters, inputs = outer
     merged = cm.merge(adapters, cm.tsv(), scale=1.0)
