@@ -25,16 +25,23 @@ class Track:
         layers: of the value's shape, a number of a layer or expert.
         table: ``(K,)``, layer of each number, where a loop or an index decides it; None if the
             numbers are the layers themselves.
+        repeated: True in a loop all of whose steps use it, so that they may have parts of a batch.
     """
 
     weight: int
     inputs: np.ndarray | None
     layers: np.ndarray
     table: Array | None = None
+    repeated: bool = False
 
     def look_up(self, numbers: Array) -> Array:
         """Returns the layers that numbers stand for."""
         return numbers if self.table is None else self.table[numbers]
+
+    @property
+    def in_loop(self) -> "Track":
+        """The same entries in each step of a loop."""
+        return dataclasses.replace(self, repeated=True)
 
     @property
     def lost(self) -> "Track":
@@ -144,7 +151,8 @@ def moved(
         return list(tracks)
     if name in _SCALED and sum(track is not None for track in tracks) == 1:
         track, other = (first, values[1]) if first is not None else (tracks[1], values[0])
-        return [track] if np.ndim(other) == 0 or name in _SUMS else None
+        scaled = np.ndim(other) == 0 and not (name == "div" and first is None)
+        return [track] if scaled or name in _SUMS else None
     if first is None:
         return None
     if name == "dynamic_slice":
@@ -193,7 +201,8 @@ def _numbered(
     """Returns a track whose layers along some axes are looked up in a table."""
     ones = [n if axis in axes else 1 for axis, n in enumerate(shape)]
     layers = np.broadcast_to(np.arange(len(numbers)).reshape(ones), shape)
-    return Track(track.weight, inputs, layers, track.look_up(numbers))
+    table = track.look_up(numbers)
+    return dataclasses.replace(track, inputs=inputs, layers=layers, table=table)
 
 
 def unstacked(track: Track) -> tuple[Array, Callable[[Array], Track]]:
@@ -212,6 +221,7 @@ def unstacked(track: Track) -> tuple[Array, Callable[[Array], Track]]:
 
     def part(table: Array) -> Track:
         numbers = np.arange(table.shape[0], dtype=np.int32)
-        return _numbered(Track(track.weight, inputs, inputs, table), inputs, numbers, inner, sizes)
+        of_part = dataclasses.replace(track, inputs=inputs, layers=inputs, table=table)
+        return _numbered(of_part, inputs, numbers, inner, sizes)
 
     return tables, part

@@ -88,7 +88,7 @@ def add_product(
         mask: weights of inputs; see `row_weights`.
     """
     product = _read(weight, track, x, axes, batch)
-    add = functools.partial(_add, weight, product)
+    add = functools.partial(_add, weight, product, track.repeated)
     # Arguments, as what has explicit axes cannot be enclosed.
     traced = None if isinstance(product.layers, np.ndarray) else product.layers
     there = jax.typeof(x).sharding.mesh
@@ -101,6 +101,7 @@ def add_product(
 def _add(
     weight: Weight,
     product: _Product,
+    repeated: bool,
     sums: Sums,
     a: jax.Array,
     x: jax.Array,
@@ -112,8 +113,9 @@ def _add(
     matrices, counts = sums
     x = x.astype(matrices.dtype)
     shape = tuple(x.shape[axis] for axis in product.rows)
-    rows = None if mask is None else row_weights(weight.name, mask, shape).astype(x.dtype)
-    if rows is not None:
+    rows = None
+    if mask is not None:
+        rows = row_weights(weight.name, mask, shape, repeated=repeated).astype(x.dtype)
         # Padding can be anything, also not a number.
         x = jnp.where(_expand(rows != 0, product.rows, x.ndim), x, jnp.zeros((), x.dtype))
     grams = _full(product, x, rows, a.shape[-1]) if weight.full else _core(product, x, rows, a)
@@ -286,7 +288,7 @@ def _put(sums: jax.Array, layers: Array, values: jax.Array) -> jax.Array:
     return sums.at[layers.reshape(-1)].add(values)
 
 
-def row_weights(module: str, mask: jax.Array, rows: Shape) -> jax.Array:
+def row_weights(module: str, mask: jax.Array, rows: Shape, *, repeated: bool = False) -> jax.Array:
     """Returns the weights of a module's inputs, in the shape of these.
 
     The axes of the mask are the first ones of the inputs, or are one axis of these. Inputs of fewer
@@ -296,11 +298,19 @@ def row_weights(module: str, mask: jax.Array, rows: Shape) -> jax.Array:
         module: its path, for messages.
         mask: weights, such as ``(N, L)``.
         rows: the shape of the module's inputs, without the features.
+        repeated: True if a loop has the module in all of its steps, which may be those of time or
+            of examples. Then all axes of the mask have to be there.
 
     Raises:
         MismatchError: the axes of the inputs are others.
     """
     lead = mask.shape
+    whole = len(lead) > 1 and (rows[: len(lead)] == lead or rows[:1] == (mask.size,))
+    if repeated and not whole:
+        raise MismatchError(
+            f"module {module!r} is in a loop whose steps have inputs of shape {rows}, so the mask "
+            f"{lead} does not tell which are padding; give batches without padding, and no mask"
+        )
     if rows[:1] == (mask.size,) and rows[: len(lead)] != lead:
         mask = mask.reshape(-1)
     elif len(rows) < len(lead):

@@ -151,7 +151,7 @@ class Rebuilt:
         )
         first = len(values) - sum(scanned)
         fixed = first - carried
-        inside = list(tracks[:first])
+        inside = _in_loop(tracks[:first])
         parts = [None if track is None else unstacked(track) for track in tracks[first:]]
         tables = [part and part[0] for part in parts]
         names, sums = _mine(tracks, state)
@@ -185,12 +185,13 @@ class Rebuilt:
         back = {id(part): track for part, track in zip(taken, tracks[first:], strict=True) if part}
         ends = [track and back.get(id(track), track.lost) for track in found[carried:]]
         state = {**state, **dict(zip(names, sums, strict=True))}
-        return [*now, *stacked], [*found[:carried], *ends], state
+        return [*now, *stacked], [*tracks[fixed:first], *ends], state
 
     def _while(self, eqn: JaxprEqn, values: list[Any], tracks: Tracks, state: State) -> _Result:
         first = eqn.params["cond_nconsts"]
         start = first + eqn.params["body_nconsts"]
         names, sums = _mine(tracks, state)
+        inside = _in_loop(tracks[first:])
 
         def holds(carry: Any) -> Any:
             given = [*values[:first], *carry[1]]
@@ -202,10 +203,10 @@ class Rebuilt:
             results, found, after = self.run(
                 eqn.params["body_jaxpr"],
                 [*values[first:start], *carry[1]],
-                tracks[first:],
+                inside,
                 dict(zip(names, carry[0], strict=True)),
             )
-            self._check_carry(tracks[start:], found)
+            self._check_carry(inside[start - first :], found)
             return [after[name] for name in names], _typed(results, eqn.outvars)
 
         carry = sums, _typed(values[start:], eqn.invars[start:])
@@ -268,6 +269,11 @@ def _mine(tracks: Tracks, state: State) -> tuple[list[int], list[Any]]:
     """Returns the numbers of the weights that a loop uses, and their sums."""
     names = sorted({track.weight for track in tracks if track})
     return names, [state[name] for name in names]
+
+
+def _in_loop(tracks: Tracks) -> list[Track | None]:
+    """Returns the tracks of weights that all steps of a loop use."""
+    return [track and track.in_loop for track in tracks]
 
 
 def _first(tracks: Tracks) -> Track:

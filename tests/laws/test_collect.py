@@ -259,6 +259,51 @@ def test_padding_does_not_count(model):
     np.testing.assert_allclose(pooled.counts, 1.5)
 
 
+LOOPS = {
+    "over time": lambda x, w: jax.lax.scan(lambda h, x: (h, x @ w), 0, x.swapaxes(0, 1))[1],
+    "over examples": lambda x, w: jax.lax.map(lambda x: x @ w, x),
+    "over states": lambda x, w: jax.lax.scan(
+        lambda h, x: (h @ w + x, 0), x[:, 0], x.swapaxes(0, 1)
+    ),
+    "while": lambda x, w: jax.lax.fori_loop(0, 2, lambda i, h: h + x[i] @ w, x[0]),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_masks_are_refused_in_loops_over_parts_of_a_batch(case):
+    """Also where there are as many examples as tokens, so that the shapes fit."""
+    rng = np.random.default_rng(7)
+    x, weight = random(rng, 4, 4, 5), random(rng, 5, 5)
+    adapters = adapters_of({"layer": (5, 5)})[:1]
+    given = {"layer": {"kernel": weight}}, adapters, [[x]]
+    for mask in (jnp.ones((4, 4)), jnp.ones(4)):
+        with pytest.raises(cm.MismatchError, match="in a loop whose steps"):
+            cm.collect(
+                *given,
+                lambda params, x: LOOPS[case](x, params["layer"]["kernel"]),
+                source="base",
+                mask=lambda _, mask=mask: mask,
+            )
+
+
+def test_layers_that_share_a_weight_take_masks():
+    rng = np.random.default_rng(8)
+    x, weight = random(rng, 4, 3, 5), random(rng, 5, 5)
+    mask = jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    adapters = adapters_of({"layer": (5, 5)})[:1]
+
+    def forward(params, x):
+        return jax.lax.fori_loop(0, 2, lambda _, x: x @ params["layer"]["kernel"], x)
+
+    found = cm.collect(
+        {"layer": {"kernel": weight}}, adapters, [[x]], forward, source="base", mask=lambda _: mask
+    )["layer"]
+    inputs = np.concatenate([np.asarray(y)[mask > 0] for y in (x, x @ weight)])
+    seen = inputs @ adapters[0]["layer"].a.T
+    np.testing.assert_allclose(found.matrices[0], seen.T @ seen, rtol=1e-4)
+    np.testing.assert_allclose(found.counts, 12)
+
+
 # --- Ways to write a product ---------------------------------------------------------------------
 
 E, N, H = 3, 2, 5
