@@ -18,8 +18,7 @@ _ANYWHERE = re.compile(
 )
 _FIRST = re.compile(rf"(module\.|{re.escape(PREFIX)})+")
 
-# Endings of the names of extras: trained rows of an embedding, and the bias of a B factor.
-TOKENS = ".token_adapter.trainable_tokens_delta"
+# Ending of the name of an extra: the bias of a B factor.
 LORA_BIAS = ".lora_B.bias"
 
 

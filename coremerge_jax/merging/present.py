@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from coremerge_jax.errors import MismatchError
 from coremerge_jax.lora import Adapter, AdapterSource, Array, LoRA, Metadata
 from coremerge_jax.merging.belonging import common_metadata, present_adapters
 from coremerge_jax.merging.extras import merge_extras
 from coremerge_jax.merging.groups import GramKind, Group, group_modules
+from coremerge_jax.naming.table import TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ def find_present(
     found = present_adapters(adapters, weights, allow_other_base, allow_disjoint)
     tasks, present = list(found), list(found.values())
     merged = merge_extras(present, extras, [t + 1 for t in tasks])
+    _refuse_tokens_of_adapted(merged.tensors, present)
     return Present(
         adapters=present,
         places=np.asarray(tasks, np.int32),
@@ -93,3 +96,21 @@ def find_present(
         extras=merged.tensors,
         metadata=common_metadata(present, merged.config, merged.beside),
     )
+
+
+def _refuse_tokens_of_adapted(extras: Iterable[str], adapters: Sequence[AdapterSource]) -> None:
+    """Refuses trained token rows of an embedding that another adapter adapts as a whole.
+
+    Raises:
+        MismatchError: naming the embedding. peft cannot have both in one adapter.
+    """
+    for name in extras:
+        owner = name.removesuffix(TOKENS)
+        having = [adapter for adapter in adapters if owner != name and owner in adapter.outline]
+        if having:
+            raise MismatchError(
+                f"embedding {owner!r}: adapter {having[0].metadata.name!r} adapts it as a whole, "
+                "and another one has trained rows of it (trainable_token_indices); one adapter "
+                "cannot have both: leave the rows out with extras='drop' (--extras drop), or one "
+                "of the adapters"
+            )

@@ -257,7 +257,7 @@ def _balance_to_rank(
         back = None
         if inputs is not None:
             fixed = jax.tree.map(jax.lax.stop_gradient, (inner, right, inputs))
-            root, back = metric_roots(*fixed, _noise(inner, *factors))
+            root, back = metric_roots(fixed[0], fixed[1], fixed[2], _noise(inner, *factors))
             inner = matmul(inner, root)
         found = lapack.svd(jax.lax.stop_gradient(inner))
         u, s, v = (x[..., :rank] for x in found)

@@ -4,6 +4,9 @@ Paths in here are templates: every component that is a number (a layer, an exper
 Old names are those of checkpoints and earlier releases, new names those in memory since.
 """
 
+# Ending of the name of an extra: trained rows of an embedding.
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
 # Names of models around a language model. They differ most, and say least: a path is compared
 # without those that it starts with. Names of vision and audio towers stay.
 WRAPPERS = ("backbone", "language_model", "model", "thinker", "vlm")

@@ -44,7 +44,8 @@ def module_paths(module: str, param: str, batch: tuple[int, ...]) -> tuple[str, 
         batch: the lengths of the axes of layers and experts.
     """
     module = re.sub(r"^(params/)+", "", module)
-    parts = separate_numbers(module).split("/") + [param] * (param not in _UNNAMED)
+    parts = [part for part in separate_numbers(module).split("/") if part]
+    parts += [param] * (param not in _UNNAMED or not parts)
     at = container(module)
     found = []
     for index in np.ndindex(batch):

@@ -179,6 +179,36 @@ def test_bfloat16_rounds_once(tmp_path, case):
         assert ((value.float() - twice[name].float()).abs() <= 2**-7 * size).all(), name
 
 
+@pytest.mark.parametrize("module", ["lm_head", "down_proj"])
+def test_a_module_that_one_adapter_adapts_and_another_has_whole(tmp_path, module):
+    kind, config, _ = MODELS["llama"]
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path / "base")
+    options = {
+        "adapted": {"target_modules": ["q_proj", module]},
+        "whole": {"target_modules": ["q_proj"], "modules_to_save": [module]},
+    }
+    for name, more in options.items():
+        options = peft.LoraConfig(r=4, lora_alpha=8, **more)
+        model = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), options)
+        randomized(model).save_pretrained(tmp_path / name)
+    adapters = [cm.open_peft(tmp_path / name) for name in ("adapted", "whole")]
+    result = cm.merge(adapters, cm.task_arithmetic(), scale=1.0, extras="keep=whole")
+    cm.save_peft(result, tmp_path / "merged")
+    again = cm.open_peft(tmp_path / "merged")
+    assert set(again.extras) == set(result.extras)
+    cm.apply_adapter(again, tmp_path / "base", tmp_path / "out")
+    ours = kind.from_pretrained(tmp_path / "out").eval()
+    expected = kind.from_pretrained(tmp_path / "base").state_dict()
+    expected |= {name: torch.tensor(np.asarray(x)) for name, x in result.extras.items()}
+    for path, lora in result.items():
+        expected[f"{path}.weight"] += torch.tensor(np.asarray(lora.b) @ np.asarray(lora.a))
+    theirs = merged(kind, tmp_path / "base", tmp_path / "merged").state_dict()
+    for name, value in ours.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+        assert torch.allclose(theirs[name], expected[name], atol=1e-6), name
+
+
 NAMES = {"unwrapped": ("GPT2LMHeadModel", "GPT2Model"), "wrapped": ("BertModel", "BertForMaskedLM")}
 
 

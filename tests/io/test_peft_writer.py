@@ -186,6 +186,21 @@ def test_one_rank_for_all_modules_leaves_the_updates(adapter, rng, tmp_path, opt
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
+def test_modules_that_are_adapted_and_saved_whole(rng, tmp_path):
+    """peft cannot load a module of both kinds, but takes the weight of an adapted module."""
+    modules = {"lm_head": update(rng), "layers.0.down": update(rng)}
+    metadata = cm.Metadata(config={"modules_to_save": ["lm_head", "down", "score"]})
+    names = "lm_head", "layers.0.down", "layers.1.down", "score"
+    extras = {f"{name}.weight": rng.standard_normal((4, 4), np.float32) for name in names}
+    cm.save_peft(cm.Adapter(modules, metadata=metadata, extras=extras), tmp_path / "out")
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["layers.1.down", "score"]
+    again = cm.load_peft(tmp_path / "out")
+    assert set(again) == set(modules)
+    assert set(again.extras) == set(extras)
+    for name, value in extras.items():
+        assert np.array_equal(again.extras[name], value)
+
+
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", None])
 def test_keys_have_the_prefix_of_the_source(rng, tmp_path, prefix):
     modules = {

@@ -10,10 +10,11 @@ import numpy as np
 from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.io.base_model.folder import CONFIG, BaseModel
 from coremerge_jax.io.base_model.tensor_names import Names, nearest_tensors
-from coremerge_jax.io.module_paths import LORA_BIAS, TOKENS, unwrapped
+from coremerge_jax.io.module_paths import LORA_BIAS, unwrapped
 from coremerge_jax.io.tensors import LazyTensor
 from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA
 from coremerge_jax.naming.spelling import canonical, template
+from coremerge_jax.naming.table import TOKENS
 from coremerge_jax.trees import fold as addition
 
 

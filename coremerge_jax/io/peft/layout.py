@@ -165,7 +165,22 @@ class PeftLayout:
             config["target_parameters"] = list(self._parameters)
         if config.get("bias") == "vera_only":
             config["bias"] = "lora_only"
+        if config.get("modules_to_save"):
+            config["modules_to_save"] = list(self._modules_to_save(config["modules_to_save"]))
         return config
+
+    def _modules_to_save(self, names: Iterable[str]) -> Iterator[str]:
+        """Yields names of modules that are saved whole, without those that are adapted.
+
+        peft cannot do both. It loads the weight of an adapted module too, by the key that the
+        weight has here, if the configuration does not name the module.
+        """
+        whole = {name.rpartition(".")[0] for name in self._outline.extras}
+        for name in names:
+            if any(path.endswith(name) for path in self._layers):
+                yield from sorted(x for x in whole - set(self._layers) if x.endswith(name))
+            else:
+                yield name
 
 
 def _parameters(paths: Iterable[str]) -> dict[str, list[str]]:

@@ -334,7 +334,9 @@ class Contents:
                 )
             if ".lora_velora_embed" in name or is_copy(name, self._others):  # not used by peft
                 continue
-            if is_extra(name, self.config.fields, embeddings):
+            # Written for a module that one adapter adapts, and another has as a whole.
+            beside = WRAPPED in key and name.rpartition(".")[0] in self.modules
+            if beside or is_extra(name, self.config.fields, embeddings):
                 extras[name] = self._extra(key)
             else:
                 unclaimed.append(name)
