@@ -193,16 +193,17 @@ def run_merge(
         MemoryError: a single module needs more than ``max_memory``.
     """
     recipe, stage = resolved.recipe, _Timed(progress)
+    inputs = [*_inputs(recipe), *([base_config] if base_config else [])]
     with stage("open"), agreed():
         kind = find_merge_target(recipe.to).name if recipe.to else None
         if output is not None:
-            check_output(output, kind=kind, inputs=recipe.adapters, force=force)
+            check_output(output, kind=kind, inputs=inputs, force=force)
         adapters = [open_adapter(source) for source in recipe.adapters]
         to = recipe.to or _own_format(adapters)
         more = _more_options(to, base_config)
         if output is not None:
             kind = find_merge_target(to).name
-            check_output(output, kind=kind, inputs=recipe.adapters, force=force)
+            check_output(output, kind=kind, inputs=inputs, force=force)
         devices = make_mesh(mesh)
         taken = psutil.Process().memory_info().rss + _COMPILATION
         room = None if max_memory is None else _room_for_batches(max_memory, taken)
@@ -233,6 +234,11 @@ def run_merge(
         energy_kept=written.kept,
         cut_by=cut_by,
     )
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """Returns the folders and files that a merge by a recipe reads."""
+    return [*recipe.adapters, *(recipe.statistics or ())]
 
 
 def _own_format(adapters: Sequence[Adapter]) -> str:
@@ -502,7 +508,7 @@ def run_sweep(
             f"--to {recipe.to}: a sweep writes PEFT adapters; then run coremerge convert "
             f"--to {recipe.to}"
         )
-    _check_sweep_output(output, recipe.adapters)
+    _check_sweep_output(output, _inputs(recipe))
     keep_compiled_programs()
     adapters = [open_adapter(source) for source in recipe.adapters]
     sources, key = describe_sources(recipe, adapters), jax.random.key(recipe.seed)

@@ -166,6 +166,7 @@ def _print_warnings() -> None:
 _ADVICE = {
     errno.ENOSPC: "make room, or choose another output",
     errno.EDQUOT: "make room, or choose another output",
+    errno.EFBIG: "the disk or a limit allows no file of this size; choose another output",
     errno.EROFS: "choose another output",
     errno.ENAMETOOLONG: "choose a shorter name",
 }

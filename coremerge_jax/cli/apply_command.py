@@ -67,7 +67,8 @@ def apply(
     ] = None,
     scale: Annotated[float, typer.Option(metavar="NUMBER", help="Scale of the update.")] = 1.0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check everything but values, write nothing."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     names: Annotated[

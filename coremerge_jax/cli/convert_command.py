@@ -211,7 +211,8 @@ def convert(
     options = {key: value for key, value in told.items() if value is not None}
     if scan_axis is not None:
         options["scan_axis"] = _parse_scan_axis(scan_axis)
-    check_output(output, kind=target.name, inputs=[source, *([like] if like else [])], force=force)
+    inputs = [source, *(x for x in (like, base, base_config) if x)]
+    check_output(output, kind=target.name, inputs=inputs, force=force)
     if head_dim is not None and "head_dim" in target.targets[to]:
         written["head_dim"] = head_dim
     if like is not None:

@@ -103,7 +103,8 @@ def merge(
         bool,
         run_option(
             "--dry-run",
-            help="Check everything, show what would be done and what it would cost, write nothing.",
+            help="Check everything but the values of factors, show what would be done and what it "
+            "would cost, write nothing.",
         ),
     ] = False,
     force: Force = False,

@@ -21,6 +21,7 @@ from coremerge_jax.cli.inputs import (
 from coremerge_jax.cli.judge import describe_judge, load_judge
 from coremerge_jax.cli.options import Given, Json, parse_values, search_option, takes_recipe
 from coremerge_jax.errors import RecipeError
+from coremerge_jax.io.outputs import refuse_inputs
 
 EPILOG = """[bold]Examples[/]
 
@@ -112,6 +113,7 @@ def sweep(
     resolved, judge = recipe.resolve(), load_judge(evaluate) if evaluate else None
     judged_by = describe_judge(evaluate) if evaluate else None
     if inputs and base:
+        refuse_inputs(output, [base, *inputs])
         reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)
         judge, judged_by = load_agreement(reading, recipe.adapters), reading.describe()
 

@@ -109,7 +109,7 @@ def _naming(out: str | Path, new: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a copy names its source first
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy names its source
         name = (full and error.filename2) or error.filename
         if error.errno and _is_below(new, name):
             error.filename, error.filename2 = str(out), None

@@ -49,7 +49,8 @@ _KEYS = (
         "a textual inversion, which is no LoRA",
     ),
     (r".*\.(lora_E|ranknum).*", "AdaLoRA without its configuration"),
-    (r".*\.(core|squares)", "a compiled merge; coremerge pack lift makes an adapter of it"),
+    (r".*\.core", "a compiled merge; coremerge pack lift makes an adapter of it"),
+    (r".*\.(matrices|squares)", "statistics of inputs; give them with --statistics"),
     (r".*prompt_embeddings.*", "a trained prompt, which is no LoRA"),
     (r".*vera_lambda.*", "VeRA without its configuration"),
     (

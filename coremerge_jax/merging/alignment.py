@@ -22,6 +22,7 @@ from coremerge_jax.naming.spelling import (
     is_listed_expert,
     template,
 )
+from coremerge_jax.naming.table import CONV1D_LAYERS, WEIGHT
 from coremerge_jax.naming.vocabulary import Names, are_releases
 
 _LAYERS = (
@@ -47,11 +48,45 @@ def align(adapters: Sequence[AdapterSource]) -> Sequence[AdapterSource]:
     Warns:
         CoreMergeWarning: an adapter is merged by other names than its own.
     """
+    adapters = _with_layers(adapters)
     owns = {own for adapter in adapters for own in set(map(template, adapter))}
     if _is_one_naming({own: canonical_template(own) for own in owns}):
         return adapters
     modules = [found for adapter in adapters if (found := _modules(adapter)) is not None]
     return _Alignment(adapters, modules).aligned() if len(modules) == len(adapters) else adapters
+
+
+def _with_layers(adapters: Sequence[AdapterSource]) -> Sequence[AdapterSource]:
+    """Names the weight of a layer as the layer, if another adapter has that.
+
+    Raises:
+        MismatchError: an adapter has both; or the weight is that of a `Conv1D`, whose update is the
+            transpose of the layer's.
+    """
+    weights = [
+        {p: p.removesuffix(WEIGHT) for p in x if p.endswith(WEIGHT) and f"{p[:-2]}1]" not in x}
+        for x in adapters
+    ]
+    if not any(weights):
+        return adapters
+    layers = {canonical(path) for x in adapters for path in x if not path.endswith("]")}
+    found = []
+    for adapter, names in zip(adapters, weights, strict=True):
+        renamed = {path: name for path, name in names.items() if canonical(name) in layers}
+        for path, name in renamed.items():
+            if name in adapter or name.rpartition(".")[2] in CONV1D_LAYERS:
+                raise MismatchError(
+                    f"{label([adapter], 0)} has module {path!r}, the weight of the layer {name!r}, "
+                    "which it has too or another adapter has; train all of them with "
+                    "target_modules, and not with target_parameters"
+                )
+        kinds = {path: lora.kind for path, lora in adapter.outline.items()}
+        pieces = {
+            renamed.get(path, path): Piece(path, Kind() if path in renamed else kind)
+            for path, kind in kinds.items()
+        }
+        found.append(respell(adapter, pieces, adapter.extras) if renamed else adapter)
+    return found
 
 
 def _is_one_naming(keys: Mapping[str, str]) -> bool:

@@ -4,6 +4,12 @@ Paths in here are templates: every component that is a number (a layer, an exper
 Old names are those of checkpoints and earlier releases, new names those in memory since.
 """
 
+# Names of the layers of transformers that are a `Conv1D`, whose weight is (inputs, outputs).
+CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
+
+# Ending of the name of a layer's weight that peft adapts as a parameter (``target_parameters``).
+WEIGHT = ".weight[0]"
+
 # Ending of the name of an extra: trained rows of an embedding.
 TOKENS = ".token_adapter.trainable_tokens_delta"
 

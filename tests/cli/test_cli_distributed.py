@@ -132,6 +132,11 @@ def test_without_a_job(coremerge, adapters, monkeypatch, tmp_path):
     result = coremerge("merge", *adapters, "-o", tmp_path / "out", "--distributed")
     assert result.code == 2
     assert "JAX_PROCESS_ID must be a whole number, got 'first'" in result.err
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
+    result = coremerge("merge", *adapters, "-o", tmp_path / "out", "--distributed")
+    assert result.code == 2
+    assert "must be host:port of process 0, got 'localhost'" in result.err
 
 
 @pytest.mark.parametrize(

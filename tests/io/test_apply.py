@@ -916,6 +916,7 @@ def test_other_files(small, rng, tmp_path):
     folder = small()
     kept = ["tokenizer.json", "sub/vocab.txt", "README.md", "2_Dense/model.safetensors"]
     stale = ["pytorch_model.bin", "model.fp16.safetensors", "onnx/model.onnx", "x.gguf"]
+    stale += ["adapter_config.json", "adapter_model.safetensors"]  # which has its own adapter
     stale += ["model.safetensors.index.json", "1_Other/model.safetensors", "tf_model.h5"]
     for name in [*kept, *stale, ".git/HEAD", ".gitattributes", "coremerge.json"]:
         (folder / name).parent.mkdir(exist_ok=True)

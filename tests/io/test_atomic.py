@@ -373,10 +373,11 @@ def test_a_full_disk_changes_nothing(small_disk):
         assert tree(small_disk) == before
 
 
-def test_a_copy_onto_a_full_disk_names_the_output(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_copy_onto_a_full_disk_names_the_output(tmp_path, number):
     def copy():
         with atomic_folder(tmp_path / "out") as folder:
-            raise OSError(errno.ENOSPC, "No space left", "source", None, str(folder / "copy"))
+            raise OSError(number, "No space left", "source", None, str(folder / "copy"))
 
     with pytest.raises(OSError, match="No space left") as caught:
         copy()

@@ -434,3 +434,25 @@ def test_canonical_paths_are_their_own(case):
         keys = [canonical(path) for path, _ in modules(naming)]
         assert len(set(keys)) == len(keys)
         assert list(map(canonical, keys)) == keys
+
+
+def test_the_weight_of_a_layer_is_the_layer(tmp_path):
+    """As peft's target_parameters and target_modules name it."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 6)), rng.standard_normal((4, 2))
+    plain = cm.Adapter({"layers.0.v": cm.LoRA(a=a, b=b), "layers.0.q": cm.LoRA(a=a, b=b)})
+    weight = cm.Adapter({"layers.0.v.weight[0]": cm.LoRA(a=2 * a, b=b, kind=cm.Kind("expert"))})
+    merged = plain_merge([weight, plain], cm.task_arithmetic())
+    assert set(merged) == {"layers.0.v", "layers.0.q"}
+    assert {lora.kind for lora in merged.values()} == {cm.Kind()}
+    assert distance(dense(merged["layers.0.v"]), 3 * b @ a) < 1e-6
+    save_peft(merged, tmp_path / "out")
+    alone = plain_merge([weight, weight], cm.task_arithmetic())
+    assert set(alone) == {"layers.0.v.weight[0]"}
+    both = cm.Adapter({**plain, **weight})
+    with pytest.raises(cm.MismatchError, match=r"'layers\.0\.v', which it has too"):
+        plain_merge([both, plain], cm.mean())
+    layer = cm.Adapter({"c_proj": cm.LoRA(a=a, b=b)})
+    weight = cm.Adapter({"c_proj.weight[0]": cm.LoRA(a=a, b=b, kind=cm.Kind("expert"))})
+    with pytest.raises(cm.MismatchError, match="with target_modules, and not"):
+        plain_merge([layer, weight], cm.mean(), allow_disjoint=True)

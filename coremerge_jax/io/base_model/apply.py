@@ -63,8 +63,8 @@ class Report:
             a trained bias was added.
         appended: tensors that the base model does not have.
         copied: files that were copied unchanged, beside those with the weights.
-        skipped: files with weights that lack the update, and other items of a checkpoint; they are
-            left out.
+        skipped: files with weights that lack the update, an adapter's configuration beside them,
+            and other items of a checkpoint; they are left out.
     """
 
     modules: dict[str, Applied]

@@ -1,6 +1,5 @@
 """Folders of Hugging Face models: the file of each tensor, and the files beside the weights."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from coremerge_jax.io import untrusted
 from coremerge_jax.io.folders import find_folder
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import FLOATS, Kind, Shape
+from coremerge_jax.naming.table import CONV1D_LAYERS
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOLDER = "a model's folder"
@@ -36,9 +37,8 @@ _TOTALS = {"total_parameters": untrusted.NUMBER, "total_size": untrusted.NUMBER}
 _LISTED = "expected a list of modules with their paths"
 _INDEX_SIZE = 64 * 2**20
 
-# Models of transformers with layers `Conv1D`, whose weights are (inputs, outputs); the layers.
+# Models of transformers with such layers as `CONV1D_LAYERS`.
 _CONV1D_MODELS = {"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
-_CONV1D = re.compile(r"(.*\.)?(c_attn|c_fc|c_proj|q_attn)\.weight", re.DOTALL)
 
 # Endings of the names of files with weights, and of their indices.
 _WEIGHTS = (
@@ -135,7 +135,7 @@ class BaseModel:
         adapter is a single value, that of the layer which peft has adapted last.
         """
         if kind.name == "linear" and not _CONV1D_MODELS.isdisjoint(self.configured("model_type")):
-            return _CONV1D.fullmatch(name) is not None
+            return name.removesuffix(".weight").rpartition(".")[2] in CONV1D_LAYERS
         return kind.transposed
 
     def configured(self, field: str) -> list[Any]:
@@ -149,8 +149,8 @@ class BaseModel:
         Returns:
             The files to copy, which hold for an adapted model, too; among them the weights of the
             parts of a sentence-transformers model that ``modules.json`` names. And those to leave
-            out: weights without the update, and links to folders, which may lead anywhere. All
-            relative to the folder.
+            out: weights without the update, the configuration of an adapter, and links to folders,
+            which may lead anywhere. All relative to the folder.
         """
         parts = _sentence_parts(self.folder / "modules.json")
         copied: list[str] = []
@@ -165,6 +165,7 @@ class BaseModel:
             weights = name.endswith(tuple(f".{ending}" for ending in _WEIGHTS))
             used = name == INDEX and self.index is not None
             stale = weights and not used and name.rpartition("/")[0] not in parts
+            stale |= name == ADAPTER_CONFIG  # by which transformers would look for an adapter
             (skipped if stale else copied).append(name)
         return copied, skipped
 
