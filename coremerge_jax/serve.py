@@ -6,7 +6,6 @@ rank R, and a further merge takes the memory of its C. The functions are pure: t
 mapped over, sharded, and differentiated with respect to C.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jaxtyping import Float, Int
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, hint
 from coremerge_jax.linalg import pytree
-from coremerge_jax.lora import AdapterSource, Array
+from coremerge_jax.lora import AdapterSource, Array, widest
 from coremerge_jax.merging.compiled import Merge
 
 
@@ -40,15 +39,19 @@ def apply(
         b: ``(m, R)``, stacked B.
         cores: ``(K, R, R)``, the matrices of K merges.
         requests: int ``(N,)``, the merge of each request: 0 to K - 1. A negative number stands for
-            none.
+            none, and one of K or more gives NaN.
 
     Returns:
         ``(N, ..., m)``, in the dtype of x.
     """
-    chosen = cores[jnp.maximum(requests, 0)].astype(x.dtype)
-    chosen = jnp.where((requests >= 0)[:, None, None], chosen, 0)
-    inner = jnp.matmul(x.reshape(len(x), -1, x.shape[-1]), a.T.astype(x.dtype))
-    mixed = jnp.einsum("nlr,nsr->nls", inner, chosen)
+    # Adapters with nearly equal A have large entries in C, so what C multiplies is not rounded.
+    wide = widest(np.dtype(np.float32), x.dtype)
+    matrices = jnp.asarray(cores)
+    chosen = matrices.at[jnp.maximum(requests, 0)].get(mode="fill", fill_value=jnp.nan)
+    chosen = jnp.where((requests >= 0)[:, None, None], chosen.astype(wide), 0)
+    rows = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+    inner = jnp.matmul(rows, a.T.astype(x.dtype), preferred_element_type=wide)
+    mixed = jnp.einsum("nlr,nsr->nls", inner, chosen).astype(x.dtype)
     return jnp.matmul(mixed, b.T.astype(x.dtype)).reshape(*x.shape[:-1], len(b))
 
 
@@ -75,13 +78,13 @@ def stack(merges: Sequence[Merge], *, dtype: DTypeLike = jnp.float32) -> dict[st
 
     Args:
         merges: K of them, at least one. Adapters are told apart by their names.
-        dtype: of the arrays.
+        dtype: of the factors; cores are in float32, or wider if factors are.
 
     Returns:
         The arrays of each module, by its path.
 
     Raises:
-        MismatchError: two adapters of one name differ.
+        MismatchError: two adapters of one name differ, or a merge has two of one name.
         RecipeError: there is no merge; or an adapter has no name.
         UnsupportedError: a module is not linear.
     """
@@ -95,13 +98,26 @@ def stack(merges: Sequence[Merge], *, dtype: DTypeLike = jnp.float32) -> dict[st
 def _by_name(merges: Sequence[Merge]) -> dict[str, AdapterSource]:
     """Returns the adapters of all merges, in the order in which they come."""
     found: dict[str, AdapterSource] = {}
-    for adapter in (x for merge in merges for x in merge.adapters):
-        name = adapter.metadata.name
-        if not name:
-            raise RecipeError("an adapter has no name; pack the adapters, which gives them names")
-        if found.setdefault(name, adapter).outline.keys() != adapter.outline.keys():
-            raise MismatchError(f"two adapters are named {name!r}, with other modules each")
+    for merge in merges:
+        names = [adapter.metadata.name for adapter in merge.adapters]
+        for name, adapter in zip(names, merge.adapters, strict=True):
+            if not name:
+                raise RecipeError("an adapter has no name; pack the adapters, which names them")
+            if names.count(name) > 1:
+                raise MismatchError(f"two adapters of a merge are named {name!r}; name them anew")
+            if not _are_same(found.setdefault(name, adapter), adapter):
+                raise MismatchError(f"two adapters are named {name!r}, and differ; name them anew")
     return found
+
+
+def _are_same(one: AdapterSource, other: AdapterSource) -> bool:
+    """Returns True if two adapters have the same modules and factors."""
+    if one is other:
+        return True
+    if one.outline.keys() != other.outline.keys():
+        return False
+    pairs = ((one[path], other[path]) for path in one)
+    return all(np.array_equal(x.a, y.a) and np.array_equal(x.b, y.b) for x, y in pairs)
 
 
 def _stacked(
@@ -128,7 +144,7 @@ def _stacked(
     return Factors(
         a=jnp.concatenate([jnp.asarray(x.a, dtype) for x in loras.values()]),
         b=jnp.concatenate([jnp.asarray(x.b, dtype) for x in loras.values()], axis=1),
-        cores=jnp.asarray(cores, dtype),
+        cores=jnp.asarray(cores, widest(np.dtype(np.float32), jnp.dtype(dtype))),
     )
 
 
@@ -162,8 +178,23 @@ class Merged(nnx.Module):
         """Returns the output of the layer; axes of inputs and outputs may be several."""
         y = self.base(x, *more, **options)
         a, b = self.a[...], self.b[...]
-        rows = x.reshape(*_leading(x.shape, a.shape[1]), a.shape[1])
-        return y + apply(rows, a, b, self.cores[...], self.requests[...]).reshape(y.shape)
+        lead = _leading(x.shape, a.shape[1])
+        _check_axes(self.base, x.ndim, x.ndim - len(lead))
+        if y.size != math.prod(lead) * len(b):
+            raise MismatchError(f"outputs of shape {y.shape} for adapters of {len(b)} outputs")
+        rows = x.reshape(*lead, a.shape[1])
+        found = apply(rows, a, b, self.cores[...], self.requests[...])
+        return y + found.reshape(y.shape).astype(y.dtype)
+
+
+def _check_axes(layer: nnx.Module, ndim: int, count: int) -> None:
+    """Refuses a layer whose inputs are not along the last axes."""
+    axis = getattr(layer, "axis", range(-count, 0))
+    found = {one % ndim for one in (axis if isinstance(axis, Sequence) else (axis,))}
+    if found != set(range(ndim - count, ndim)):
+        raise MismatchError(
+            f"a layer with inputs along axes {axis}; merges are served of the last axes only"
+        )
 
 
 def _leading(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -187,29 +218,32 @@ def attach(model: nnx.Module, merges: Mapping[str, Factors], requests: Int[Array
         ``found[...] = requests``.
 
     Raises:
-        MismatchError: the model has no layer of a path.
+        MismatchError: the model has no layer of a path, or has it in a plain dict, list or tuple.
     """
     layers = {
-        ".".join(map(str, path)): (path, node)
+        ".".join(map(str, path)): node
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Module)
     }
     for path in merges:
         if path not in layers:
             raise MismatchError(f"the model has no layer {path!r}{hint(path, layers)}")
+    parents = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    places: dict[str, list[tuple[nnx.Module, str]]] = {}
+    for path in merges:
+        there = [(parent, name) for parent in parents for name, x in vars(parent).items()]
+        places[path] = [place for place in there if vars(place[0])[place[1]] is layers[path]]
+        if not places[path]:
+            raise MismatchError(
+                f"layer {path!r} is the model itself, or in a plain dict, list or tuple, where it "
+                "cannot be replaced; use nnx.Dict or nnx.List"
+            )
     shared = Request(jnp.asarray(requests))
     for path, factors in merges.items():
-        names, layer = layers[path]
-        *parents, last = map(str, names)
-        parent: Any = functools.reduce(_child, parents, model)
-        merged = Merged(layer, factors, shared)
-        if isinstance(parent, nnx.List):
-            parent[int(last)] = merged
-        else:
-            setattr(parent, last, merged)
+        merged = Merged(layers[path], factors, shared)
+        for parent, name in places[path]:  # several, if the layer is shared
+            if isinstance(parent, nnx.List):
+                parent[int(name)] = merged
+            else:
+                setattr(parent, name, merged)
     return shared
-
-
-def _child(parent: Any, name: str) -> Any:
-    """Returns a part of a module or of a list of modules."""
-    return parent[int(name)] if isinstance(parent, nnx.List) else getattr(parent, name)

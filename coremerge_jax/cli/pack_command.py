@@ -30,6 +30,14 @@ coremerge pack compile pack --rule tsv -o tsv.safetensors; coremerge pack lift t
 pack -o merged"""
 
 PACK = typer.Argument(metavar="PACK", help="The folder of a pack.", show_default=False)
+Names = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="Names of the adapters in the pack. Default: those of their folders.",
+        show_default=False,
+    ),
+]
 OtherBase = Annotated[
     bool,
     run_option("--allow-other-base", help="Pack even if the adapters name different base models."),
@@ -68,14 +76,7 @@ def make(
         Path | None,
         typer.Option("-o", "--output", metavar="PACK", help="Folder to write.", show_default=False),
     ] = None,
-    names: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Names of the adapters in the pack. Default: those of their folders.",
-            show_default=False,
-        ),
-    ] = None,
+    names: Names = None,
     allow_other_base: OtherBase = False,
     force: Force = False,
     as_json: Json = False,
@@ -107,6 +108,7 @@ def add(
         list[str],
         typer.Argument(metavar="ADAPTER...", help="Adapters to add.", show_default=False),
     ],
+    names: Names = None,
     allow_other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
@@ -114,10 +116,13 @@ def add(
     from coremerge_jax.io.formats import open_adapter
 
     adapters = [open_adapter(source) for source in sources]
+    listed = names.split(",") if names else [None] * len(adapters)
+    if len(listed) != len(adapters):
+        raise RecipeError(f"names: got {len(listed)} for {len(adapters)} adapters; give one each")
 
     def added(made: "Pack") -> "Pack":
-        for adapter in adapters:
-            made = made.add(adapter, allow_other_base=allow_other_base)
+        for adapter, name in zip(adapters, listed, strict=True):
+            made = made.add(adapter, name=name, allow_other_base=allow_other_base)
         return made
 
     _change(folder, added, as_json)
@@ -233,15 +238,17 @@ def _without(made: "Pack", name: str) -> "Pack":
 
 
 def _change(folder: Path, change: "Callable[[Pack], Pack]", as_json: bool) -> None:
-    """Replaces a pack by a changed one."""
+    """Replaces a pack by a changed one, one process after another."""
+    from coremerge_jax.io.atomic import change_folder
     from coremerge_jax.io.packs.pack_files import open_pack
 
     stage = Stages()
-    with stage("open"):
-        made = open_pack(folder)
-    with stage("pack"):
-        made = change(made)
-    _write(made, folder, True, stage, as_json)
+    with change_folder(folder):
+        with stage("open"):
+            made = open_pack(folder)
+        with stage("pack"):
+            made = change(made)
+        _write(made, folder, True, stage, as_json)
 
 
 def _write(made: "Pack", output: Path, force: bool, stage: Stages, as_json: bool) -> None:

@@ -174,6 +174,28 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
+def change_folder(folder: str | Path) -> Iterator[None]:
+    """Keeps other changes of a folder waiting, while it is read and then replaced.
+
+    Waits for others first. Where the file system has no locks, or there is no folder, it does
+    nothing.
+    """
+    path = Path(os.path.realpath(folder))
+    while fcntl is not None and path.is_dir():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # While this waited, the other process has put another folder in its place.
+            if path.is_dir() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
+    yield
+
+
+@contextlib.contextmanager
 def shared_folder(
     out: str | Path, *, kind: str, inputs: Iterable[str | Path] = (), force: bool = False
 ) -> Iterator[Path]:

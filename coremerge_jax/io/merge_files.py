@@ -1,8 +1,8 @@
 """Compiled merges in files: the matrices alone, a few megabytes for each merge.
 
-A file is a safetensors file with the matrix of each module, ``PATH.core``, and the squared norms of
-the rows of its stacked A, ``PATH.squares``, by which other adapters are told apart from the ones
-that were merged. Its header has the names of these, and which of them have each module.
+A file is a safetensors file with the matrix of each module, ``PATH.core``, and numbers of its
+stacked factors, ``PATH.traits``, by which other adapters are told apart from the ones that were
+merged. Its header has the names of these.
 """
 
 import json
@@ -20,10 +20,12 @@ from coremerge_jax.lora import Adapter, AdapterSource
 from coremerge_jax.merging.checks import as_adapters
 from coremerge_jax.merging.compiled import Merge
 from coremerge_jax.merging.present import find_present
-from coremerge_jax.merging.statistics import same_rows
 
 MARK = "coremerge_merge"
 _VERSION = 1
+
+# Relative: more than rounding to bfloat16 makes of a norm or an inner product, by far.
+_ROUNDING = 0.01
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _FIELDS = {"version": untrusted.WHOLE, "adapters": untrusted.TEXTS}
 
@@ -59,7 +61,7 @@ def save_merge(merge: Merge, out: str | Path, *, force: bool = False) -> None:
     tensors: dict[str, np.ndarray] = {}
     for path, core in merge.cores.items():
         tensors[f"{path}.core"] = np.asarray(core)
-        tensors[f"{path}.squares"] = _squares(merge.adapters, path)
+        tensors[f"{path}.traits"] = _traits(merge.adapters, path)
     with (
         atomic_file(out, mark=MARK.encode(), force=force) as file,
         TensorWriter(file, tensors, header) as writer,
@@ -95,7 +97,7 @@ def load_merge(path: str | Path, adapters: Sequence[Adapter]) -> Merge:
     cores = {}
     for module in present.paths:
         found = _read(reader, module, sum(x.outline[module].rank for x in _having(present, module)))
-        if not same_rows(found["squares"], _squares(present.adapters, module)):
+        if not _are_same(found["traits"], _traits(present.adapters, module)):
             raise MismatchError(
                 f"{path}: module {module!r} of the adapters is not that of the ones that were "
                 "merged, though the names are the same; compile the merge again"
@@ -111,10 +113,26 @@ def _having(present: Any, module: str) -> list[AdapterSource]:
     return [adapter for adapter in present.adapters if module in adapter]
 
 
-def _squares(adapters: Sequence[AdapterSource], path: str) -> np.ndarray:
-    """Returns ``(R,)``, the squared norms of the rows of a module's stacked A."""
-    rows = [np.asarray(adapter[path].a, np.float64) for adapter in adapters if path in adapter]
-    return np.concatenate([np.sum(a**2, axis=1) for a in rows]).astype(np.float32)
+def _traits(adapters: Sequence[AdapterSource], path: str) -> np.ndarray:
+    """Returns numbers of a module's stacked factors.
+
+    Returns:
+        ``(4, R)``: the norms of the rows of A, and their inner products with one random vector; and
+        those of the columns of B.
+    """
+    loras = [adapter[path] for adapter in adapters if path in adapter]
+    found = []
+    for rows in ([x.a for x in loras], [x.b.T for x in loras]):
+        stacked = np.concatenate([np.asarray(x, np.float64) for x in rows])
+        probe = np.random.default_rng(0).standard_normal(stacked.shape[1])
+        found += [np.linalg.norm(stacked, axis=1), stacked @ probe]
+    return np.stack(found).astype(np.float32)
+
+
+def _are_same(traits: np.ndarray, others: np.ndarray) -> bool:
+    """Returns True if traits are those of the same factors, up to rounding to bfloat16."""
+    norms = others[[0, 0, 2, 2]]
+    return bool((np.abs(traits - others) <= _ROUNDING * norms).all())
 
 
 def _read_names(reader: TensorReader) -> list[str]:
@@ -140,7 +158,7 @@ def _read_names(reader: TensorReader) -> list[str]:
 def _read(reader: TensorReader, module: str, size: int) -> dict[str, np.ndarray]:
     """Returns the tensors of a module, whose adapters have a rank in all."""
     found = {}
-    for part, shape in (("core", (size, size)), ("squares", (size,))):
+    for part, shape in (("core", (size, size)), ("traits", (4, size))):
         name = f"{module}.{part}"
         if name not in reader.tensors:
             raise MismatchError(f"{reader.file}: no {name!r}, and the adapters have this module")

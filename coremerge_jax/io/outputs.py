@@ -18,6 +18,7 @@ from coremerge_jax.io import untrusted
 from coremerge_jax.io.untrusted import refuse_url
 
 RECORD = "coremerge.json"
+RECORD_SIZE = 64 * 2**20  # bytes; that of a pack grows with modules times adapters
 _WHOLE = 64 * 2**20  # bytes; larger files are not read whole for their fingerprint
 _BLOCK = 4096
 _BLOCKS = 64
@@ -216,7 +217,9 @@ def find_foreign(folder: Path, kind: str | None = None) -> str:
     if RECORD not in found:
         return f"has no {RECORD}, so coremerge did not write it (it holds {_listed(found)})"
     try:
-        record = untrusted.read_json(folder / RECORD, "a folder that coremerge wrote")
+        record = untrusted.read_json(
+            folder / RECORD, "a folder that coremerge wrote", limit=RECORD_SIZE
+        )
     except FormatError:
         return f"has a broken {RECORD}, so nothing shows that coremerge wrote it"
     written = record.get("files")

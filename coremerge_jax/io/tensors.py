@@ -184,6 +184,15 @@ class TensorReader:
             raise FormatError(f"{self.file}: ends in the middle of tensor {key!r}")
         return value
 
+    def check(self) -> None:
+        """Checks that the file is still the one that was opened.
+
+        Raises:
+            FormatError: it has changed.
+        """
+        with self._stream():
+            pass
+
     def copy_with(self, file: Path, more: Mapping[str, np.ndarray]) -> None:
         """Copies the file, with more tensors at its end; the others keep order and offsets.
 

@@ -74,11 +74,17 @@ class Job:
 
     @functools.cached_property
     def traced(self) -> list[jax.core.Tracer]:
-        """The adapters' factors and the parameters that a transformation of JAX traces."""
+        """The adapters' factors, the parameters and the key that a transformation of JAX traces."""
         adapters = [x for x in self.present.adapters if x.in_memory]
         statistics = self.statistics and self.statistics.statistics
-        leaves = jax.tree.leaves((adapters, self.rule, self.weights, self.scales, statistics))
+        given = adapters, self.rule, self.weights, self.scales, self.key, statistics
+        leaves = jax.tree.leaves(given)
         return [x for x in leaves if isinstance(x, jax.core.Tracer)]
+
+    def _stacked(self, batch: Group) -> tuple[Array, Array]:
+        """Returns the stacked factors of a batch, in memory that the next batch may overwrite."""
+        # A traced function keeps them as constants, which JAX does not copy.
+        return stack_factors(batch, self.present.adapters, None if self.traced else self.scratch)
 
     def coordinates(self, batch: Group) -> LoRA | None:
         """Returns the coordinates of packed adapters that stand for their factors, if they may."""
@@ -91,9 +97,7 @@ class Job:
         """Does as `prepared`, for programs that take coordinates in place of the factors."""
         found = self.coordinates(batch)
         if found is None:
-            with self.prepared(
-                batch, *stack_factors(batch, self.present.adapters, self.scratch)
-            ) as (inputs, settings):
+            with self.prepared(batch, *self._stacked(batch)) as (inputs, settings):
                 yield inputs, settings
             return
         with self.prepared(batch, found.a, found.b) as (inputs, settings):
@@ -168,7 +172,7 @@ class Job:
 
     def merge(self, batch: Group) -> tuple[Array, Array, Facts | None]:
         """Merges a batch of modules to factors ``(L, r, n)`` and ``(L, m, r)``, and facts."""
-        given = stack_factors(batch, self.present.adapters, self.scratch)
+        given = self._stacked(batch)
         with (
             self.prepared(batch, *given, self.coordinates(batch)) as (inputs, settings),
             first_calls("merge", *self._kind(batch, inputs), settings),

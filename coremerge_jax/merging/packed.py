@@ -91,6 +91,8 @@ def stack_coordinates(group: Group, adapters: Sequence[AdapterSource]) -> LoRA |
     rows = []
     for path, tasks in zip(group.paths, group.tasks, strict=True):
         found = packed[0].coordinates[path]
+        if total > min(len(found.left), len(found.right)):  # some adapters are given twice
+            return None
         columns = found.columns(packed[t].number for t in tasks)
         rows.append((found.left[:, columns], found.right[:, columns]))
     rows = group.padded(rows)

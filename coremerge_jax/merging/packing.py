@@ -1,15 +1,17 @@
 """Packs: adapters that are prepared once for many merges, of any of them by any rule."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, unknown
-from coremerge_jax.linalg import basis
+from coremerge_jax.linalg import basis, inverse, roundoff
 from coremerge_jax.lora import Adapter, AdapterSource, is_traced
 from coremerge_jax.merging.batches import map_batches, split_groups
 from coremerge_jax.merging.belonging import present_adapters
@@ -19,7 +21,7 @@ from coremerge_jax.merging.packed import Coordinates, PackedAdapter
 from coremerge_jax.merging.precision import computing
 from coremerge_jax.merging.stacks import over_modules, stack_factors
 from coremerge_jax.rules import chain, tsv
-from coremerge_jax.spaces.core import core, default_rtol
+from coremerge_jax.spaces.core import core
 
 
 class Pack(Sequence[PackedAdapter]):
@@ -177,8 +179,9 @@ def _names(adapters: Sequence[Adapter], given: Sequence[str | None]) -> list[str
     Raises:
         RecipeError: two are equal.
     """
-    own = [adapter.metadata.name or f"{t}" for t, adapter in enumerate(adapters, start=1)]
-    names = [name or other for name, other in zip(given, own, strict=True)]
+    known = [name or x.metadata.name for name, x in zip(given, adapters, strict=True)]
+    free = (str(t) for t in itertools.count(1) if str(t) not in known)
+    names = [name or next(free) for name in known]
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f"two adapters are named {name!r}; give them names of their own")
@@ -231,20 +234,23 @@ def _of_batch(adapters: Sequence[AdapterSource], batch: Group) -> tuple[np.ndarr
     """Returns the coordinates of the modules of a batch, ``(L, p, R)`` and ``(L, q, R)``."""
     a, b = stack_factors(batch, adapters)
     with computing(None) as dtype:
-        rtol = default_rtol(sum(batch.ranks), a.dtype, dtype)
-        left, right = jax.device_get(_basis_stack(a, b, rtol=rtol, dtype=dtype))
+        left, right = jax.device_get(_basis_stack(a, b, dtype=dtype))
     return left, right
 
 
-@partial(jax.jit, static_argnames=("rtol", "dtype"))
+@partial(jax.jit, static_argnames="dtype")
 def _basis_stack(
-    a: Float[Array, "L R n"], b: Float[Array, "L m R"], *, rtol: float, dtype: np.dtype
+    a: Float[Array, "L R n"], b: Float[Array, "L m R"], *, dtype: np.dtype
 ) -> tuple[Float[Array, "L p R"], Float[Array, "L q R"]]:
-    def one(module: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        find = partial(basis, rtol=rtol, singular=False, dtype=dtype)
-        return find(module[1])[1], find(module[0].T)[1]
+    def coordinates(x: jax.Array) -> jax.Array:
+        # With columns of norm 1, those of a small adapter are as exact as those of a large one.
+        # What a merge leaves out as rounding errors, it decides itself.
+        x = x.astype(dtype)
+        norms = jnp.linalg.norm(x, axis=0, keepdims=True)
+        unit = x * inverse(norms)
+        return basis(unit, roundoff(unit), singular=False, dtype=dtype)[1] * norms
 
-    return over_modules(one, (a, b))
+    return over_modules(lambda ab: (coordinates(ab[1]), coordinates(ab[0].T)), (a, b))
 
 
 def _extended(
@@ -272,6 +278,10 @@ def _extended(
     return Coordinates(tuple(tasks), tuple(x.rank for x in loras), **found)
 
 
+_DIRECTIONS = 1e-10
+"""Relative size of directions of columns of norm 1 from which on a basis has them exactly."""
+
+
 def _with_directions(
     known: Float[np.ndarray, "p R"], old: Float[np.ndarray, "m R"], new: Float[np.ndarray, "m r"]
 ) -> Float[np.ndarray, "k R+r"]:
@@ -282,7 +292,11 @@ def _with_directions(
         old: the columns themselves: ``U known``, with an orthonormal U.
         new: more columns.
     """
-    frame = np.linalg.pinv(known)  # U = old @ frame
+    norms = np.linalg.norm(known, axis=0)
+    scales = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+    # U = old @ frame. Directions that the columns hardly have would be rounding errors of others;
+    # they are found anew.
+    frame = scales[:, None] * np.linalg.pinv(known * scales, rcond=_DIRECTIONS)
     inside, rest = np.zeros((len(known), new.shape[1])), new
     for _ in range(2):  # once more, as the first pass leaves rounding errors of the old columns
         more = frame.T @ (old.T @ rest)

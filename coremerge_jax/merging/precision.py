@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import RecipeError
@@ -36,7 +37,8 @@ def computing(precision: str | None, *inputs: Array) -> Iterator[np.dtype]:
             "enable it around the traced function, or leave precision unset"
         )
     if traced and precision is None:
-        yield widest(np.dtype(np.float32), *(x.dtype for x in inputs))
+        numbers = (x.dtype for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
+        yield widest(np.dtype(np.float32), *numbers)
         return
     if precision is None:
         precision = "float32" if jax.default_backend() == "tpu" else "float64"

@@ -136,15 +136,16 @@ class Projected:
             scale: multiplies the merged updates; as in `merge`.
             key: PRNG key, for rules that draw random numbers.
 
-        Weights, a scale and parameters of the rule may be traced. The merge is then computed in
-        float32, unless JAX's x64 mode is on: outside of it, nothing in float64 has derivatives.
+        Weights, a scale, the key and parameters of the rule may be traced. The merge is then
+        computed in float32, unless JAX's x64 mode is on: outside of it, nothing in float64 has
+        derivatives.
 
         Raises:
             MismatchError: there is not one weight per adapter, or no module of a name; or the
                 merged update overflows.
             RecipeError: the rule cannot be used here, or a parameter is out of range.
         """
-        if are_traced((rule, weights, scale)) and not is_available(self.dtype):
+        if are_traced((rule, weights, scale, key)) and not is_available(self.dtype):
             return self.astype(np.float32).merge(rule, weights=weights, scale=scale, key=key)
         return self.adapter(self.updates(rule, weights=weights, key=key), scale)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -393,3 +394,20 @@ def test_a_read_only_disk_names_the_output(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Read-only") as caught:
         write(tmp_path / "out")
     assert caught.value.filename in (str(tmp_path / "out"), str(tmp_path))
+
+
+def test_changes_of_a_folder_wait_for_each_other(tmp_path):
+    """None of them is lost, though each replaces the folder by one with all it had, and more."""
+    write(tmp_path / "out", "")
+    names = [f"{i}" for i in range(16)]
+
+    def add(name):
+        with atomic.change_folder(tmp_path / "out"):
+            known = (tmp_path / "out" / "marker").read_text()
+            write(tmp_path / "out", f"{known} {name}", force=True)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(add, names))
+    assert sorted((tmp_path / "out" / "marker").read_text().split(), key=int) == names
+    with atomic.change_folder(tmp_path / "nothing"):
+        pass

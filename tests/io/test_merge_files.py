@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import distance, random_adapters
@@ -40,6 +41,12 @@ def test_what_is_written_is_read(pack, merge, file):
     assert file.stat().st_size < merge.nbytes + 2000
 
 
+def _rounded(lora):
+    """As a program keeps it that serves in bfloat16."""
+    a, b = (x.astype(jnp.bfloat16).astype(np.float32) for x in (lora.a, lora.b))
+    return lora.replace(a=a, b=b)
+
+
 def test_other_adapters_are_refused(pack, file):
     with pytest.raises(
         cm.errors.MismatchError, match=r"is a merge of task2, task1, and 'task1' is"
@@ -52,6 +59,17 @@ def test_other_adapters_are_refused(pack, file):
         cm.load_merge(file, random_adapters(SHAPES, (2, 2, 1)))
     with pytest.raises(cm.errors.MismatchError, match="no adapter has the module"):
         cm.load_merge(file, [x.replace(modules={"q": x["q"]}) for x in pack])
+    for change in (
+        lambda x: x.replace(b=2 * x.b),
+        lambda x: x.replace(b=-x.b),
+        lambda x: x.replace(b=x.b[::-1]),
+        lambda x: x.replace(a=x.a[:, ::-1]),
+    ):
+        same = [*pack[:1], pack[1], pack[2].replace(modules={**pack[2], "q": change(pack[2]["q"])})]
+        with pytest.raises(cm.errors.MismatchError, match="though the names are the same"):
+            cm.load_merge(file, same)
+    rounded = [x.replace(modules={p: _rounded(y) for p, y in x.items()}) for x in pack]
+    cm.load_merge(file, rounded)
     nameless = [x.replace(metadata=cm.Metadata()) for x in other]
     with pytest.raises(cm.errors.RecipeError, match="a name of its own"):
         cm.save_merge(cm.compile_merge(nameless, cm.mean()), file.with_name("other"))

@@ -228,6 +228,22 @@ def test_coordinates_that_cannot_be_are_refused(folder, name, value, message):
         cm.compile_merge(cm.open_pack(folder), cm.tsv(), extras="drop")
 
 
+def test_changes_of_others_are_not_lost(adapters, folder):
+    """Of two that have read the same pack, the second cannot write over the first."""
+    one, two = (cm.open_pack(folder) for _ in range(2))
+    new = adapters[0]
+    cm.save_pack(one.add(new, name="one"), folder, force=True)
+    with pytest.raises(cm.errors.FormatError, match="has changed since it was opened"):
+        cm.save_pack(two.add(new, name="two"), folder, force=True)
+    assert cm.open_pack(folder).names == ("math", "code", "a b", "one")
+
+
+def test_names_that_would_be_other_files_are_refused(adapters, tmp_path):
+    for name in ("..", "coremerge.json", "coordinates.safetensors", "x.adapter.safetensors"):
+        with pytest.raises(cm.errors.RecipeError, match="cannot be that of a file"):
+            cm.save_pack(cm.pack(adapters[:1], names=[name]), tmp_path / "out")
+
+
 def test_a_folder_that_is_no_pack_is_refused(tmp_path):
     for name in ("nothing", "."):
         with pytest.raises(cm.errors.FormatError, match="no pack"):

@@ -183,3 +183,31 @@ def test_what_is_not_traced_is_merged_at_once_in_a_jitted_function(merge):
     adapters = random_adapters({"q": (9, 7), "v": (6, 8)}, RANKS)
     found = jax.jit(lambda: merge(adapters, cm.tsv()))()
     assert_same(found, merge(adapters, cm.tsv()), 1e-6)  # jit gives back float32
+
+
+TRACED = {
+    "weights": lambda x: {"weights": x},
+    "scale": lambda x: {"scale": x[1]},
+    "parameter": lambda x: {"rule": cm.chain(cm.ties(density=x[0]), cm.isotropize())},
+    "key": lambda x: {"rule": cm.dare(), "key": jax.random.key(x[0].astype(int))},
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_concrete_factors_of_several_signatures_in_traced_functions(name):
+    """Each stack stays as it was: a traced function reads all of them after it was traced."""
+    shapes = {"q": (40, 36), "v": (20, 18), "up": (36, 40)}
+    adapters = random_adapters(shapes, (3, 2, 3), dtype=np.float32)
+    point = jnp.asarray([0.5, 0.7, 2.0])
+
+    def merged(x):
+        options = {"rule": cm.tsv(), "scale": 0.7, **TRACED[name](x)}
+        return cm.merge(adapters, **options)
+
+    expected = merged(np.asarray(point))
+    for _ in range(3):
+        assert_same(jax.jit(merged)(point), dict(expected), 1e-4)
+    several = jax.vmap(merged)(jnp.stack([point, point]))
+    for path, lora in expected.items():
+        for i in range(2):
+            assert distance(several[path].b[i] @ several[path].a[i], dense(lora)) < 1e-4

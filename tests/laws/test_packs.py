@@ -204,3 +204,35 @@ def test_what_cannot_be_packed_is_refused(adapters, pack):
 
     with pytest.raises(cm.errors.UnsupportedError, match="cannot be packed"):
         jax.jit(traced)(adapters[0]["q"].a)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("ratio", [1e-4, 1e-8, 1e-12])
+def test_large_adapters_of_a_pack_do_not_change_merges_of_the_others(ratio):
+    """Also where they were removed, or were there before the others."""
+    large, one, two = random_adapters({"q": (24, 20)}, (4, 3, 3), dtype="float32")
+    steep = ratio * np.logspace(0, -3, 3).astype(np.float32)
+    one, two = (
+        x.replace(modules={"q": x["q"].replace(b=x["q"].b * sizes)})
+        for x, sizes in ((one, steep), (two, np.float32(ratio)))
+    )
+    whole = cm.pack([large, one, two])
+    built = cm.pack([one, large]).add(two)
+    again = cm.pack([one, large]).remove("task0").add(two)
+    for rule in (cm.tsv(), cm.chain(cm.tsv(), cm.isotropize()), cm.ties()):
+        expected = cm.merge([one, two], rule)
+        for given in (whole[1:], whole.remove("task0"), [built[0], built[2]], again):
+            assert largest(cm.merge(given, rule), expected) < 1e-6
+
+
+def test_an_adapter_of_a_pack_given_twice(adapters, pack):
+    twice = [0, 1, 2, 0, 1]
+    expected = cm.merge([adapters[t] for t in twice], cm.tsv())
+    assert largest(cm.merge([pack[t] for t in twice], cm.tsv()), expected) < 1e-6
+
+
+def test_names_that_are_numbers_stay_different(adapters):
+    nameless = [x.replace(metadata=cm.Metadata()) for x in adapters]
+    pack = cm.pack(nameless)
+    assert pack.names == ("1", "2", "3")
+    assert pack.remove("1").add(nameless[0]).names == ("2", "3", "1")

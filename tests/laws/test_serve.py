@@ -161,3 +161,115 @@ def test_what_cannot_be_served_is_refused(merges, stacked):
     conv = other.replace(modules={"other": lora})
     with pytest.raises(cm.errors.UnsupportedError, match="is of kind conv2d"):
         cm.serve.stack([cm.compile_merge([conv], cm.mean())])
+
+
+def test_adapters_of_one_name_are_told_apart_by_their_values(merges):
+    pack = random_adapters(SHAPES, (2, 1), dtype="float32")
+    again = [cm.compile_merge(x, cm.tsv()) for x in (pack, random_adapters(SHAPES, (2, 1)))]
+    cm.serve.stack([again[0], cm.compile_merge(cm.pack(pack), cm.mean())])  # the same values
+    changed = pack[0]["first"].replace(b=2 * pack[0]["first"].b)
+    other = [pack[0].replace(modules={**pack[0], "first": changed}), pack[1]]
+    for merge in (cm.compile_merge(other, cm.tsv()), again[1]):
+        with pytest.raises(cm.errors.MismatchError, match="two adapters are named 'task0'"):
+            cm.serve.stack([again[0], merge])
+    with pytest.raises(cm.errors.MismatchError, match="of a merge are named 'task0'"):
+        cm.serve.stack([cm.compile_merge([pack[0], other[0]], cm.tsv())])
+
+
+def test_edges_of_batches(stacked):
+    factors = stacked["first"]
+    given = factors.a, factors.b, factors.cores
+    none = cm.serve.apply(jnp.zeros((0, 3, 5)), *given, np.zeros(0, int))
+    assert none.shape == (0, 3, 7)
+    found = cm.serve.apply(inputs(3, 5), *given, np.asarray([0, 3, -1]))  # there are 3
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+    assert not found[2].any()
+
+
+def test_nearly_equal_a_in_bfloat16():
+    """The matrices have large entries then, and are not rounded."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((4, 64))
+    adapters = [
+        cm.Adapter(
+            {
+                "q": cm.LoRA(
+                    a=a + 0.1 * rng.standard_normal(a.shape), b=rng.standard_normal((64, 4))
+                )
+            },
+            metadata=cm.Metadata(name=name),
+        )
+        for name in "xyz"
+    ]
+    merge = cm.compile_merge(adapters, cm.tsv())
+    factors = cm.serve.stack([merge], dtype=jnp.bfloat16)["q"]
+    assert factors.a.dtype == factors.b.dtype == jnp.bfloat16
+    assert factors.cores.dtype == jnp.float32
+    x = jnp.asarray(rng.standard_normal((8, 64)), jnp.bfloat16)
+    found = cm.serve.apply(x, factors.a, factors.b, factors.cores, np.zeros(8, int))
+    expected = np.asarray(x, np.float64) @ np.asarray(merge.adapter()["q"].dense()).T
+    assert found.dtype == jnp.bfloat16
+    assert distance(np.asarray(found, np.float64), expected) < 0.03
+
+
+class Shared(nnx.Module):
+    def __init__(self, layer):
+        self.one, self.two = layer, nnx.Dict(again=layer)
+
+    def __call__(self, x):
+        return self.two.again(self.one(x))
+
+
+def _merge_of(path, m, n):
+    return cm.serve.stack([cm.compile_merge(random_adapters({path: (m, n)}, (2,)), cm.mean())])
+
+
+def test_a_layer_that_is_used_twice():
+    merges, x = _merge_of("one", 5, 5), inputs(6, 5)
+    model, plain = (Shared(nnx.Linear(5, 5, rngs=nnx.Rngs(0))) for _ in range(2))
+    factors = merges["one"]
+    plain.one.kernel[...] += (factors.b @ factors.cores[0] @ factors.a).T
+    cm.serve.attach(model, merges, np.zeros(6, int))
+    assert model.one is model.two.again
+    assert distance(model(x), plain(x)) < 1e-5
+
+
+def test_layers_that_cannot_be_replaced_are_refused():
+    rngs = nnx.Rngs(0)
+
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.data({"a": nnx.Linear(5, 5, rngs=rngs)})
+
+    with pytest.raises(cm.errors.MismatchError, match=r"use nnx.Dict or nnx.List"):
+        cm.serve.attach(Plain(), _merge_of("layers.a", 5, 5), np.zeros(6, int))
+    with pytest.raises(cm.errors.MismatchError, match="the model itself"):
+        cm.serve.attach(nnx.Linear(5, 5, rngs=rngs), _merge_of("", 5, 5), np.zeros(6, int))
+
+
+def test_layers_that_do_not_fit_are_refused():
+    class One(nnx.Module):
+        def __init__(self, layer):
+            self.layer = layer
+
+    rngs = nnx.Rngs(0)
+    for layer, m, n, message in (
+        (nnx.LinearGeneral(8, 8, axis=(1,), rngs=rngs), 8, 8, r"inputs along axes \(1,\)"),
+        (nnx.Linear(8, 4, rngs=rngs), 6, 8, "for adapters of 6 outputs"),
+        (nnx.Linear(8, 4, rngs=rngs), 4, 6, "for adapters of 6 inputs"),
+    ):
+        model = One(layer)
+        cm.serve.attach(model, _merge_of("layer", m, n), np.zeros(6, int))
+        with pytest.raises(cm.errors.MismatchError, match=message):
+            model.layer(inputs(6, 8, 8))
+
+
+def test_outputs_keep_their_dtype():
+    class One(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(5, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    model = One()
+    cm.serve.attach(model, _merge_of("layer", 5, 5), np.zeros(6, int))
+    assert model.layer(inputs(6, 5)).dtype == jnp.bfloat16

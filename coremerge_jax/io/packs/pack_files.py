@@ -14,12 +14,18 @@ from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io.atomic import atomic_folder
 from coremerge_jax.io.outputs import PACK, write_record
 from coremerge_jax.io.packs.pack_folder import (
-    COORDINATES,
     PackedFile,
     describe_metadata,
     open_members,
 )
-from coremerge_jax.io.packs.pack_record import VERSION, file_of, files_of, is_file_name, is_pack
+from coremerge_jax.io.packs.pack_record import (
+    COORDINATES,
+    VERSION,
+    file_of,
+    files_of,
+    is_file_name,
+    is_pack,
+)
 from coremerge_jax.io.tensors import TensorWriter
 from coremerge_jax.io.untrusted import check_path
 from coremerge_jax.lora import LINEAR, AdapterSource
@@ -74,6 +80,9 @@ def save_pack(pack: Pack, out: str | Path, *, force: bool = False) -> None:
             _write_adapter(packed.source, str(packed.metadata.name), folder) for packed in pack
         ]
         _write_coordinates(pack, folder / COORDINATES)
+        for packed in pack:
+            if isinstance(packed.source, PackedFile):
+                packed.source.check()  # not replaced by another process since it was opened
         write_record(
             folder,
             PACK,
@@ -108,7 +117,7 @@ def _write_adapter(source: AdapterSource, name: str, folder: Path) -> dict[str, 
         "beside": [other.name for other in beside],
     }
     if isinstance(source, PackedFile):
-        shutil.copyfile(source.place, file)
+        source.copy(file)
         return entry | {"dtype": source.dtype}
     narrow = _narrow(source)
     names = [f"{path}.{factor}" for path in outline for factor in "ab"]

@@ -17,12 +17,10 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, unknown
 from coremerge_jax.io.outputs import RECORD, fingerprint
-from coremerge_jax.io.packs.pack_record import METADATA, files_of, read_record
+from coremerge_jax.io.packs.pack_record import COORDINATES, METADATA, files_of, read_record
 from coremerge_jax.io.tensors import LazyTensor, TensorReader
 from coremerge_jax.lora import FLOATS, LINEAR, AdapterFile, Kind, LoRA, Metadata, Shape
 from coremerge_jax.merging.packed import Coordinates, PackedAdapter
-
-COORDINATES = "coordinates.safetensors"
 
 
 class PackedFile(AdapterFile):
@@ -69,10 +67,21 @@ class PackedFile(AdapterFile):
         found, key = self._tensor(f"extras.{name}"), f"extras.{name}"
         return LazyTensor(found.shape, found.dtype, partial(self._reader.read_part, key))
 
-    @property
-    def place(self) -> Path:
-        """The file."""
-        return self._reader.file
+    def copy(self, file: Path) -> None:
+        """Copies the adapter's file.
+
+        Raises:
+            FormatError: it has changed since it was opened.
+        """
+        self._reader.copy_with(file, {})
+
+    def check(self) -> None:
+        """Checks that the adapter's file is the one that was opened.
+
+        Raises:
+            FormatError: it is not.
+        """
+        self._reader.check()
 
     @property
     def folders(self) -> tuple[Path, ...]:

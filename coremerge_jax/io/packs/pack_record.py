@@ -7,9 +7,11 @@ from typing import Any
 
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
-from coremerge_jax.io.outputs import PACK, RECORD
+from coremerge_jax.io.outputs import PACK, RECORD, RECORD_SIZE
 
 VERSION = 1
+COORDINATES = "coordinates.safetensors"
+_ADAPTER_FILE = ".adapter.safetensors"
 _FOLDER = "a pack that coremerge wrote"
 
 _REQUIRED = {"name": untrusted.TEXT, "file": untrusted.TEXT, "modules": untrusted.TEXTS}
@@ -50,7 +52,9 @@ def is_pack(source: str | Path) -> bool:
     """Returns True for a folder with a pack's record. Does not raise."""
     file = Path(source) / RECORD
     try:
-        return file.is_file() and untrusted.read_json(file, _FOLDER).get("kind") == PACK
+        if not file.is_file():
+            return False
+        return untrusted.read_json(file, _FOLDER, limit=RECORD_SIZE).get("kind") == PACK
     except (FormatError, OSError, ValueError):
         return False
 
@@ -88,7 +92,7 @@ def member_names(folder: str | Path) -> list[str]:
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns the record of a pack, of which all fields that are needed are valid."""
     file = folder / RECORD
-    record = untrusted.read_json(file, _FOLDER, limit=64 * 2**20)
+    record = untrusted.read_json(file, _FOLDER, limit=RECORD_SIZE)
     if record.get("kind") != PACK:
         kind = untrusted.short(record.get("kind"))
         raise FormatError(f"{file}: kind is {kind}, not {PACK!r}; expected {_FOLDER}")
@@ -136,13 +140,14 @@ def _check_entry(where: str, entry: Any) -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Returns True if an adapter of this name can have a file in a pack."""
-    return Path(name).name == name and name.isprintable() and len(name.encode()) < 200
+    """Returns True if an adapter of this name can have a file in a pack, unlike any other file."""
+    other = name in ("..", RECORD, COORDINATES) or name.endswith(_ADAPTER_FILE)
+    return Path(name).name == name and name.isprintable() and len(name.encode()) < 200 and not other
 
 
 def file_of(name: str) -> str:
     """Returns the name of an adapter's file."""
-    return f"{name}.adapter.safetensors"
+    return f"{name}{_ADAPTER_FILE}"
 
 
 def files_of(name: str) -> str:
