@@ -62,7 +62,7 @@ def merge(
         space: where to merge, see `coremerge_jax.spaces`; core space by default. Linear rules give
             the same in every lossless space and are computed without any.
         weights: one per adapter, multiplies its updates before anything else. An adapter of
-            weight 0 counts as absent.
+            weight 0 counts as absent, unless weights are traced.
         scale: multiplies the merged updates. ``"auto"`` is a number that falls with the number of
             adapters, or by which the whole merge gets the norm that it should have
             (`Rule.auto_scale`, `Rule.auto_norm`); 1 is the rule as it was published. A mapping from

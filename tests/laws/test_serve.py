@@ -163,7 +163,7 @@ def test_what_cannot_be_served_is_refused(merges, stacked):
         cm.serve.stack([cm.compile_merge([conv], cm.mean())])
 
 
-def test_adapters_of_one_name_are_told_apart_by_their_values(merges):
+def test_adapters_of_one_name_are_told_apart_by_their_values():
     pack = random_adapters(SHAPES, (2, 1), dtype="float32")
     again = [cm.compile_merge(x, cm.tsv()) for x in (pack, random_adapters(SHAPES, (2, 1)))]
     cm.serve.stack([again[0], cm.compile_merge(cm.pack(pack), cm.mean())])  # the same values
