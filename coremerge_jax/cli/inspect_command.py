@@ -7,7 +7,7 @@ import typer
 from coremerge_jax.cli.console import describe_paths, describe_ranks, print_json, print_table, say
 from coremerge_jax.errors import CoreMergeError
 from coremerge_jax.io.formats import described, find_format
-from coremerge_jax.io.outputs import ADAPTER
+from coremerge_jax.io.outputs import ADAPTER, PACK
 from coremerge_jax.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def _formats(adapters: list[dict[str, Any]]) -> "Iterator[str]":
         article = "an" if name[0] in "aeiouM" else "a"
         of_one = f"is {name if name.endswith('s') else f'{article} {name}'}"
         of_all = f"are {name.removesuffix('s')}s"
+        if name == PACK:
+            of_one, of_all = "is in a pack", "are in a pack"
         yield f"{', '.join(having)} {of_one if len(having) == 1 else of_all}"
 
 

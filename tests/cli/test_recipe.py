@@ -14,7 +14,7 @@ from coremerge_jax import cli, lora
 from coremerge_jax.cli.options import parse_scale, parse_size, parse_values, parse_weights
 from coremerge_jax.errors import RecipeError
 from coremerge_jax.io.peft.writer import save_peft
-from coremerge_jax.merging import merge
+from coremerge_jax.merging import statistics
 from coremerge_jax.merging.merge import merge_stream
 from coremerge_jax.merging.projected import project
 from coremerge_jax.recipe import (
@@ -353,7 +353,7 @@ def test_every_field_is_declared_and_goes_somewhere():
 
 def test_names_that_are_known_without_jax_are_those_of_the_library():
     assert DTYPES == lora.DTYPES
-    assert merge.MISSING == MISSING_STATISTICS
+    assert statistics.MISSING == MISSING_STATISTICS
 
 
 def test_every_option_has_help():
