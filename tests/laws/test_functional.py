@@ -193,7 +193,7 @@ TRACED = {
 }
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", narrow(TRACED, ["weights"], night=["scale", "parameter"]))
 def test_concrete_factors_of_several_signatures_in_traced_functions(name):
     """Each stack stays as it was: a traced function reads all of them after it was traced."""
     shapes = {"q": (40, 36), "v": (20, 18), "up": (36, 40)}
