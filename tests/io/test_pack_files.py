@@ -229,7 +229,7 @@ def test_coordinates_that_cannot_be_are_refused(folder, name, value, message):
 
 
 def test_changes_of_others_are_not_lost(adapters, folder):
-    """Of two that have read the same pack, the second cannot write over the first."""
+    """The second of two that have read the same pack cannot write over the first."""
     one, two = (cm.open_pack(folder) for _ in range(2))
     new = adapters[0]
     cm.save_pack(one.add(new, name="one"), folder, force=True)
