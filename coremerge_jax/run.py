@@ -546,12 +546,11 @@ def run_sweep(
 
     def is_written(record: "Record") -> bool:
         place = output / folder(record)
-        return place.is_dir() and not find_foreign(place, ADAPTER)
+        return evaluate is not None or (place.is_dir() and not find_foreign(place, ADAPTER))
 
     judge = measured(evaluate) if evaluate else write_candidate
-    is_done = {} if evaluate else {"is_done": is_written}
     subject = _sweep_subject(resolved, evaluated_by, writes=evaluate is None)
-    records = search.run(judge, output / LOG, subject, **is_done)
+    records = search.run(judge, output / LOG, subject, is_written)
     result = search.collect(records, progress=progress)
     if evaluate:
         best = resolved.with_rule(result.best.rule, result.best.scale)

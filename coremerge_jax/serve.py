@@ -228,12 +228,10 @@ def attach(model: nnx.Module, merges: Mapping[str, Factors], requests: Int[Array
     for path in merges:
         if path not in layers:
             raise MismatchError(f"the model has no layer {path!r}{hint(path, layers)}")
-    parents = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
-    places: dict[str, list[tuple[nnx.Module, str]]] = {}
-    for path in merges:
-        there = [(parent, name) for parent in parents for name, x in vars(parent).items()]
-        places[path] = [place for place in there if vars(place[0])[place[1]] is layers[path]]
-        if not places[path]:
+    there = [(x, parent, name) for parent in layers.values() for name, x in vars(parent).items()]
+    places = {path: [(y, name) for x, y, name in there if x is layers[path]] for path in merges}
+    for path, found in places.items():
+        if not found:
             raise MismatchError(
                 f"layer {path!r} is the model itself, or in a plain dict, list or tuple, where it "
                 "cannot be replaced; use nnx.Dict or nnx.List"

@@ -301,8 +301,7 @@ def kind_of(rule: Chain, stack: Stack) -> tuple[int, bool]:
 
 def rule_of(rule: Chain, stack: Stack) -> Chain:
     """Returns the rule by which modules are merged: another one if their inputs are missing."""
-    _, missing = kind_of(rule, stack)
-    return without_inputs(rule) if missing else rule
+    return without_inputs(rule) if stack.projection.inputs is None else rule
 
 
 def project(

@@ -9,13 +9,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io import untrusted
+from coremerge_jax.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from coremerge_jax.io.folders import find_folder
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import FLOATS, Kind, Shape
 from coremerge_jax.naming.table import CONV1D_LAYERS
 
 CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOLDER = "a model's folder"
