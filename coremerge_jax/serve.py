@@ -7,14 +7,18 @@ mapped over, sharded, and differentiated with respect to C.
 """
 
 import math
+import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -22,6 +26,7 @@ from coremerge_jax.errors import MismatchError, RecipeError, UnsupportedError, h
 from coremerge_jax.linalg import pytree
 from coremerge_jax.lora import AdapterSource, Array, widest
 from coremerge_jax.merging.compiled import Merge
+from coremerge_jax.merging.mesh import with_automatic_axes
 
 
 def apply(
@@ -42,17 +47,27 @@ def apply(
             none, and one of K or more gives NaN.
 
     Returns:
-        ``(N, ..., m)``, in the dtype of x.
+        ``(N, ..., m)``, in the dtype of x. Products are computed in that of the factors if it is
+        wider.
     """
-    # Adapters with nearly equal A have large entries in C, so what C multiplies is not rounded.
-    wide = widest(np.dtype(np.float32), x.dtype)
+    spec = PartitionSpec(*jax.typeof(x).sharding.spec[:-1], None)
+    return with_automatic_axes(_apply, x, a, b, cores, requests, spec=spec)
+
+
+def _apply(x: Array, a: Array, b: Array, cores: Array, requests: Array) -> jax.Array:
+    # Adapters with nearly equal factors have large entries in C, of opposite signs. So neither what
+    # C multiplies is rounded, nor what it gives.
+    factors = widest(a.dtype, b.dtype, x.dtype)
+    wide = widest(np.dtype(np.float32), factors)
+    product = partial(jnp.einsum, precision="highest", preferred_element_type=wide)
     matrices = jnp.asarray(cores)
     chosen = matrices.at[jnp.maximum(requests, 0)].get(mode="fill", fill_value=jnp.nan)
     chosen = jnp.where((requests >= 0)[:, None, None], chosen.astype(wide), 0)
     rows = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
-    inner = jnp.matmul(rows, a.T.astype(x.dtype), preferred_element_type=wide)
-    mixed = jnp.einsum("nlr,nsr->nls", inner, chosen).astype(x.dtype)
-    return jnp.matmul(mixed, b.T.astype(x.dtype)).reshape(*x.shape[:-1], len(b))
+    inner = product("nli,ri->nlr", rows.astype(factors), a.astype(factors))
+    mixed = product("nlr,nsr->nls", inner, chosen).astype(factors)
+    found = product("nls,os->nlo", mixed, b.astype(factors)).astype(x.dtype)
+    return found.reshape(*x.shape[:-1], len(b))
 
 
 @pytree
@@ -78,7 +93,8 @@ def stack(merges: Sequence[Merge], *, dtype: DTypeLike = jnp.float32) -> dict[st
 
     Args:
         merges: K of them, at least one. Adapters are told apart by their names.
-        dtype: of the factors; cores are in float32, or wider if factors are.
+        dtype: of the factors; cores are in float32, or wider if factors are. bfloat16 is faster on
+            accelerators, and loses digits where the factors of adapters are nearly equal.
 
     Returns:
         The arrays of each module, by its path.
@@ -178,31 +194,71 @@ class Merged(nnx.Module):
         """Returns the output of the layer; axes of inputs and outputs may be several."""
         y = self.base(x, *more, **options)
         a, b = self.a[...], self.b[...]
-        lead = _leading(x.shape, a.shape[1])
-        _check_axes(self.base, x.ndim, x.ndim - len(lead))
+        if hasattr(self.base, "einsum_str"):
+            texts = (one for one in (*more, *options.values()) if isinstance(one, str))
+            inputs, count, outputs = _einsum_axes(self.base.einsum_str or next(texts), x.ndim)
+        else:
+            count = _count_inputs(self.base, x.shape, a.shape[1])
+            inputs, outputs = list(range(x.ndim)), list(range(y.ndim))
+        x = x.transpose(inputs)
+        lead, sizes = x.shape[: x.ndim - count], x.shape[x.ndim - count :]
+        if math.prod(sizes) != a.shape[1]:
+            raise MismatchError(f"inputs of shape {x.shape} for adapters of {a.shape[1]} inputs")
         if y.size != math.prod(lead) * len(b):
             raise MismatchError(f"outputs of shape {y.shape} for adapters of {len(b)} outputs")
         rows = x.reshape(*lead, a.shape[1])
         found = apply(rows, a, b, self.cores[...], self.requests[...])
-        return y + found.reshape(y.shape).astype(y.dtype)
+        found = found.reshape([y.shape[axis] for axis in outputs]).transpose(np.argsort(outputs))
+        return y + found.astype(y.dtype)
 
 
-def _check_axes(layer: nnx.Module, ndim: int, count: int) -> None:
-    """Refuses a layer whose inputs are not along the last axes."""
-    axis = getattr(layer, "axis", range(-count, 0))
-    found = {one % ndim for one in (axis if isinstance(axis, Sequence) else (axis,))}
-    if found != set(range(ndim - count, ndim)):
-        raise MismatchError(
-            f"a layer with inputs along axes {axis}; merges are served of the last axes only"
-        )
+def _count_inputs(layer: nnx.Module, shape: tuple[int, ...], size: int) -> int:
+    """Returns the number of axes that a layer contracts, the last ones.
 
-
-def _leading(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Returns the axes in front of the last ones, whose product is a size."""
+    Raises:
+        MismatchError: they are others, or have not the size of the adapters' inputs.
+    """
+    axis = getattr(layer, "axis", None)
+    axes = [x for x in (axis if isinstance(axis, Sequence) else [axis]) if isinstance(x, int)]
+    if axes:  # else names of a mesh's axes, or none
+        last = range(len(shape) - len(axes), len(shape))
+        if {one % len(shape) for one in axes} != set(last):
+            raise MismatchError(
+                f"a layer with inputs along axes {axis}; merges are served of the last axes only"
+            )
+        return len(axes)
     for count in range(1, len(shape)):
         if math.prod(shape[-count:]) == size:
-            return shape[:-count]
+            return count
     raise MismatchError(f"inputs of shape {shape} for adapters of {size} inputs")
+
+
+def _einsum_axes(equation: str, ndim: int) -> tuple[list[int], int, list[int]]:
+    """Returns the order of axes in which a layer with an equation is a plain one.
+
+    Args:
+        equation: of inputs and kernel, as ``"BTD,NDH->BTNH"``.
+        ndim: the number of axes of the inputs.
+
+    Returns:
+        Axes of the inputs, with the contracted ones last; how many these are; and axes of the
+        outputs. Both begin with what is neither contracted nor made, and go on as the kernel does.
+
+    Raises:
+        MismatchError: the equation is no such product, or requests are not along the first axis.
+    """
+    text = equation.replace(" ", "")
+    spare = [x for x in string.ascii_letters if x not in text][: max(ndim - text.find(",") + 3, 0)]
+    x, kernel, y = [*re.split(",|->", text.replace("...", "".join(spare))), "", ""][:3]
+    inputs, outputs = ([one for one in kernel if one in place] for place in (x, y))
+    lead = [one for one in x if one not in inputs]
+    fits = sorted(x) == sorted(lead + inputs) and sorted(y) == sorted(lead + outputs)
+    if not fits or sorted(kernel) != sorted(inputs + outputs) or x[0] in inputs:
+        raise MismatchError(
+            f"a layer with the equation {equation!r}; merges are served of products of a kernel "
+            "alone, for requests along the first axis"
+        )
+    return [x.index(o) for o in lead + inputs], len(inputs), [y.index(o) for o in lead + outputs]
 
 
 def attach(model: nnx.Module, merges: Mapping[str, Factors], requests: Int[Array, " N"]) -> Request:

@@ -171,6 +171,13 @@ def convert(
         list[str] | None,
         _source(metavar="PATTERN", help="Keys that are not LoRA factors; several may be given."),
     ] = None,
+    whole: Annotated[
+        bool,
+        _source(
+            help="Take all LoRA factors as one model's, also those that look like an optimizer's, "
+            "an average's or another model's."
+        ),
+    ] = False,
     item: Annotated[
         str | None, _source(metavar="NAME", help="Item to read if the checkpoint has several.")
     ] = None,
@@ -205,6 +212,7 @@ def convert(
         "rank": alpha_rank,
         "axes": parse_axes(axes, "PATTERN=A,B", "*/moe=lir,lro"),
         "ignore": ignore,
+        "whole": whole or None,
         "item": item,
         "step": step,
     }

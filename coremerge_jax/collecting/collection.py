@@ -23,7 +23,7 @@ from coremerge_jax.merging.groups import label
 from coremerge_jax.merging.mesh import fetched
 from coremerge_jax.merging.statistics import Gram, Statistics
 from coremerge_jax.trees.arrays import numpy_or_jax
-from coremerge_jax.trees.paths import Tree, key_of
+from coremerge_jax.trees.paths import Tree, keys_of
 
 # Weights of inputs in a batch, such as (N, L), or True for those that count.
 Mask = Callable[[Any], Any]
@@ -74,12 +74,12 @@ class _Plan:
             return [x for x in leaves if isinstance(x, jax.Array)]
 
         program = jax.make_jaxpr(arrays)(tree, batch)
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        leaves = zip(keys_of(tree), jax.tree.leaves(tree), strict=True)
         numbers = {weight.key: i for i, weight in enumerate(self.weights)}
         tracks: list[Track | None] = [None] * len(program.jaxpr.invars)
         state: dict[int, Sums] = {}
-        for place, (path, leaf) in enumerate(leaves):
-            if (i := numbers.get(key_of(path))) is not None:
+        for place, (key, leaf) in enumerate(leaves):
+            if (i := numbers.get(key)) is not None:
                 letters = self.weights[i].letters
                 tracks[place] = start(i, letters, leaf.shape)
                 state[i] = self._zeros(i, layer_count(letters, leaf.shape), stacks[i], leaf)

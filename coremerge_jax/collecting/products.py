@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
 
 from coremerge_jax.collecting.follow import Track, along, varies
 from coremerge_jax.errors import MismatchError, UnsupportedError
 from coremerge_jax.lora import Array, widest
+from coremerge_jax.merging.mesh import with_automatic_axes
 from coremerge_jax.trees.axes import Shape
 
 # Gram matrices (L, k, k) and numbers of inputs (L,) of a weight's layers.
@@ -89,13 +89,8 @@ def add_product(
     """
     product = _read(weight, track, x, axes, batch)
     add = functools.partial(_add, weight, product, track.repeated)
-    # Arguments, as what has explicit axes cannot be enclosed.
     traced = None if isinstance(product.layers, np.ndarray) else product.layers
-    there = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in there.axis_types:
-        return add(sums, a, x, mask, traced)
-    with jax.sharding.use_abstract_mesh(there):
-        return jax.sharding.auto_axes(add, out_sharding=PartitionSpec())(sums, a, x, mask, traced)
+    return with_automatic_axes(add, sums, a, x, mask, traced)
 
 
 def _add(

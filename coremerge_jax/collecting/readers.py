@@ -18,7 +18,7 @@ from coremerge_jax.trees.arrays import place_like, stack
 from coremerge_jax.trees.fold import fold_tree
 from coremerge_jax.trees.kernels import Kernel, find_kernels
 from coremerge_jax.trees.layouts import LAYOUTS
-from coremerge_jax.trees.paths import Leaf, Tree, flatten, key_of
+from coremerge_jax.trees.paths import Leaf, Tree, flatten, map_leaves
 from coremerge_jax.trees.slots import Places
 
 Forward = Callable[[Any, Any], Any]
@@ -62,11 +62,10 @@ class Factors:
         """
         stored = self.places.write(self._completed(adapter))
 
-        def put(path: tuple[Any, ...], leaf: Leaf) -> Leaf:
-            key = key_of(path)
+        def put(key: str, leaf: Leaf) -> Leaf:
             return place_like(stored[key], leaf) if key in stored else leaf
 
-        return jax.tree_util.tree_map_with_path(put, tree)
+        return map_leaves(put, tree)
 
     def _completed(self, adapter: Adapter | None) -> Adapter:
         modules = {}

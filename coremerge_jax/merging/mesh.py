@@ -253,6 +253,22 @@ def _is_near(place: jax.sharding.Sharding, every: NamedSharding) -> bool:
     return place.device_set == every.device_set
 
 
+def with_automatic_axes(function: Callable, *args: Any, spec: P | None = None) -> Any:
+    """Calls a function for which XLA chooses shardings, whatever the types of its arguments say.
+
+    Args:
+        function: of all arrays that it needs: what has explicit mesh axes cannot be enclosed.
+        *args: pytrees.
+        spec: of its results on a mesh with explicit axes; replicated by default.
+    """
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
+    mesh = next(filter(_is_explicit, meshes), None)
+    if mesh is None:
+        return function(*args)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=spec or P())(*args)
+
+
 def _is_explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 

@@ -9,7 +9,7 @@ import jax
 
 from coremerge_jax.errors import FormatError, hint
 from coremerge_jax.lora import FLOATS, Adapter, Array, Metadata
-from coremerge_jax.trees.arguments import check_alpha, check_patterns, check_rank
+from coremerge_jax.trees.arguments import check_alpha, check_patterns, check_rank, refuse_extras
 from coremerge_jax.trees.arrays import place_like
 from coremerge_jax.trees.axes import Axes, find_axes
 from coremerge_jax.trees.copies import other_trees
@@ -19,7 +19,7 @@ from coremerge_jax.trees.paths import (
     Tree,
     first_match,
     flatten,
-    key_of,
+    map_leaves,
     matches,
     module_paths,
 )
@@ -42,7 +42,8 @@ class TreeFormat:
         axes: by pattern of a module's path in the tree (as in `fnmatch`), the axes of its factors
             as ``"lir,lro"``; see `Axes`.
         ignore: patterns of keys to leave out, such as those of the base model's own parameters.
-            What an optimizer has by the keys of the parameters beside it is left out anyway.
+        whole: True if every factor is the model's own. If not, what an optimizer, or an average of
+            the parameters, has by their keys beside them is left out.
 
     Raises:
         FormatError: alpha is no positive number, or rank no positive integer.
@@ -55,6 +56,7 @@ class TreeFormat:
     scan_axes: Collection[int | None] = ()
     axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignore: Sequence[str] = ()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -114,7 +116,7 @@ class TreeFormat:
     def sort(self, leaves: Mapping[str, Leaf]) -> tuple[Layout, dict[str, Factor], list[str]]:
         """Returns the layout of a tree, the meaning of its factors' keys, and its other keys.
 
-        Keys to ignore, and an optimizer's, are in neither.
+        Keys to ignore, and those of other trees than the model's, are in neither.
 
         Raises:
             FormatError: keys are of no layout, or of several; or a pattern matches none.
@@ -126,7 +128,7 @@ class TreeFormat:
             if getattr(leaves[key], "shape", None) is None:
                 raise FormatError(f"{key!r} is not an array")
         refuse_foreign({key: leaves[key].shape for key in factors})
-        left = other_trees(factors, kept)
+        left = set() if self.whole else other_trees(factors, kept)
         return (
             layout,
             {key: factor for key, factor in factors.items() if key not in left},
@@ -251,12 +253,13 @@ def to_tree(adapter: Adapter, like: Tree, **options: Any) -> Tree:
     Raises:
         FormatError: the tree and the options do not show where factors belong.
         MismatchError: the adapter and the tree have not the same modules, or not of one shape; or
-            its rank is larger than that of the scale.
+            its rank is larger than that of the scale; or a factor overflows its dtype.
+        UnsupportedError: the adapter is more than low-rank updates.
     """
+    refuse_extras(adapter, "trees of LoRA factors")
     stored = TreeFormat(**options).places(flatten(like)).write(adapter)
 
-    def put(path: tuple[Any, ...], leaf: Leaf) -> Leaf:
-        key = key_of(path)
+    def put(key: str, leaf: Leaf) -> Leaf:
         return place_like(stored[key], leaf) if key in stored else leaf
 
-    return jax.tree_util.tree_map_with_path(put, like)
+    return map_leaves(put, like)

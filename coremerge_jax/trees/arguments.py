@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from coremerge_jax.errors import FormatError, hint
+from coremerge_jax.errors import FormatError, UnsupportedError, hint
+from coremerge_jax.lora import Adapter
 from coremerge_jax.text import short
 from coremerge_jax.trees.paths import matches
 
@@ -24,6 +25,24 @@ def check_patterns(patterns: Iterable[str], keys: Collection[str], option: str) 
             raise FormatError(
                 f"{option} (--{option}): pattern {pattern!r} matches no {what}{hint(pattern, keys)}"
             )
+
+
+def refuse_extras(adapter: Adapter, holder: str) -> None:
+    """Refuses tensors that are not low-rank updates.
+
+    Args:
+        adapter: what is written, or its outline.
+        holder: what cannot hold them, for the message.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    if adapter.extras:
+        raise UnsupportedError(
+            f"the adapter has {len(adapter.extras)} tensors that are not low-rank updates (first: "
+            f"{min(adapter.extras)!r}), which {holder} cannot hold; keep it in PEFT's format, "
+            "or leave them out (merge --extras drop; in Python, adapter.replace(extras={}))"
+        )
 
 
 def check_rank(value: object, name: str) -> int:

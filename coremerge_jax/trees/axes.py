@@ -46,6 +46,13 @@ class Axes:
                     f"{module}: axes {letters!r} for {name} of shape {shape}; expected one letter "
                     f"an axis of {', '.join(others)}, with r once"
                 )
+        batches = [(lengths(x, s, "l"), lengths(x, s, "e")) for x, s in ((self.a, a), (self.b, b))]
+        if batches[1] not in (batches[0], ((), ())):
+            raise FormatError(
+                f"{module}: axes {self.a!r} for a of shape {a} and {self.b!r} for b of shape {b}; "
+                "expected equal layers (l) and experts (e) in both, or none in b, which is then "
+                "that of all"
+            )
         return self
 
     def rank(self, a: Shape, b: Shape) -> tuple[int, int]:

@@ -198,7 +198,8 @@ def _uncertain(one: _Place, two: _Place) -> FormatError:
     return FormatError(
         f"{one.key!r} and {two.key!r} are one factor in two trees, and which of them is the "
         "model's is not certain; leave the others out with ignore (coremerge convert --ignore "
-        f"'{two.root or two.key.split('/')[0]}/*')"
+        f"'{two.root or two.key.split('/')[0]}/*'), or take all of them as modules of one model "
+        "with whole (--whole)"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from coremerge_jax.errors import FormatError
 from coremerge_jax.linalg.threads import processors
@@ -19,7 +19,7 @@ from coremerge_jax.lora import FLOATS, Adapter, Array, LoRA, widest
 from coremerge_jax.merging.precision import are_traced
 from coremerge_jax.trees.arrays import stack
 from coremerge_jax.trees.kernels import Kernel, find_kernels
-from coremerge_jax.trees.paths import Leaf, Tree, flatten, key_of
+from coremerge_jax.trees.paths import Leaf, Tree, flatten, map_leaves
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
@@ -64,8 +64,8 @@ def fold_tree(
     """
     kernels = find_kernels(flatten(params), adapter, scan_axis=scan_axis, axes=axes)
 
-    def folded(path: tuple[object, ...], leaf: Leaf) -> Leaf:
-        kernel = kernels.get(key_of(path))
+    def folded(key: str, leaf: Leaf) -> Leaf:
+        kernel = kernels.get(key)
         if kernel is None:
             return leaf
         loras = adapter.read(kernel.modules)
@@ -78,7 +78,7 @@ def fold_tree(
 
     # Factors on the host, and the scale, have to reach the kernels' devices: no accident.
     with jax.transfer_guard("allow"):
-        return jax.tree_util.tree_map_with_path(folded, params)
+        return map_leaves(folded, params)
 
 
 def _fold_on_device(
@@ -99,8 +99,19 @@ def _fold_on_device(
     batch, i, o = ("".join(names[axis] for axis in kernel.find(letter)) for letter in "lio")
     # Compilers choose a sharding of the result, if not given. A traced array's is theirs to choose.
     sharding = None if are_traced(weight) else getattr(weight, "sharding", None)
+    if sharding is not None:
+        a, b = (_move(x, sharding) for x in (a, b))
     program = _program(f"{batch}r{i},{batch}{o}r->{names}", sharding, donate)
     return program(weight, a, b, jnp.float32(scale))
+
+
+def _move(x: Array, sharding: Sharding) -> Array:
+    """Copies an array to each of the devices of a sharding, if it is on others."""
+    if isinstance(x, np.ndarray) or are_traced(x) or x.sharding.device_set == sharding.device_set:
+        return x
+    if isinstance(sharding, NamedSharding):
+        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.device_put(x, sharding) if sharding.is_fully_replicated else x
 
 
 @functools.lru_cache

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from coremerge_jax.errors import FormatError, MismatchError, UnsupportedError, hint
 from coremerge_jax.lora import FLOATS, Adapter
-from coremerge_jax.trees.arguments import check_patterns
+from coremerge_jax.trees.arguments import check_patterns, refuse_extras
 from coremerge_jax.trees.axes import Shape, find_kernel_axes, lengths, misfit
 from coremerge_jax.trees.paths import Leaf, first_match, module_paths
 
@@ -64,12 +64,7 @@ def find_kernels(
         axes: of `fold_tree`.
         scan_axes: the values of ``scan_axis`` to prefer where several fit.
     """
-    if adapter.extras:
-        raise UnsupportedError(
-            f"the adapter has {len(adapter.extras)} tensors that are not low-rank updates (first: "
-            f"{next(iter(adapter.extras))!r}), and where these belong in a tree of parameters is "
-            "not known; merge the adapter without them"
-        )
+    refuse_extras(adapter, "trees of parameters")
     outline = adapter.outline
     for path, lora in outline.items():
         if lora.kind.name == "conv2d":

@@ -1,8 +1,9 @@
 """Keys of leaves in a tree of parameters, the paths of modules that they name, and patterns."""
 
+import collections
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,14 +26,27 @@ _NUMBERED = re.compile(rf"(^|/)({_CONTAINERS})[_/](\d+)(?=/|$)")
 
 
 def flatten(tree: Tree) -> dict[str, Leaf]:
-    """Returns leaves by key, parts joined by ``/``, without the level ``value`` of flax."""
-    return {key_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """Returns leaves by key, in order; see `keys_of`."""
+    return dict(zip(keys_of(tree), jax.tree.leaves(tree), strict=True))
 
 
-def key_of(path: tuple[Any, ...]) -> str:
-    """Returns the key of a leaf, given its path as `jax.tree_util` has it."""
-    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
+def keys_of(tree: Tree) -> list[str]:
+    """Returns the key of each leaf, in the order of `jax.tree.leaves`.
+
+    Parts are joined by ``/``. The level ``value`` that flax has below a variable is left out: what
+    has other leaves beside it is a parameter of that name.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    parts = [jax.tree_util.keystr(path, simple=True, separator="/").split("/") for path in paths]
+    below = collections.Counter(tuple(x[:end]) for x in parts for end in range(len(x)))
+    alone = ((x, x[-1] == "value" and below[tuple(x[:-1])] == 1) for x in parts)
+    return ["/".join(x[:-1] if stripped else x) for x, stripped in alone]
+
+
+def map_leaves(change: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
+    """Returns a tree with each leaf replaced by what a function of its key and it returns."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(change, keys_of(tree), leaves))
 
 
 def module_paths(module: str, param: str, batch: tuple[int, ...]) -> tuple[str, ...]:

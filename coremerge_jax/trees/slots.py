@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, hint
@@ -67,7 +68,8 @@ class Slot:
         """Returns the factors to store, given the modules; their ranks are made equal with zeros.
 
         Raises:
-            MismatchError: a module's rank is larger than that of the scale.
+            MismatchError: a module's rank is larger than that of the scale; a factor overflows its
+                dtype; or modules that share one b have several.
         """
         loras = [modules[path] for path in self.paths]
         rank = max(lora.rank for lora in loras)
@@ -78,8 +80,36 @@ class Slot:
                 f"and say rank={rank}"
             )
         a, b = stack(loras, self.wanted or rank)
+        if len(loras) > 1 and not set(self.axes.b) & set("le"):
+            self._check_shared(b)
         a, b = self.axes.stored(a, b / _as_dtype(scale, b), *self.shapes)
-        return a.astype(self.dtypes[0]), b.astype(self.dtypes[1])
+        first, second = map(_cast, (a, b), self.dtypes, self.keys)
+        return first, second
+
+    def _check_shared(self, b: Array) -> None:
+        """Refuses different B ``(L, m, r)`` where one is stored for all modules."""
+        if isinstance(b, jax.core.Tracer) or not np.array_equal(b, b[:1].repeat(len(b), 0)):
+            raise MismatchError(
+                f"{self.keys[1]!r} is the b of {len(b)} modules (first: {self.paths[0]!r}), which "
+                "have not one b; read the factors as those of one module, with the inputs of all: "
+                f"axes {self.axes.a.replace('l', 'i').replace('e', 'i')},{self.axes.b}"
+            )
+
+
+def _cast(x: Array, dtype: np.dtype, key: str) -> Array:
+    """Casts a factor to the dtype of its place.
+
+    Raises:
+        MismatchError: it overflows.
+    """
+    with np.errstate(over="ignore"):
+        cast = x.astype(dtype)
+    narrower = jnp.finfo(dtype).max < jnp.finfo(x.dtype).max
+    if narrower and not isinstance(x, jax.core.Tracer) and not jnp.isfinite(cast).all():
+        raise MismatchError(
+            f"{key!r} overflows {dtype}; make the factors anew in bfloat16 or float32"
+        )
+    return cast
 
 
 def _single(x: Array) -> Array:

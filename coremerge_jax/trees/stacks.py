@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from coremerge_jax.errors import FormatError
-from coremerge_jax.lora import Adapter, Array
+from coremerge_jax.lora import Adapter, Array, widest
 from coremerge_jax.trees.adapters import from_tree
 from coremerge_jax.trees.paths import Tree, flatten
 
@@ -43,10 +43,11 @@ class _Stack:
             self.parts[name].take(index, axis=self.axis)
             for name in ("lora_A", "lora_B", "lora_scaling")
         )
-        scale = scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(b.dtype)
+        wide = widest(np.dtype(np.float32), b.dtype)  # scaling is not to round
+        scale = scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(wide)
         return {
             f"{self.module}/lora_a": a[..., :rank],
-            f"{self.module}/lora_b": b[..., :rank, :] * scale,
+            f"{self.module}/lora_b": b[..., :rank, :].astype(wide) * scale,
         }
 
 

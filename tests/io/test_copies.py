@@ -101,3 +101,20 @@ def test_states_of_nnx_and_optax(make):
     assert list(cm.from_tree(both)) == ["model.up"]
     params = nnx.to_pure_dict(nnx.state(module, nnx.LoRAParam))
     assert list(cm.from_tree({"params": params, "opt": make(1e-3).init(params)})) == ["up"]
+
+
+@pytest.mark.parametrize("other", ["velocity", "mu", "ema", "critic", "target"])
+def test_all_modules_of_a_model_in_memory_are_its_own(other, tmp_path):
+    def layer():
+        return nnx.Dict(up=nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0)))
+
+    model = nnx.Dict({"model": layer(), other: layer()})
+    adapter = cm.from_nnx(model)
+    assert set(adapter) == {"model.up", f"{other}.up"}
+    cm.save_orbax(adapter, tmp_path / "own")
+    assert set(cm.open_orbax(tmp_path / "own")) == set(adapter)
+    doubled = {x: lora.replace(b=2 * lora.b) for x, lora in adapter.items()}
+    cm.update_nnx(model, adapter.replace(modules=doubled))
+    np.testing.assert_array_equal(model[other].up.lora.lora_b[...], 2 * adapter["model.up"].b.T)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
+    assert set(cm.from_tree(state, whole=True)) == set(adapter)

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import dense, random_adapters
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import coremerge_jax as cm
 from coremerge_jax.trees import fold as addition
@@ -191,3 +193,27 @@ def test_what_does_not_fit():
     (square,) = random_adapters({"x": (24, 2)}, [2], dtype="float32")
     with pytest.raises(cm.FormatError, match="which axes of kernel"):
         cm.fold_tree(params({"x": (3, 2, 2, 4)}), square)
+
+
+@pytest.mark.usefixtures("all_devices")
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("where", ["uncommitted", "another", "fewer", "host"])
+def test_factors_on_other_devices_than_the_kernel(rng, mode, where):
+    four, two = (many_devices.mesh(n, mode=mode) for n in (4, 2))
+    a, b, kernel = (rng.standard_normal(shape, np.float32) for shape in ((2, 8), (8, 2), (8, 8)))
+    expected = kernel + (b @ a).T
+    spread = (
+        NamedSharding(four, PartitionSpec(None, "modules")),
+        NamedSharding(four, PartitionSpec("modules")),
+    )
+    a, b = map(jax.device_put, (a, b), spread)
+    kernel = {
+        "uncommitted": lambda: jnp.asarray(kernel),
+        "another": lambda: jax.device_put(kernel, jax.devices()[1]),
+        "fewer": lambda: jax.device_put(kernel, NamedSharding(two, PartitionSpec("modules"))),
+        "host": lambda: kernel,
+    }[where]()
+    folded = cm.fold_tree({"up": {"kernel": kernel}}, cm.Adapter({"up": cm.LoRA(a=a, b=b)}))
+    np.testing.assert_allclose(folded["up"]["kernel"], expected, rtol=1e-5, atol=1e-5)
+    if where != "host":
+        assert folded["up"]["kernel"].sharding.device_set == kernel.sharding.device_set

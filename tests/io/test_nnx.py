@@ -169,3 +169,14 @@ def test_what_does_not_belong_is_refused():
         cm.from_nnx(model, alpha=16)
     with pytest.raises(cm.FormatError, match="no LoRA factors"):
         cm.from_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_convolutions_with_groups_are_refused():
+    class Grouped(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0))
+            self.conv.kernel_lora_a = nnx.LoRAParam(jnp.ones((3, 2, 2)))
+            self.conv.kernel_lora_b = nnx.LoRAParam(jnp.ones((2, 4)))
+
+    with pytest.raises(cm.UnsupportedError, match=r"'conv' is a convolution with 2 groups"):
+        cm.from_nnx(Grouped(), alpha=2)

@@ -233,3 +233,79 @@ def test_axes_that_two_adapters_tell_differently_are_forgotten():
     assert one.metadata.lengths == (("q", (8,), (2, 4)),)
     assert cm.merge([one, one], cm.mean()).metadata.lengths == one.metadata.lengths
     assert cm.merge([one, two], cm.mean()).metadata.lengths == ()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "axes"),
+    [
+        ((3, 4, 8, 2), (3, 2, 6), "leir,lro"),
+        ((3, 8, 2), (2, 2, 6), "lir,lro"),
+        ((8, 2), (3, 2, 6), "ir,lro"),
+    ],
+)
+def test_layers_and_experts_are_those_of_both_factors(a, b, axes):
+    tree = {"moe": {"kernel_lora_a": np.ones(a), "kernel_lora_b": np.ones(b)}}
+    with pytest.raises(cm.FormatError, match="expected equal layers"):
+        cm.from_tree(tree, alpha=4.0, axes={"*moe": axes})
+
+
+def test_a_b_that_is_stored_once_is_that_of_all(rng):
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 8, 2), (2, 6)))
+    tree = {"moe": {"kernel_lora_a": a, "kernel_lora_b": b}}
+    options = {"alpha": 4.0, "axes": {"*moe": "lir,ro"}}
+    adapter = cm.from_tree(tree, **options)
+    again = cm.to_tree(adapter, tree, **options)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+    first, *rest = adapter
+    other = adapter[first].replace(b=2 * adapter[first].b)
+    changed = adapter.replace(modules={**adapter, first: other})
+    with pytest.raises(cm.MismatchError, match="axes iir,ro$"):
+        cm.to_tree(changed, tree, **options)
+    whole = cm.from_tree(tree, alpha=4.0, axes={"*moe": "iir,ro"})
+    assert [lora.shape for lora in whole.values()] == [(6, 24)]
+
+
+def test_extras_are_refused():
+    tree = qwix_tree(rank=2)
+    adapter = cm.from_tree(tree, alpha=2).replace(extras={"score.weight": np.ones((3, 8))})
+    with pytest.raises(cm.UnsupportedError, match=r"score.weight.*trees of LoRA factors cannot"):
+        cm.to_tree(adapter, tree, alpha=2)
+
+
+def test_factors_that_overflow_are_refused():
+    adapter = cm.Adapter({"up": cm.LoRA(a=np.full((2, 4), 1e-4), b=np.full((4, 2), 1e6))})
+    for on in (np, jnp):
+        like = {"up": {"lora_a": on.zeros((4, 2)), "lora_b": on.zeros((2, 4))}}
+        half = jax.tree.map(lambda x: x.astype(np.float16), like)
+        with pytest.raises(cm.MismatchError, match=r"'up/lora_b' overflows float16"):
+            cm.to_tree(adapter, half)
+        assert np.isfinite(cm.to_tree(adapter, like)["up"]["lora_b"]).all()
+
+
+def test_a_parameter_named_value_is_not_the_level_of_flax(rng):
+    kernels = [rng.standard_normal((8, 6)) for _ in range(3)]
+    params = {"attn": dict(zip(("query", "value"), kernels, strict=False))}
+    params |= {"mlp": {"kernel": {"value": kernels[2]}}}
+    lora = cm.LoRA(a=rng.standard_normal((2, 8)), b=rng.standard_normal((6, 2)))
+    adapter = cm.Adapter(dict.fromkeys(("attn.query", "attn.value", "mlp"), lora))
+    folded = cm.fold_tree(params, adapter)
+    for new, old in zip(jax.tree.leaves(folded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(new, old + dense(lora).T)
+
+
+def test_scaling_of_stacks_is_not_rounded(rng):
+    q = {
+        "lora_A": rng.standard_normal((2, 8, 4)),
+        "lora_B": rng.standard_normal((2, 4, 6)),
+        "lora_scaling": np.array([1 / 3, 1.7]),
+    }
+    scales = q["lora_scaling"]
+    q = {
+        name: jnp.asarray(x, jnp.bfloat16 if name != "lora_scaling" else "f4")
+        for name, x in q.items()
+    }
+    for adapter, scale, a, b in zip(
+        cm.from_stacks({"q": q}), scales, q["lora_A"], q["lora_B"], strict=True
+    ):
+        expected = scale * (np.asarray(a, float) @ np.asarray(b, float)).T
+        np.testing.assert_allclose(dense(adapter["q"]), expected, rtol=1e-5, atol=1e-5)

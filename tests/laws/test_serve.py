@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import distance, random_adapters
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import coremerge_jax as cm
 
@@ -68,6 +69,7 @@ def test_adapters_that_no_merge_has_are_left_out(stacked):
     assert blocks[2].sum() == 1
 
 
+@pytest.mark.usefixtures("all_devices")
 def test_transformations_of_jax(merges, stacked):
     x, factors = inputs(6, 3, 5), stacked["first"]
     rest = factors.a, factors.b
@@ -187,15 +189,19 @@ def test_edges_of_batches(stacked):
     assert not found[2].any()
 
 
-def test_nearly_equal_a_in_bfloat16():
-    """The matrices have large entries then, and are not rounded."""
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "dtype"), [(0.1, 1, "bfloat16"), (1e-3, 1, "float32"), (1, 1e-3, "float32")]
+)
+def test_nearly_equal_factors_in_bfloat16(of_a, of_b, dtype):
+    """The matrices have large entries then, and are not rounded, nor what they multiply."""
     rng = np.random.default_rng(0)
-    a = rng.standard_normal((4, 64))
+    a, b = rng.standard_normal((4, 64)), rng.standard_normal((64, 4))
     adapters = [
         cm.Adapter(
             {
                 "q": cm.LoRA(
-                    a=a + 0.1 * rng.standard_normal(a.shape), b=rng.standard_normal((64, 4))
+                    a=a + of_a * rng.standard_normal(a.shape),
+                    b=b + of_b * rng.standard_normal(b.shape),
                 )
             },
             metadata=cm.Metadata(name=name),
@@ -203,8 +209,8 @@ def test_nearly_equal_a_in_bfloat16():
         for name in "xyz"
     ]
     merge = cm.compile_merge(adapters, cm.tsv())
-    factors = cm.serve.stack([merge], dtype=jnp.bfloat16)["q"]
-    assert factors.a.dtype == factors.b.dtype == jnp.bfloat16
+    factors = cm.serve.stack([merge], dtype=dtype)["q"]
+    assert factors.a.dtype == factors.b.dtype == dtype
     assert factors.cores.dtype == jnp.float32
     x = jnp.asarray(rng.standard_normal((8, 64)), jnp.bfloat16)
     found = cm.serve.apply(x, factors.a, factors.b, factors.cores, np.zeros(8, int))
@@ -273,3 +279,72 @@ def test_outputs_keep_their_dtype():
     model = One()
     cm.serve.attach(model, _merge_of("layer", 5, 5), np.zeros(6, int))
     assert model.layer(inputs(6, 5)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "kernel", "update"),
+    [
+        ("BTD,NDH->BTNH", (6, 3, 5), (2, 5, 4), "NHD"),
+        ("BTD,NDH->BNTH", (6, 3, 5), (2, 5, 4), "NHD"),
+        ("BSD,CKDH->CBSKH", (6, 3, 5), (2, 2, 5, 3), "CKHD"),
+        ("BTNH,NHD->BTD", (6, 2, 2, 4), (2, 4, 5), "DNH"),
+        ("BNTH,NHD->BTD", (6, 2, 2, 4), (2, 4, 5), "DNH"),
+        ("...D,DF->...F", (6, 3, 5), (5, 4), "FD"),
+    ],
+)
+def test_layers_with_an_equation(equation, shape, kernel, update):
+    class One(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Einsum(equation, kernel, rngs=nnx.Rngs(0))
+
+    letters = equation.split(",")[1].split("->")[0]
+    sizes = dict(zip(letters, kernel, strict=True))
+    outputs = [x for x in update if x in equation.split("->")[1]]
+    m, n = (int(np.prod([sizes[x] for x in y])) for y in (outputs, update[len(outputs) :]))
+    merges = _merge_of("layer", m, n)
+    factors, x, model = merges["layer"], inputs(*shape), One()
+    dense = (factors.b @ factors.cores[0] @ factors.a).reshape([sizes[x] for x in update])
+    dense = jnp.einsum(f"{update}->{letters}", dense)
+    expected = model.layer(x) + jnp.einsum(equation, x, dense)
+    cm.serve.attach(model, merges, np.zeros(6, int))
+    assert distance(model.layer(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("equation", ["BTD,TDF->BTF", "TD,DF->F", "BT,BF->TF"])
+def test_equations_that_are_no_products_with_a_kernel_are_refused(equation):
+    with pytest.raises(cm.errors.MismatchError, match="equation"):
+        cm.serve._einsum_axes(equation, 3)
+
+
+@pytest.mark.parametrize("axis", [(-2, -1), "model", None])
+def test_axes_of_a_layer(axis):
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.LinearGeneral((1, 5), 7, axis=(-2, -1), rngs=nnx.Rngs(0))
+            self.axis = axis
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    class One(nnx.Module):
+        def __init__(self):
+            self.layer = Layer()
+
+    x, model, merges = inputs(6, 1, 5), One(), _merge_of("layer", 7, 5)
+    factors = merges["layer"]
+    expected = model.layer(x) + x[:, 0] @ (factors.b @ factors.cores[0] @ factors.a).T
+    cm.serve.attach(model, merges, np.zeros(6, int))
+    assert distance(model.layer(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("spread", [("x", "requests"), ("x",), ("requests",), ("a", "x")])
+@pytest.mark.usefixtures("all_devices")
+def test_arguments_on_a_mesh_with_explicit_axes(merges, stacked, spread):
+    there = many_devices.mesh(2, mode=AxisType.Explicit)
+    given = {**vars(stacked["first"]), "x": inputs(6, 3, 5), "requests": REQUESTS}
+    for name in spread:
+        split = PartitionSpec("modules") if name in ("x", "requests") else PartitionSpec()
+        given[name] = jax.device_put(given[name], NamedSharding(there, split))
+    whole = expected(merges, "first", inputs(6, 3, 5))
+    for function in (cm.serve.apply, jax.jit(cm.serve.apply)):
+        assert distance(function(**given), whole) < 1e-5

@@ -20,10 +20,11 @@ from coremerge_jax.io import untrusted
 from coremerge_jax.io.adapter_config import CONFIG, RANK, RETRAIN
 from coremerge_jax.io.factors import FactorFile, Factors, FactorSource, is_float, outline_of
 from coremerge_jax.io.file_layout import pad
-from coremerge_jax.io.one_file.keyed_layout import refuse_extras, refuse_kinds, refuse_twins
+from coremerge_jax.io.one_file.keyed_layout import refuse_kinds, refuse_twins
 from coremerge_jax.io.single_file import ADAPTERS, is_pipeline
 from coremerge_jax.io.tensors import TensorReader
 from coremerge_jax.lora import LINEAR, Adapter, Array, Kind, LoRA, Metadata
+from coremerge_jax.trees.arguments import refuse_extras
 
 _FIELDS = {
     "fine_tune_type": untrusted.TEXT,
@@ -241,7 +242,7 @@ class MlxLayout:
     def __init__(self, outline: Adapter, name: str) -> None:
         for path in outline:
             _check_name(path)
-        refuse_extras(outline, name)
+        refuse_extras(outline, f"{name}s")
         refuse_kinds(outline, name, ("linear", "embedding"))
         self._check_embeddings(outline)
         self.extras: Mapping[str, Array] = {}

@@ -7,6 +7,7 @@ import numpy as np
 from coremerge_jax.errors import UnsupportedError
 from coremerge_jax.io.file_layout import pad
 from coremerge_jax.lora import Adapter, Array, LoRA
+from coremerge_jax.trees.arguments import refuse_extras
 
 # Kinds of modules, as messages name them.
 KINDS = {
@@ -49,7 +50,7 @@ class KeyedLayout:
         alpha: bool = False,
         notes: Callable[[Mapping[str, int]], dict[str, str]] = lambda _: {},
     ) -> None:
-        refuse_extras(outline, name)
+        refuse_extras(outline, f"{name}s")
         refuse_kinds(outline, name, ("linear", "conv2d"))
         refuse_twins(stems, name)
         self.weights = weights
@@ -95,20 +96,6 @@ def next_exact(rank: int, dtype: np.dtype) -> int:
     while int(np.asarray(rank).astype(dtype)) != rank:
         rank += 1
     return rank
-
-
-def refuse_extras(outline: Adapter, name: str) -> None:
-    """Refuses tensors that are not low-rank updates.
-
-    Raises:
-        UnsupportedError: there are some.
-    """
-    if outline.extras:
-        raise UnsupportedError(
-            f"the adapter has tensors that are no low-rank updates (first: "
-            f"{min(outline.extras)!r}), which {name}s cannot hold; write it with --to peft, or "
-            "leave them out (extras: drop)"
-        )
 
 
 def refuse_kinds(outline: Adapter, name: str, known: tuple[str, ...]) -> None:

@@ -26,11 +26,13 @@ from coremerge_jax.io.outputs import CHECKPOINT, check_output, write_record
 from coremerge_jax.lora import Adapter, AdapterFile, Array, LoRA, Metadata
 from coremerge_jax.merging.mesh import is_spread
 from coremerge_jax.trees.adapters import TreeFormat, to_tree
-from coremerge_jax.trees.arguments import check_alpha, check_rank
+from coremerge_jax.trees.arguments import check_alpha, check_rank, refuse_extras
 from coremerge_jax.trees.families import find_names, outline_tree
 from coremerge_jax.trees.layouts import LAYOUTS
-from coremerge_jax.trees.paths import flatten, key_of, matches
+from coremerge_jax.trees.paths import flatten, map_leaves, matches
 from coremerge_jax.trees.slots import Places, Slot
+
+OURS = "coremerge"  # in the custom metadata of checkpoints that `save_orbax` wrote
 
 _LAYER = re.compile(r"(.*\b(?:layers?|blocks?|h))\.(\d+)\.(.+)")
 
@@ -101,7 +103,7 @@ def open_orbax(
     ``param_scan_axis``) decides if shapes can be read in several ways.
 
     An unfinished last step is passed over with a warning. The state of an optimizer, or an average
-    of the parameters, is left out.
+    of the parameters, is left out, unless `save_orbax` wrote the checkpoint, or with ``whole``.
 
     Args:
         source: a checkpoint, the folder of an item in it, or a folder of steps of a
@@ -122,6 +124,7 @@ def open_orbax(
                 f"{tree}: {option}={options[option]} was given, but the checkpoint says {value}"
             )
     options.setdefault("scan_axes", tree.scan_axes)
+    options.setdefault("whole", OURS in tree.custom)
     form = TreeFormat(**options)
     leaves = flatten(tree.tree)
     try:
@@ -167,11 +170,12 @@ def save_orbax(
         FormatError: ``out`` may not be written, or ``like`` cannot be understood.
         MismatchError: the adapter lacks modules of ``like``, or has names that ``to`` lacks.
         RecipeError: ``to`` is not known.
-        UnsupportedError: ``head_dim`` is needed, or does not fit; or without ``to`` and ``like``,
-            a module is no linear layer.
+        UnsupportedError: ``head_dim`` is needed, or does not fit; the adapter is more than low-rank
+            updates; or without ``to`` and ``like``, a module is no linear layer.
     """
     inputs = [*adapter.folders, *([like] if isinstance(like, str | Path) else [])]
     check_output(out, kind=CHECKPOINT, inputs=inputs, force=force)
+    refuse_extras(adapter.outline, f"{CHECKPOINT}s")
     rank = max(lora.rank for lora in adapter.outline.values())
     item: str | None = None
     if to is not None:
@@ -192,6 +196,7 @@ def save_orbax(
             source = open_tree(like)
             like, item = source.tree, source.item
             options.setdefault("scan_axes", source.scan_axes)
+            options.setdefault("whole", OURS in source.custom)
             scan = {key: source.custom[key] for key in SCAN if key in source.custom} | scan
         # With alpha = rank the scale is 1, whatever the layout.
         options = {**options, "alpha": float(rank), "rank": rank}
@@ -209,7 +214,7 @@ def save_orbax(
                 stacklevel=2,
             )
     origin = {"version": __version__, "base_model": adapter.metadata.base_model}
-    custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, "coremerge": origin, **scan}
+    custom = {"lora": {"lora_rank": rank, "lora_alpha": rank}, OURS: origin, **scan}
     item = item or "state"
     open_folder = shared_folder if jax.process_count() > 1 else atomic_folder
     with open_folder(out, kind=CHECKPOINT, inputs=inputs, force=force) as folder:
@@ -271,9 +276,7 @@ def _scan(axis: Any) -> dict[str, Any]:
 
 def _only(keys: Collection[str], tree: Any) -> Any:
     """Returns a tree with None in place of leaves with other keys."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if key_of(path) in keys else None, tree
-    )
+    return map_leaves(lambda key, leaf: leaf if key in keys else None, tree)
 
 
 def _arrays(tree: Any) -> Any:

@@ -25,7 +25,7 @@ _ITEMS = ("model_params", "lora", "state", "params", "items", "default", "pytree
 FAMILIES = ("tunix", "tunix-gemma", "gemma", "maxtext-llama3.1", "maxtext-qwen")
 
 # Options that describe a tree: of a checkpoint that is read, or of one that is written like it.
-TREE_OPTIONS = ("layout", "scan_axis", "axes", "ignore")
+TREE_OPTIONS = ("layout", "scan_axis", "axes", "ignore", "whole")
 
 
 def is_orbax(source: str | Path) -> bool:

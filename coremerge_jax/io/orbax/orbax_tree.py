@@ -20,7 +20,7 @@ from coremerge_jax.errors import FormatError, UnsupportedError
 from coremerge_jax.io.orbax.orbax_folder import MARKER, find_tree, refuse_special_files
 from coremerge_jax.io.untrusted import read_json
 from coremerge_jax.merging.mesh import is_spread
-from coremerge_jax.trees.paths import flatten, key_of
+from coremerge_jax.trees.paths import flatten, map_leaves
 
 SCAN = ("scan_layers", "param_scan_axis", "scan_axis")  # of custom metadata, as MaxText has it
 _LONG = 200  # characters of others' messages
@@ -88,14 +88,14 @@ class OrbaxTree:
         """
         from orbax.checkpoint import v1 as ocp
 
-        def want(path: tuple, leaf: Any) -> Any:
-            if keys is not None and key_of(path) not in keys:
+        def want(key: str, leaf: Any) -> Any:
+            if keys is not None and key not in keys:
                 return ocp.PLACEHOLDER
             if keys is None and getattr(leaf, "dtype", None) == np.uint32:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host())
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if is_array(leaf) else leaf
 
-        wanted = jax.tree_util.tree_map_with_path(want, self.tree)
+        wanted = map_leaves(want, self.tree)
         try:
             with _alone():
                 return ocp.load(self.folder, wanted, checkpointable_name=self.item)
