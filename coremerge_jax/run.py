@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -601,8 +601,9 @@ def _check_sweep_output(output: Path, inputs: Sequence[str]) -> None:
 def keep_compiled_programs() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, if it keeps them nowhere yet."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # made at run time
-        folder = platformdirs.user_cache_path("coremerge") / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        with suppress(RuntimeError):  # no home folder
+            folder = platformdirs.user_cache_path("coremerge") / "jax"
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

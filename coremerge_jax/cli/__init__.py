@@ -85,6 +85,8 @@ def _coremerge(
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits. An error is shown in one line, without a traceback."""
     debug = bool(os.environ.get("COREMERGE_DEBUG"))
+    if not os.environ.get("COLUMNS", "80").strip("0"):
+        del os.environ["COLUMNS"]  # rich would print nothing
     end = unwind_on_signals()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the program that started the command
@@ -185,6 +187,8 @@ def _report(error: Exception) -> int:
         text = f"{where}{error.strerror or error}{f'; {advice}' if advice else ''}"
     elif isinstance(error, MemoryError):
         text = str(error) or "out of memory"
+    elif reason := _why_jax_fails():
+        text = reason
     else:
         text = (
             f"unexpected {type(error).__name__} ({error}); this is a bug in coremerge: please "
@@ -193,6 +197,19 @@ def _report(error: Exception) -> int:
     if text:
         say(f"error: {' '.join(text.split())}", err=True)
     return code
+
+
+def _why_jax_fails() -> str:
+    """Returns why JAX cannot start here; nothing if it can."""
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as error:
+        given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
+        hint = f"; check {', '.join(given)}" if given else ""
+        return f"JAX cannot start ({type(error).__name__}: {error or 'no reason given'}){hint}"
+    return ""
 
 
 def _describe_usage_error(error: Any) -> str:

@@ -1,7 +1,9 @@
 """Output of the commands: tables on stdout, progress on stderr."""
 
+import codecs
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,7 +68,8 @@ def show(table: Table) -> None:
 
 def print_json(value: Any) -> None:
     """Prints one JSON document to stdout."""
-    typer.echo(json_escaped(json.dumps(value, indent=2, ensure_ascii=False)))
+    unicode = codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
+    typer.echo(json_escaped(json.dumps(value, indent=2, ensure_ascii=not unicode)))
 
 
 class Stages:

@@ -194,7 +194,7 @@ def convert(
         "rank": rank,
         "energy": energy,
         "budget": budget,
-        "parameters": parse_count(parameters) if parameters else None,
+        "parameters": None if parameters is None else parse_count(parameters),
         "uniform_rank": uniform_rank or None,
         "base_config": base_config,
     }

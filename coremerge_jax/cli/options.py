@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
 
 def parse_count(text: str) -> int:
     """Returns the number that ``2.5M``, ``800k`` or ``1_000_000`` describes."""
-    found = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d[\d_]{0,30}(?:\.\d{1,30})?)\s*([kmb]?)\s*", text, re.IGNORECASE)
     if not found:
         raise RecipeError(f"a number of parameters must be like 2.5M or 800k, got {text!r:.60}")
     number, prefix = found.groups()

@@ -96,7 +96,7 @@ def make(
         check_output(output, kind=KIND, inputs=sources, force=force)
         adapters = [open_adapter(source) for source in expand(sources)]
     with stage("pack"):
-        listed = names.split(",") if names else None
+        listed = None if names is None else names.split(",")
         made = pack(adapters, names=listed, allow_other_base=allow_other_base)
     _write(made, output, force, stage, as_json)
 
@@ -116,7 +116,7 @@ def add(
     from coremerge_jax.io.formats import open_adapter
 
     adapters = [open_adapter(source) for source in sources]
-    listed = names.split(",") if names else [None] * len(adapters)
+    listed = [None] * len(adapters) if names is None else names.split(",")
     if len(listed) != len(adapters):
         raise RecipeError(f"names: got {len(listed)} for {len(adapters)} adapters; give one each")
 
@@ -172,7 +172,8 @@ def compile_(
 
     stage = Stages()
     with stage("open"):
-        check_file(output, mark=MARK.encode(), inputs=recipe.adapters, force=force)
+        inputs = [*recipe.adapters, *(recipe.statistics or ())]
+        check_file(output, mark=MARK.encode(), inputs=inputs, force=force)
         resolved = recipe.resolve()
         stream = resolved.stream([open_adapter(source) for source in recipe.adapters])
     with stage("merge"):

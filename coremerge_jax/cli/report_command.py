@@ -61,7 +61,7 @@ def report(
     if output is None and not as_json:
         raise RecipeError("no output: give -o OUT.html, or --json to print the numbers")
     if output is not None:
-        _check(output, [*sources, *([merged] if merged else [])], force)
+        _check(output, [*sources, *([] if merged is None else [merged])], force)
     allowed = {"allow_other_base": allow_other_base, "allow_disjoint": allow_disjoint}
     diagnosis = _diagnose(sources, merged, allowed)
     if output is not None:
@@ -94,7 +94,7 @@ def _diagnose(sources: list[str], merged: str | None, allowed: dict[str, bool]) 
     stage = Stages()
     with stage("open"):
         adapters = [open_adapter(source) for source in expand(sources)]
-        result = open_adapter(merged) if merged else None
+        result = None if merged is None else open_adapter(merged)
     with stage("measure the machine"):
         machine = Machine.measure(processors())
     with stage("measure the adapters"):

@@ -110,8 +110,8 @@ def sweep(
     if bool(inputs) != bool(base) or (inputs and evaluate):
         raise RecipeError("merges are judged by --evaluate, or by --inputs and --base together")
     tried = parse_values(values or ())
-    resolved, judge = recipe.resolve(), load_judge(evaluate) if evaluate else None
-    judged_by = describe_judge(evaluate) if evaluate else None
+    resolved, judge = recipe.resolve(), None if evaluate is None else load_judge(evaluate)
+    judged_by = None if evaluate is None else describe_judge(evaluate)
     if inputs and base:
         refuse_inputs(output, [base, *inputs])
         reading = Reading(base, inputs, field, tokens, length, batch_size, device, allow_missing)

@@ -78,7 +78,9 @@ class Language:
             names = [x for x in config.architectures or () if _is_model(x)] or [*_TRIED]
         for name in names:
             try:
-                return self._load(getattr(transformers, name), source, dtype="auto", **options)
+                model = getattr(transformers, name)
+                # Pickle files can run code.
+                return self._load(model, source, dtype="auto", use_safetensors=True, **options)
             except _NoSuchClassError:
                 continue
         raise UnsupportedError(
@@ -90,14 +92,14 @@ class Language:
         """Returns what a class of transformers loads; errors are one line with the base's name."""
         try:
             return loader.from_pretrained(source, trust_remote_code=False, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # of any kind, as with broken files
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             text = lines[0] if lines else type(error).__name__
             if "Unrecognized configuration class" in text:
                 raise _NoSuchClassError(text) from error
             raise FormatError(
                 f"{self._base}: transformers cannot load it ({text:.300}); give a folder with "
-                "config.json, weights and tokenizer files, or a Hugging Face id"
+                "config.json, safetensors and tokenizer files, or a Hugging Face id"
             ) from error
 
     def batches(

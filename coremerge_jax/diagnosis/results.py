@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coremerge_jax.diagnosis.measures import Measures, Pairs
+from coremerge_jax.errors import RecipeError
 
 _NUMBER = re.compile(r"(?:(?<=[./_\[])|^)\d+(?=[./_\]]|$)")
 
@@ -196,7 +197,17 @@ class Results:
         return kept / kept[-1] if len(kept) and kept[-1] > 0 else np.ones_like(kept)
 
     def rank_for(self, share: float, update: str = "merged") -> int:
-        """Returns the smallest rank that keeps a share of the energy; see `energy_kept`."""
+        """Returns the smallest rank that keeps a share of the energy; see `energy_kept`.
+
+        Raises:
+            RecipeError: the share is not in (0, 1], or there is no such update.
+        """
+        if not 0 < share <= 1:
+            raise RecipeError(f"share={share!r:.60}: expected a number in (0, 1]")
+        if not len(self.energy_kept(update)):
+            raise RecipeError(
+                f"there is no {update} update; diagnose with merged=, or take 'total'"
+            )
         return int(np.searchsorted(self.energy_kept(update), share * (1 - 1e-12))) + 1
 
     def totals(self) -> dict[str, np.ndarray]:

@@ -55,7 +55,7 @@ def atomic_folder(
                     raise FormatError(f"{out}: {reason}, so it is not replaced")
             new.rename(path)
             _sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            _delete(old, path)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             _put_back(old, path)
@@ -74,7 +74,21 @@ def _put_back(old: Path, path: Path) -> None:
         if os.path.lexists(old):  # on a read-only disk, a rename of nothing fails otherwise
             old.rename(path)
     elif old.is_dir() and not find_foreign(old):
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old, path)
+
+
+def _delete(old: Path, path: Path) -> None:
+    """Deletes what an output has replaced.
+
+    It first gets the name of an unfinished output: a part of it, if this is killed, is nothing that
+    may ever come back.
+    """
+    dead, _ = _siblings(path)
+    try:
+        with contextlib.suppress(FileNotFoundError):  # there was none to replace
+            old.rename(dead)
+    finally:
+        shutil.rmtree(dead, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -177,10 +191,11 @@ def _locked(path: Path) -> Iterator[bool]:
 def change_folder(folder: str | Path) -> Iterator[None]:
     """Keeps other changes of a folder waiting, while it is read and then replaced.
 
-    Waits for others first. Where the file system has no locks, or there is no folder, it does
-    nothing.
+    Waits for others first, and tidies up after killed ones. Where the file system has no locks, or
+    there is no folder, it does nothing more.
     """
     path = Path(os.path.realpath(folder))
+    _tidy(path)
     while fcntl is not None and path.is_dir():
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -310,8 +310,8 @@ def make_mesh(shape: str | None) -> Mesh | None:
     devices = np.asarray(jax.devices())
     sizes = [len(devices)]
     if shape is not None:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape):
-            raise RecipeError(f"mesh must be like 8 or 4x2, got {shape!r}")
+        if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})?", shape):
+            raise RecipeError(f"mesh must be like 8 or 4x2, got {shape!r:.60}")
         sizes = [int(size) for size in shape.split("x")]
     if np.prod(sizes) != len(devices):
         raise RecipeError(

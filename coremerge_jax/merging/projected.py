@@ -131,8 +131,9 @@ class Projected:
         Args:
             rule: how to merge; a `ties` with ``scope="model"`` is refused.
             weights: ``(T,)``, multiply the adapters' cores before the rule; or such weights by
-                path, for some modules. (Those of `project` multiply the adapters before they are
-                projected, which is the same unless the rule is elementwise.)
+                path, for some modules. Those of `project` multiply the adapters before they are
+                projected, which is the same unless the rule is elementwise. An adapter of weight 0
+                counts here: `mean` and the automatic scale still divide by the number of all.
             scale: multiplies the merged updates; as in `merge`.
             key: PRNG key, for rules that draw random numbers.
 

@@ -39,7 +39,8 @@ def find_thresholds(
 
     A threshold would be an entry itself, and the program that merges may compute this entry with
     other rounding errors. So that it is kept there too, thresholds lie halfway to the next smaller
-    entry, or to where the last digit is 0. Of float64, 48 bits are enough.
+    entry, or to where the last digit is 0. Of float64, 48 bits are enough. In float32, an adapter
+    can have up to 2³¹ - 1 entries.
 
     Args:
         rule: the rule.
@@ -54,21 +55,22 @@ def find_thresholds(
         ``(T,)``, magnitudes.
     """
     width = 8 * dtype.itemsize
-    uint = jnp.dtype(f"uint{width}")
+    uint, counting = (np.dtype(f"{sign}int{width}") for sign in ("u", ""))
     with computing(dtype.name, *traced):
         known = margin = jnp.zeros(adapters, uint)
     wanted = None
     for place in (48, 32, 16) if width == 64 else (16, 0):
         shift = np.asarray(place, uint)
-        found: Any = np.zeros((adapters, 2**BITS), np.int32), np.zeros(adapters, np.int32)
+        found: Any = np.zeros((adapters, 2**BITS), counting), np.zeros(adapters, counting)
         for counts in passes(known=known, shift=shift):
-            found = [x + y for x, y in zip(found, counts, strict=True)]
+            with computing(dtype.name, *traced):
+                found = [x + y.astype(counting) for x, y in zip(found, counts, strict=True)]
         found = over_all(*found)
         with computing(dtype.name, *traced):
             digits, sizes = map(jnp.asarray, found)
             if wanted is None:
                 kept = jnp.floor(sizes.astype(dtype) * jnp.asarray(rule.density, dtype))
-                wanted = jnp.sum(digits, axis=1, dtype=jnp.int32) - kept.astype(jnp.int32)
+                wanted = jnp.sum(digits, axis=1, dtype=counting) - kept.astype(counting)
             known, wanted, margin = _next_digit(digits, known, wanted, shift)
     with computing(dtype.name, *traced):
         return jax.lax.bitcast_convert_type(known - margin, dtype)
@@ -146,9 +148,9 @@ def _next_digit(
     """Adds the next digit of the ``wanted``-th smallest entries to what is known of them.
 
     Args:
-        counts: int32 ``(T, 2^BITS)``, how often each digit occurs.
+        counts: integers ``(T, 2^BITS)``, how often each digit occurs.
         known: unsigned ``(T,)``, the bits above the digit.
-        wanted: int32 ``(T,)``, the place of the entry among those that are counted.
+        wanted: integers ``(T,)``, the place of the entry among those that are counted.
         shift: unsigned, the bits below the digit.
 
     Returns:
@@ -156,7 +158,7 @@ def _next_digit(
         to the next smaller digit that occurs, or to 0.
     """
     digits = jnp.arange(2**BITS, dtype=jnp.int32)[None, :]
-    up_to = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+    up_to = jnp.cumsum(counts, axis=1, dtype=counts.dtype)
     digit = jnp.sum(up_to < wanted[:, None], axis=1, dtype=jnp.int32)[:, None]
     fewer = jnp.max(jnp.where(digits < digit, up_to, 0), axis=1)
     below = jnp.max(jnp.where((digits < digit) & (counts > 0), digits, 0), axis=1)

@@ -107,13 +107,16 @@ def checked_limit(rank: Any, energy: Any, budget: Any, parameters: Any) -> Limit
             raise RecipeError(f"{name} is traced: expected a whole number, which shapes depend on")
         if value is not None:
             check_whole(name, value, 1)
+    for name, share in {"energy": energy, "budget": budget}.items():
+        if isinstance(share, jax.core.Tracer):
+            raise RecipeError(f"{name} is traced: expected a number, which shapes depend on")
     if energy is not None:
         check_number("energy", energy)
         if not 0 < energy <= 1:
             raise RecipeError(f"energy={energy}: expected a share in (0, 1]")
     if budget is not None:
         check_number("budget", budget)
-        if not isinstance(budget, jax.core.Tracer) and budget < 1:
+        if budget < 1:
             raise RecipeError(f"budget={budget}: expected a mean rank of at least 1")
     limit = Limit(rank, energy, budget, parameters)
     if limit.nothing:

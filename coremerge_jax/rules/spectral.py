@@ -65,7 +65,7 @@ class tsv(Rule):
     The second form shows that the choice of singular vectors does not matter: any orthonormal bases
     of their spans do, with a full block in place of S_t, and are what is computed with. Inverses
     are pseudo-inverses: directions that no task uses stay unused. k_t is the rank r_t of M_t where
-    Σ_t r_t ≤ min(p, q), and ⌊min(p, q) / T⌋ otherwise; the authors' code takes the latter
+    Σ_t r_t ≤ min(p, q), and max(1, ⌊min(p, q) / T⌋) otherwise; the authors' code takes the latter
     always, which selects arbitrary null vectors where it exceeds r_t. (p, q) is the shape of the
     cores as they are, in core space min(m, R) × min(n, R), not their numerical shape.
 
@@ -88,7 +88,7 @@ class tsv(Rule):
         side = min(b.shape[1], a.shape[2])
         ranks = numerical_ranks(inner, roundoff(right))
         present = jnp.maximum(jnp.sum(ranks > 0), 1)
-        limit = jnp.where(jnp.sum(ranks) <= side, side, side // present)
+        limit = jnp.where(jnp.sum(ranks) <= side, side, jnp.maximum(side // present, 1))
         limit = jnp.asarray(limit if self.rank is None else self.rank, ranks.dtype)
         updates, *bases = cut_factors(left, right, inner, jnp.minimum(ranks, limit))
         # Stacked, so that both are one batch of decompositions.
@@ -209,7 +209,8 @@ class flatten(_Spectrum):
     """A flatter spectrum, of the same nuclear norm; a generalization of Iso-C, our own.
 
     M = U S Vᵀ ↦ U (S^power · tr S / tr S^power) Vᵀ over the numerical range: nothing with power 1,
-    `isotropize` with power 0. Before a rule that merges, it acts on each adapter's core.
+    `isotropize` with power 0, but for the automatic scale. Before a rule that merges, it acts on
+    each adapter's core.
 
     Attributes:
         power: at least 0; values above 1 make the spectrum steeper.

@@ -205,11 +205,12 @@ class dc_merge(Rule):
         return shape * jnp.sum(jnp.where(live, s, 0)) * inverse(jnp.sum(shape))
 
     def _largest(self, x: Float[Array, "k k"], size: Int[Array, ""]) -> Float[Array, "k k"]:
-        """Keeps only the largest entries, a share of ``size``, and those as large."""
+        """Keeps only the largest entries, a share of ``size``, and those equal to rounding."""
         wanted = jnp.asarray(self.density, jnp.float32) * size.astype(jnp.float32)
         number = jnp.maximum(1, jnp.floor(wanted)).astype(jnp.int32)
         magnitude = jnp.abs(x)
-        return jnp.where(magnitude >= kth_largest(magnitude, number), x, 0)
+        least = kth_largest(magnitude, number) - rounding(x)
+        return jnp.where(magnitude >= least, x, 0)
 
 
 @jax.custom_jvp

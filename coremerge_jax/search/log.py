@@ -13,6 +13,11 @@ from coremerge_jax.errors import CoreMergeError, FormatError, MismatchError
 from coremerge_jax.search.parameters import Parameters
 from coremerge_jax.text import shortened
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # on Windows
+
 # Relative; more than rounding errors of other machines, less than any change of an adapter makes.
 _EXACT = {"float64": 1e-6, "float32": 1e-4}
 
@@ -32,7 +37,7 @@ class Log:
 
     Raises:
         FormatError: the file is not a log of a sweep.
-        MismatchError: it is that of another sweep.
+        MismatchError: it is that of another sweep, or another process is writing it.
     """
 
     def __init__(
@@ -51,11 +56,28 @@ class Log:
 
     def __enter__(self) -> Self:
         if self._path is not None:
-            is_new = not self._read(self._path)
             self._file = self._path.open("a", encoding="utf-8")
-            if is_new:
-                self._write(self._header)
+            try:
+                self._lock(self._file)
+                if not self._read(self._path):
+                    self._write(self._header)
+            except BaseException:
+                self._file.close()
+                raise
         return self
+
+    def _lock(self, file: TextIO) -> None:
+        """Locks the file, which the system releases however the process ends."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MismatchError(
+                f"{self._path}: another sweep is writing its log here; wait for it, or {_ELSEWHERE}"
+            ) from error
+        except OSError:  # a file system without locks
+            return
 
     def __exit__(
         self,

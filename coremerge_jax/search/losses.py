@@ -32,7 +32,10 @@ def entropy(logits: jax.Array) -> jax.Array:
         A scalar, in nats.
     """
     log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1))
+    possible = log_probabilities > -jnp.inf  # of classes that are ruled out, 0 · log 0 is 0
+    log_probabilities = jnp.where(possible, log_probabilities, 0)
+    terms = jnp.where(possible, jnp.exp(log_probabilities) * log_probabilities, 0)
+    return -jnp.mean(jnp.sum(terms, axis=-1))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

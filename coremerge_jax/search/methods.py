@@ -120,7 +120,7 @@ def listed(name: str, choices: Iterable[Any] | Distribution) -> list[Any]:
         choices = [choices]
     if not isinstance(choices, Iterable):
         raise RecipeError(f"values of {name!r}: expected a list of them, got {short(choices)}")
-    found = [value.item() if hasattr(value, "item") else value for value in choices]
+    found = [value.tolist() if hasattr(value, "tolist") else value for value in choices]
     if not found:
         raise RecipeError(f"values of {name!r}: expected at least one")
     return found
@@ -129,7 +129,7 @@ def listed(name: str, choices: Iterable[Any] | Distribution) -> list[Any]:
 def _draw(name: str, choices: Iterable[Any] | Distribution, rng: np.random.Generator) -> Any:
     if isinstance(choices, Distribution):
         value = choices.rvs(random_state=rng)
-        return value.item() if hasattr(value, "item") else value
+        return value.tolist() if hasattr(value, "tolist") else value
     found = listed(name, choices)
     return found[rng.integers(len(found))]
 

@@ -313,12 +313,16 @@ class Search:
             raise RecipeError("rules: got none; expected a rule, or several by name")
         chains = {name: chain(as_rule(rule)) for name, rule in named.items()}
         self.rules = {name or label(rule): rule for name, rule in chains.items()}
-        self.values, self.method = values, method or Grid()
+        self.values = {
+            name: choices if isinstance(choices, Distribution) else listed(name, choices)
+            for name, choices in values.items()
+        }
+        self.method = method or Grid()
         self.objective, self.maximize, self.key = objective, maximize, key
         self._metrics: tuple[str, ...] = ()
         self._last: tuple[str, Updates] | None = None
         known = {name for rule in self.rules.values() for name in parameters(rule)} | {SCALE}
-        for name, choices in values.items():
+        for name, choices in self.values.items():
             if name not in known:
                 raise unknown("parameter", name, sorted(known))
             self._check(name, choices)

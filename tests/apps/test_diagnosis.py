@@ -162,6 +162,11 @@ def test_energy_within_a_rank():
     assert_equal(kept[3], energies[0] / energies[1])
     assert diagnosis.rank_for(kept[3]) == 4
     assert diagnosis.rank_for(1) <= sum(RANKS)
+    for share in (0, 1.5):
+        with pytest.raises(cm.errors.RecipeError, match="expected a number in"):
+            diagnosis.rank_for(share)
+    with pytest.raises(cm.errors.RecipeError, match="there is no merged update"):
+        cm.diagnose(given_).rank_for(0.9)
 
 
 def test_order_and_scale_of_adapters():

@@ -144,6 +144,9 @@ def test_losses_of_logits():
     assert float(found) == pytest.approx(np.log(4) / 2, rel=1e-6)
     gradient = jax.grad(search.entropy)(logits)
     assert np.isfinite(gradient).all()
+    ruled_out = jnp.asarray([[0.0, 1.0, -jnp.inf]])
+    assert float(search.entropy(ruled_out)) == pytest.approx(search.entropy(ruled_out[:, :2]))
+    assert np.isfinite(jax.grad(search.entropy)(ruled_out)).all()
 
 
 @pytest.mark.wide

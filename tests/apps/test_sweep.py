@@ -341,3 +341,30 @@ def test_plot(adapters, tmp_path):
             best[record.scale] = max(score, best.get(record.scale, score))
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == best
     assert "ties.density" in (tmp_path / "sweep.svg").read_text()
+
+
+def test_values_may_be_any_iterables_of_anything(adapters):
+    found = search.sweep(adapters, cm.mean(), size, {"scale": (x / 2 for x in (1, 2))})
+    assert [record.parameters["scale"] for record in found] == [0.5, 1.0]
+    weights = [np.array([1.0, 2.0, 3.0]), (1.0, 1.0, 1.0)]
+    for method in (search.grid(), search.random(trials=2)):
+        values = {"task_arithmetic.weights": weights}
+        found = search.sweep(adapters, cm.task_arithmetic(), size, values, method=method)
+        assert len(found) == 2
+
+
+def test_two_processes_do_not_share_a_log(adapters, tmp_path):
+    log = tmp_path / "log.jsonl"
+    started = []
+
+    def judge(adapter):
+        if not started:
+            started.append(True)
+            with pytest.raises(cm.MismatchError, match="another sweep is writing its log here"):
+                search.sweep(adapters, RULE, size, VALUES, log=log)
+        return size(adapter)
+
+    first = search.sweep(adapters, RULE, judge, VALUES, log=log)
+    again = search.sweep(adapters, RULE, size, VALUES, log=log)
+    assert len(first) == len(again) == 6
+    assert len(log.read_text().splitlines()) == 7

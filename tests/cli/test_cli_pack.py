@@ -95,6 +95,16 @@ def test_compiled_merges_are_lifted_to_those_of_merge(coremerge, folder, tmp_pat
     assert "'chat' is not among the adapters" in other.err
 
 
+def test_a_pack_whose_replacement_was_killed_comes_back(coremerge, save, folder, tmp_path):
+    folder.rename(tmp_path / f".{folder.name}.0123456789ab.old")
+    result = coremerge("merge", folder, "-o", tmp_path / "out")
+    assert "a run that was killed has moved it to" in result.err
+    with pytest.raises(cm.FormatError, match="rename it back"):
+        cm.open_pack(folder)
+    assert coremerge("pack", "add", folder, save("new", 4)).code == 0
+    assert cm.open_pack(folder).names == ("math", "code", "chat", "new")
+
+
 def test_mistakes_with_packs_have_messages(coremerge, adapters, folder, tmp_path):
     out = tmp_path / "out"
     for args, message in (
@@ -108,6 +118,7 @@ def test_mistakes_with_packs_have_messages(coremerge, adapters, folder, tmp_path
         (["pack", folder, "-o", folder, "--force"], "is the input"),
         (["convert", folder, "-o", out], "a pack of 3 adapters (math, code, chat)"),
         (["pack", *adapters], "no output: give -o PACK"),
+        (["pack", *adapters, "-o", out, "--names", ""], "names: got 1 for 3 adapters"),
         (["pack", *adapters, "-o", out, "--names", "a,b"], "names: got 2 for 3 adapters"),
         (["pack", adapters[0], adapters[0], "-o", out], "two adapters are named 'math'"),
         (["pack", "add", tmp_path, adapters[0]], "no pack; expected a folder that"),

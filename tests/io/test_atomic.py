@@ -114,6 +114,26 @@ def test_what_is_killed_before_a_rename_costs_nothing(tmp_path, old, rename):
     assert tree(tmp_path) == old
 
 
+@pytest.mark.usefixtures("old")
+@pytest.mark.parametrize("name", [RECORD, "marker"])
+def test_what_is_killed_while_the_old_output_is_deleted_costs_nothing(tmp_path, monkeypatch, name):
+    """Nor does a part of the old output ever come back."""
+
+    def killed(folder, **_):
+        (folder / name).unlink()
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", killed)
+    write(tmp_path / "out", force=True)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "out").rename(tmp_path / "kept")
+    write(tmp_path / "out")
+    (tmp_path / "kept" / RECORD).unlink()
+    for path in NEW:
+        assert tree(tmp_path)[path.replace("out", "kept")] == tree(tmp_path)[path] == NEW[path]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_a_living_run_has_is_left_alone(tmp_path):
     with atomic_folder(tmp_path / "out") as first:
         (first / "marker").write_text("first")

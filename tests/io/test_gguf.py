@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 
 import numpy as np
@@ -301,6 +302,16 @@ def test_a_broken_gguf_file_of_a_base_model_is_refused(rng, tmp_path, size):
     adapter = cm.Adapter(modules(rng))
     with pytest.raises(cm.FormatError, match=r"base\.gguf: cannot be read as a GGUF file"):
         find_target("gguf").save(adapter, tmp_path / "out", to="gguf", base_config=base)
+
+
+@pytest.mark.parametrize(("inner", "count"), [(0, 2**60), (8, 11_000_000), (12, 1000), (9, 1000)])
+def test_endless_lists_in_a_gguf_file_are_refused(rng, tmp_path, inner, count):
+    """Without reading them: the package makes an object of each claimed entry."""
+    base = tmp_path / "base.gguf"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    base.write_bytes(header + struct.pack("<IIQ", 9, inner, count) + bytes(64))
+    with pytest.raises(cm.FormatError, match=r"cannot be read as a GGUF file: "):
+        find_target("gguf").save(cm.Adapter(modules(rng)), tmp_path, to="gguf", base_config=base)
 
 
 def test_without_the_package(rng, save, monkeypatch):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from definitions import prune, svd, tsv
-from helpers import assert_same, dense, modules, plain_merge, random_adapters
+from helpers import assert_same, dense, distance, modules, plain_merge, random_adapters
 
 import coremerge_jax as cm
+from coremerge_jax.merging.trimming import BITS, find_thresholds
 
 pytestmark = pytest.mark.wide
 
@@ -75,3 +76,59 @@ def test_tucker(beta, seed):
             for path, (left, right) in subspaces.items()
         }
         assert_same(merged, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["tsv", "iso_cts", "dc_merge", "cart", "ties"])
+@pytest.mark.parametrize(("shape", "count"), [((2, 32), 3), ((8, 64), 9), ((5, 4), 7)])
+def test_more_adapters_than_directions_are_no_zeros(name, shape, count):
+    adapters = random_adapters({"score": shape}, [2] * count)
+    for space in (cm.core(), cm.tucker(rank=2)):
+        merged = plain_merge(adapters, getattr(cm, name)(), space=space)
+        assert np.linalg.norm(dense(merged["score"])) > 0.01
+
+
+def test_tsv_of_more_adapters_than_directions_takes_one_of_each():
+    adapters = random_adapters({"score": (2, 32)}, [2, 2, 1])
+    updates = [dense(adapter["score"]) for adapter in adapters]
+    expected = tsv(updates, rank=1)
+    assert distance(dense(plain_merge(adapters, cm.tsv())["score"]), expected) < 1e-6
+
+
+@pytest.mark.parametrize("case", ["one", "equal", "orthogonal"])
+def test_dc_merge_keeps_entries_that_are_equal(case):
+    """Ties are exact in theory, so rounding must not decide: permutations commute."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((12, 3)) @ rng.standard_normal((3, 10))
+    updates = [x] * (1 + (case == "equal"))
+    if case == "orthogonal":
+        left, right = (np.linalg.qr(rng.standard_normal((k, 6)))[0] for k in (12, 10))
+        updates = [left[:, :3] @ right[:, :3].T, 2 * left[:, 3:] @ right[:, 3:].T]
+
+    def merged(rows, columns):
+        adapters = [
+            cm.Adapter({"q": cm.LoRA(a=u[rows][:, columns], b=np.eye(12))}) for u in updates
+        ]
+        return dense(plain_merge(adapters, cm.dc_merge(density=0.05), scale=1)["q"])
+
+    plain = merged(np.arange(12), np.arange(10))
+    assert np.linalg.norm(plain) > 0.1
+    for _ in range(3):
+        rows, columns = rng.permutation(12), rng.permutation(10)
+        assert distance(merged(rows, columns), plain[rows][:, columns]) < 1e-6
+
+
+def test_thresholds_over_more_entries_than_int32_counts():
+    """Batches of 10⁹ entries: 80 % of magnitude 1, 20 % of magnitude 2."""
+
+    def passes(known, shift):
+        for _ in range(3):
+            digits = np.zeros((1, 2**BITS), np.int32)
+            for value, number in ((1.0, 800_000_000), (2.0, 200_000_000)):
+                bits = int(np.float64(value).view(np.uint64)) >> int(shift)
+                if bits >> BITS == int(known[0]) >> int(shift) >> BITS:
+                    digits[0, bits & (2**BITS - 1)] += number
+            yield digits, np.array([1_000_000_000], np.int32)
+
+    rule = cm.ties(density=0.1, scope="model")
+    found = find_thresholds(rule, 1, passes, lambda *x: x, np.dtype(np.float64), [])
+    assert 1 < np.asarray(found)[0] <= 2

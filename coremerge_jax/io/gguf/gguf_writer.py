@@ -8,7 +8,9 @@ rank.
 """
 
 import dataclasses
+import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,13 @@ _ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": ("gemma3", False),
     "Phi3ForCausalLM": ("phi3", False),
 }
+
+# Bytes that a value in a GGUF file takes, by its type; those of the last two types vary.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+
+_LEAST_TENSOR = 24  # bytes that the description of a tensor takes, at least
+_MOST_ENTRIES = 10_000_000  # of a list; tokenizers have less than a million
 
 # Names in GGUF files, after the architecture, by those of config.json.
 _IN_GGUF = {
@@ -213,6 +222,7 @@ def _read_base(file: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """
     gguf = _import_gguf()
     try:
+        _check_lengths(file)
         reader = gguf.GGUFReader(file)
         shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
         fields = {x: y.contents() for x, y in reader.fields.items() if "tokenizer." not in x}
@@ -226,6 +236,49 @@ def _read_base(file: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     config["architectures"] = models or [architecture]
     config["tie_word_embeddings"] = "output.weight" not in shapes
     return config, shapes
+
+
+def _check_lengths(file: Path) -> None:
+    """Refuses a file that claims more than it has, or endless lists.
+
+    The package would make a Python object of each entry.
+
+    Raises:
+        ValueError: it does, or is cut off.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+
+        def number(form: str) -> int:
+            return int(struct.unpack(form, stream.read(struct.calcsize(form)))[0])
+
+        def skip(count: int) -> None:
+            if count > size - stream.tell():
+                raise ValueError("a field is longer than the file")
+            stream.seek(count, os.SEEK_CUR)
+
+        def skip_value(kind: int) -> None:
+            if kind == _STRING:
+                skip(number("<Q"))
+            elif kind == _ARRAY:
+                inner, count = number("<I"), number("<Q")
+                if count > _MOST_ENTRIES:
+                    raise ValueError(f"a field has a list of {count} entries")
+                if inner in _SIZES:
+                    skip(count * _SIZES[inner])
+                else:
+                    for _ in range(count):
+                        skip_value(inner)
+            else:
+                skip(_SIZES[kind])
+
+        stream.seek(8)
+        tensors, fields = number("<Q"), number("<Q")
+        for _ in range(fields):
+            skip(number("<Q"))
+            skip_value(number("<I"))
+        if tensors * _LEAST_TENSOR > size - stream.tell():
+            raise ValueError("it has more tensors than bytes")
 
 
 def _import_gguf() -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from coremerge_jax import __version__
 from coremerge_jax.errors import FormatError, RecipeError
 from coremerge_jax.io.atomic import atomic_folder
+from coremerge_jax.io.folders import not_found
 from coremerge_jax.io.outputs import PACK, write_record
 from coremerge_jax.io.packs.pack_folder import (
     PackedFile,
@@ -48,6 +49,8 @@ def open_pack(path: str | Path) -> Pack:
     """
     check_path(path)
     if not is_pack(path):
+        if not os.path.lexists(path):
+            raise not_found(path, "a pack")
         raise FormatError(f"{path}: no pack; expected a folder that coremerge pack wrote")
     return Pack(open_members(path))
 

@@ -1,5 +1,6 @@
 """The record of a pack, and names of its adapters. NumPy and JAX are not imported, for help."""
 
+import collections
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -107,10 +108,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{file}: adapters is {untrusted.short(adapters)}; expected a list")
     for i, entry in enumerate(adapters):
         _check_entry(f"{file}: adapters[{i}]", entry)
-    names = [entry["name"] for entry in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise FormatError(f"{file}: adapter {name!r} is there twice")
+    (name, count), *_ = collections.Counter(entry["name"] for entry in adapters).most_common(1)
+    if count > 1:
+        raise FormatError(f"{file}: adapter {name!r} is there twice")
     return record
 
 
