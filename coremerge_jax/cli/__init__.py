@@ -87,14 +87,14 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = bool(os.environ.get("COREMERGE_DEBUG"))
     if not os.environ.get("COLUMNS", "80").strip("0"):
         del os.environ["COLUMNS"]  # rich would print nothing
+    if not debug:
+        _quiet_libraries()
     end = unwind_on_signals()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the program that started the command
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show Δ
-    if not debug:
-        _quiet_libraries()
     with warnings.catch_warnings():
         if not debug:
             _print_warnings()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 _PATIENCE = 10.0  # seconds that cleaning up after a signal may take
 
@@ -15,7 +16,15 @@ _IMPORTS = 5.0  # seconds that a signal waits for an import to end
 
 
 class Ended(SystemExit):
-    """End of a command by a signal."""
+    """End of a command by a signal.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
 
 
 def unwind_on_signals() -> Callable[[int], None]:
@@ -23,7 +32,8 @@ def unwind_on_signals() -> Callable[[int], None]:
 
     Further signals are ignored for a few seconds; after that, one ends the process at once. Signals
     that the process ignores already stay ignored. During an import, the signal waits: extension
-    modules crash, or swallow it, if an exception is raised while they are initialized.
+    modules crash, or swallow it, if an exception is raised while they are initialized. Where Python
+    cannot raise, as in a finalizer, it comes again.
 
     Returns:
         A function for the end of the command: after it is called with an exit code, any signal
@@ -38,19 +48,24 @@ def unwind_on_signals() -> Callable[[int], None]:
     def stop(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if since and now - since[0] < _PATIENCE:
-            return
+            return None
         if since:
             os._exit(128 + number)
         came.append(now)
         if now - came[0] < _IMPORTS and _is_importing(frame):
-            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-            return
+            return _send_again(number)
         since.append(now)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Ended(128 + number)
+        raise Ended(number)
+
+    shown = sys.unraisablehook
+
+    def repeat(unraisable: Any) -> None:
+        if not isinstance(error := unraisable.exc_value, KeyboardInterrupt | Ended):
+            return shown(unraisable)
+        since.clear()
+        return _send_again(signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.number)
 
     def end(code: int) -> None:
         for number in caught:
@@ -65,7 +80,14 @@ def unwind_on_signals() -> Callable[[int], None]:
 
     for number in caught:
         signal.signal(number, stop)
+    sys.unraisablehook = repeat
     return end
+
+
+def _send_again(number: int) -> None:
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _is_importing(frame: FrameType | None) -> bool:

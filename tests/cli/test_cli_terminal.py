@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -318,6 +319,34 @@ def test_a_signal_waits_for_an_import_and_for_no_thread(number, tmp_path):
     assert process.returncode == 128 + number
 
 
+# Python cannot raise an exception in a finalizer.
+FINALIZER = """
+import os, time
+from coremerge_jax.__main__ import main
+from coremerge_jax import cli
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(0)
+def command():
+    Last()
+    time.sleep(60)
+    print("forgotten", flush=True)
+cli.app.command("wait")(command)
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_finalizer_is_not_forgotten(number):
+    with start(f"NUMBER = {int(number)}\n" + FINALIZER, "wait") as process:
+        out, err = process.communicate(timeout=60)
+    assert not out
+    assert process.returncode == 128 + number
+    assert err == ("interrupted\n" if number == signal.SIGINT else "")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_signal_while_the_interpreter_ends_is_silent():
     with start(AT_END, "--version") as process:
@@ -395,3 +424,47 @@ def test_a_program_with_jax_may_start_the_command_quietly(coremerge, monkeypatch
 )
 def test_modules_are_named_by_the_last_part_that_is_no_number(paths, shown):
     assert describe_paths(paths) == shown
+
+
+def _in_another_environment(*args, **variables):
+    command = [sys.executable, "-m", "coremerge_jax", *map(str, args)]
+    environment = {x: y for x, y in os.environ.items() if variables.get(x, y) is not None}
+    environment |= {x: y for x, y in variables.items() if y is not None}
+    return subprocess.run(command, capture_output=True, env=environment, check=False)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("name", "value"), [("JAX_PLATFORMS", "nonsense"), ("JAX_ENABLE_X64", "maybe")]
+)
+def test_variables_that_jax_cannot_read_are_named(adapters, tmp_path, name, value):
+    result = _in_another_environment("merge", *adapters, "-o", tmp_path / "x", **{name: value})
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error: JAX cannot start (")
+    assert f"{name}={value}" in result.stderr.decode()
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.wide
+def test_json_is_read_whatever_the_encoding_of_the_terminal(save):
+    result = _in_another_environment("inspect", save("Δ语"), "--json", PYTHONIOENCODING="cp1252")
+    assert json.loads(result.stdout)["adapters"][0]["name"] == "Δ语"
+
+
+@pytest.mark.wide
+def test_help_on_a_terminal_without_columns():
+    assert b"--rule" in _in_another_environment("merge", "--help", COLUMNS="0").stdout
+
+
+def test_without_a_home_folder_programs_are_not_kept(coremerge, adapters, tmp_path, monkeypatch):
+    def none(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", none)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert coremerge("merge", *adapters, "-o", tmp_path / "out").code == 0
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
