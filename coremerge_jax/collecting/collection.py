@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType
 
 from coremerge_jax.collecting.follow import Track, layer_count, start
@@ -246,7 +247,8 @@ def collector(
     every = _every(present)
     tree, run = as_tree(model, forward)
     rank = max(lora.rank for adapter in aligned for lora in adapter.values())
-    reader = find_reader(tree, _every(aligned), rank, options)
+    whole = isinstance(model, nnx.Module)
+    reader = find_reader(tree, _every(aligned), rank, options, whole=whole)
     ranks = {
         path: tuple(adapter[path].rank for adapter in present if path in adapter) for path in every
     }

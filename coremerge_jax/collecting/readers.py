@@ -111,7 +111,9 @@ class Kernels:
 Reader = Factors | Kernels
 
 
-def find_reader(tree: Tree, every: Adapter, rank: int, options: Mapping[str, Any]) -> Reader:
+def find_reader(
+    tree: Tree, every: Adapter, rank: int, options: Mapping[str, Any], *, whole: bool
+) -> Reader:
     """Finds the places of adapters in a model.
 
     Args:
@@ -119,6 +121,7 @@ def find_reader(tree: Tree, every: Adapter, rank: int, options: Mapping[str, Any
         every: all modules of all adapters.
         rank: the largest of any adapter.
         options: the fields of `TreeFormat`; of a model without factors, options of `fold_tree`.
+        whole: the default of the field of that name.
 
     Raises:
         MismatchError: a module has no place in the model.
@@ -132,7 +135,7 @@ def find_reader(tree: Tree, every: Adapter, rank: int, options: Mapping[str, Any
                 f"{min(unknown)} is about LoRA factors, and the model has none; leave it out"
             )
         return Kernels(find_kernels(leaves, every, **options), dict(options))
-    form = TreeFormat(**options)
+    form = TreeFormat(**{"whole": whole, **options})
     layout, factors, _ = form.sort(leaves)
     mine = {key: leaves[key] for key in factors}
     places = dataclasses.replace(form, layout=layout.name, ignore=()).places(mine)

@@ -120,16 +120,22 @@ def listed(name: str, choices: Iterable[Any] | Distribution) -> list[Any]:
         choices = [choices]
     if not isinstance(choices, Iterable):
         raise RecipeError(f"values of {name!r}: expected a list of them, got {short(choices)}")
-    found = [value.tolist() if hasattr(value, "tolist") else value for value in choices]
+    found = [_plain(value) for value in choices]
     if not found:
         raise RecipeError(f"values of {name!r}: expected at least one")
     return found
 
 
+def _plain(value: Any) -> Any:
+    """Returns a value as a Python object: arrays and lists as tuples, which rules take."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _draw(name: str, choices: Iterable[Any] | Distribution, rng: np.random.Generator) -> Any:
     if isinstance(choices, Distribution):
         value = choices.rvs(random_state=rng)
-        return value.tolist() if hasattr(value, "tolist") else value
+        return _plain(value)
     found = listed(name, choices)
     return found[rng.integers(len(found))]
 

@@ -245,6 +245,6 @@ def test_names_that_would_be_other_files_are_refused(adapters, tmp_path):
 
 
 def test_a_folder_that_is_no_pack_is_refused(tmp_path):
-    for name in ("nothing", "."):
-        with pytest.raises(cm.errors.FormatError, match="no pack"):
+    for name, message in (("nothing", "no such folder"), (".", "no pack")):
+        with pytest.raises(cm.errors.FormatError, match=message):
             cm.open_pack(tmp_path / name)

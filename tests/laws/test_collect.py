@@ -732,3 +732,19 @@ def test_adapters_that_do_not_fit(model):
         cm.collect(model, adapters_of({"blocks.0.upp": (24, 12)})[:1], batches, run)
     with pytest.raises(cm.MismatchError, match=r"is \(20, 12\) \(m, n\) in the adapters, and"):
         cm.collect(model, adapters_of({"blocks.0.up": (20, 12)})[:1], batches, run)
+
+
+def test_all_modules_of_a_model_are_its_own():
+    """Also those that have the names of an optimizer's moments."""
+
+    class Pair(nnx.Module):
+        def __init__(self, rngs):
+            self.model, self.mu = Block(rngs=rngs), Block(rngs=rngs)
+
+        def __call__(self, x):
+            return self.mu(self.model(x))
+
+    adapters = [cm.from_nnx(Pair(nnx.Rngs(seed)), name=str(seed)) for seed in range(3)]
+    batches = batches_of(BATCH, WIDTH)
+    found = cm.collect(Pair(nnx.Rngs(0)), adapters, batches, run)
+    assert set(found) == set(adapters[0]) == {f"{x}.{y}" for x in ("model", "mu") for y in SHAPES}
