@@ -78,8 +78,13 @@ def test_tucker(beta, seed):
         assert_same(merged, expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["tsv", "iso_cts", "dc_merge", "cart", "ties"])
-@pytest.mark.parametrize(("shape", "count"), [((2, 32), 3), ((8, 64), 9), ((5, 4), 7)])
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [
+        *(("tsv", shape, count) for shape, count in (((2, 32), 3), ((8, 64), 9), ((5, 4), 7))),
+        *((name, (2, 32), 3) for name in ("iso_cts", "dc_merge", "cart", "ties")),
+    ],
+)
 def test_more_adapters_than_directions_are_no_zeros(name, shape, count):
     adapters = random_adapters({"score": shape}, [2] * count)
     for space in (cm.core(), cm.tucker(rank=2)):
