@@ -279,7 +279,7 @@ def test_extras_are_refused(tmp_path):
 def test_factors_that_overflow_are_refused():
     adapter = cm.Adapter({"up": cm.LoRA(a=np.full((2, 4), 1e-4), b=np.full((4, 2), 1e6))})
     for on in (np, jnp):
-        like = {"up": {"lora_a": on.zeros((4, 2)), "lora_b": on.zeros((2, 4))}}
+        like = {"up": {"lora_a": on.zeros((4, 2), "f4"), "lora_b": on.zeros((2, 4), "f4")}}
         half = jax.tree.map(lambda x: x.astype(np.float16), like)
         with pytest.raises(cm.MismatchError, match=r"'up/lora_b' overflows float16"):
             cm.to_tree(adapter, half)
