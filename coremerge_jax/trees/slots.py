@@ -10,7 +10,7 @@ import numpy as np
 
 from coremerge_jax.errors import FormatError, MismatchError, hint
 from coremerge_jax.lora import Adapter, Array, Kind, LoRA
-from coremerge_jax.trees.arrays import gather_stack, stack
+from coremerge_jax.trees.arrays import gather_stack, numpy_or_jax, stack
 from coremerge_jax.trees.axes import Axes, Shape, lengths
 
 
@@ -105,7 +105,11 @@ def _cast(x: Array, dtype: np.dtype, key: str) -> Array:
     with np.errstate(over="ignore"):
         cast = x.astype(dtype)
     narrower = jnp.finfo(dtype).max < jnp.finfo(x.dtype).max
-    if narrower and not isinstance(x, jax.core.Tracer) and not jnp.isfinite(cast).all():
+    if (
+        narrower
+        and not isinstance(x, jax.core.Tracer)
+        and not numpy_or_jax(cast).isfinite(cast).all()
+    ):
         raise MismatchError(
             f"{key!r} overflows {dtype}; make the factors anew in bfloat16 or float32"
         )
