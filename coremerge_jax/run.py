@@ -282,11 +282,13 @@ def _plan(
         signatures = _signatures(stream.adapters, merged, ranks)
     with stage("measure the machine"):
         machine = Machine.measure(stream.workers)
-    own, programs = stream.own, len(signatures)
+    own, programs = stream.own, stream.programs
     costs = own.costs()
     seconds = expected_seconds(costs, resolved.rule, machine, stream.workers, programs)
-    # A merge traces the same programs, and then lowers them, which takes as long.
-    seconds = {"trace": 2 * stage.seconds["trace"], **seconds}
+    # The outline traced one program of each signature. A merge traces all of its programs, and
+    # then lowers them, which takes as long.
+    trace = 2 * stage.seconds["trace"] * programs / max(len(signatures), 1)
+    seconds = {"trace": trace, **seconds}
     with computing(recipe.precision) as dtype:
         precision = dtype.name
     return MergePlan(

@@ -100,6 +100,12 @@ class MergeStream:
             found.append(one.twice() if self._is_measured(batch) else one)
         return found
 
+    @property
+    def programs(self) -> int:
+        """The number of compiled programs: one of each group, and one more of a first pass."""
+        groups = self._job.present.groups
+        return len(groups) + sum(map(self._is_measured, groups))
+
     def _is_measured(self, batch: Group) -> bool:
         """Returns True if the automatic scale of a batch takes a first pass."""
         auto = any(scale is AUTO for scale in (self._job.scales or {}).values())

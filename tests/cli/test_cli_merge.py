@@ -236,6 +236,15 @@ def test_replaces_only_with_force(coremerge, adapters, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
 
 
+def test_a_dry_run_counts_the_programs_of_both_passes(coremerge, adapters):
+    command = ["merge", *adapters, "--rule", "ties", "--dry-run", "--json"]
+    programs = [
+        json.loads(coremerge(*command, *scale).out)["cost"]["programs"]
+        for scale in (["--scale", "1"], ["--scale", "auto"])
+    ]
+    assert programs == [2, 4]
+
+
 def test_dry_run_tells_the_cost(coremerge, adapters):
     result = coremerge("merge", *adapters, "--dry-run", "--json")
     cost = json.loads(result.out)["cost"]
