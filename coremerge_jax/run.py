@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from coremerge_jax.search.sweeping import Metrics, Record, Sweep
 
 # Memory for compiling: a first start against a second one in benchmarks/end_to_end.py, rounded up.
-_COMPILATION = 256 * 2**20  # bytes
+_COMPILATION = 384 * 2**20  # bytes
 
 # Files and folders in the output of a sweep.
 LOG, TABLE, PLOT, BEST = "sweep.jsonl", "sweep.csv", "sweep.svg", "best"
