@@ -146,7 +146,7 @@ class MergePlan(_Report):
         signatures: the merged modules; of their ranks, the largest that a cut may leave.
         decisions: automatic decisions: ``"precision"`` of the computation, number of ``"batches"``,
             and of batches that are worked on ``"at_once"``; ``"cut_by"``, as in `Merged`; and for
-            each group of modules with one compiled program, ``"groups"``, the paths and the
+            each group of modules with the same compiled programs, ``"groups"``, the paths and the
             engine's `Decisions`.
         cost: expected ``"operations"``, ``"bytes"`` read and written, bytes of ``"memory"``,
             number of compiled ``"programs"``, and ``"seconds"`` by stage. Of a merge that several
